@@ -1,0 +1,97 @@
+"""What a loader hands to an objective or an evaluator: frozen bundles of tensors.
+
+Phrases and regions are flat, with an index `owner` that names the image row: no padding, no lists of tensors. Every
+bundle offers `.to()` and `.pin_memory()`, so Lightning and torch's loader move it like a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+BatchType = TypeVar("BatchType", bound="_Tensors")
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Moves every tensor field; everything else stays."""
+
+    def to(self: BatchType, device: torch.device | str, non_blocking: bool = False) -> BatchType:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: BatchType) -> BatchType:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self: BatchType, function: Callable[[Tensor], Tensor]) -> BatchType:
+        moved: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                moved[entry.name] = function(value)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class CaptionBatch(_Tensors):
+    """Images with captions and the phrases found in them.
+
+    Attributes:
+        images: Normalised pixels.
+        captions: Token ids of one caption per image.
+        distinct: Token ids of each different phrase of the batch, once, in its prompt.
+        identity: Hash of each distinct phrase string; equal strings have equal hashes on every process.
+        phrase: Row of `distinct` for every phrase.
+        owner: Row of `images` for every phrase.
+        keys: Sample keys, for messages.
+        skipped: Samples dropped since the previous batch of the same worker, by cause.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    captions: Int[Tensor, "B L"]
+    distinct: Int[Tensor, "U K"]
+    identity: Int[Tensor, " U"]
+    phrase: Int[Tensor, " P"]
+    owner: Int[Tensor, " P"]
+    keys: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegionBatch(_Tensors):
+    """Letterboxed images with labelled regions.
+
+    Attributes:
+        images: Normalised pixels, padded to a square.
+        boxes: xyxy in [0, 1] of the padded square.
+        masks: Regions on the patch grid, 0 or 1; None where only boxes are known.
+        labels: Class index of each region.
+        is_thing: Whether the class is countable (COCO panoptic `isthing`).
+        owner: Row of `images` for every region.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    boxes: Float[Tensor, "R 4"]
+    masks: Shaped[Tensor, "R h w"] | None
+    labels: Int[Tensor, " R"]
+    is_thing: Shaped[Tensor, " R"]
+    owner: Int[Tensor, " R"]
+
+
+@dataclass(frozen=True)
+class PairBatch(_Tensors):
+    """Images with all their captions.
+
+    Attributes:
+        images: Normalised pixels.
+        texts: Token ids of the captions of these images.
+        owner: Row of `images` for every caption.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    texts: Int[Tensor, "M L"]
+    owner: Int[Tensor, " M"]
