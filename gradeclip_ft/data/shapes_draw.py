@@ -1,0 +1,155 @@
+"""Scenes of the shapes world as pixels, with the exact visible mask of every object.
+
+Everything is drawn at twice the size with hard edges and averaged down, so an edge pixel mixes its
+two sides.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from gradeclip_ft.data.shapes_scene import COLOURS, Background, Scene, Thing
+
+FINER = 2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pixels and what they show.
+
+    Attributes:
+        image: RGB picture, square.
+        owner: (size, size) array; 0 is background, k is the k-th thing of the scene. A pixel
+            belongs to whatever covers most of it.
+        visible: Share of each thing's own area that nothing covers.
+    """
+
+    image: Image.Image
+    owner: NDArray[np.uint8]
+    visible: tuple[float, ...]
+
+
+def draw_scene(scene: Scene, size: int) -> Drawing:
+    """Draws the things from back to front over the background."""
+    fine = size * FINER
+    canvas = draw_background(scene.background, fine)
+    owner = np.zeros((fine, fine), np.uint8)
+    areas = []
+    for number, thing in enumerate(scene.things, start=1):
+        mask = _mask(thing, fine)
+        areas.append(max(int(mask.sum()), 1))
+        canvas[mask] = np.clip(np.add(COLOURS[thing.colour], thing.tint), 0, 255)
+        owner[mask] = number
+    blocks = canvas.reshape(size, FINER, size, FINER, 3).mean((1, 3))
+    image = Image.fromarray(np.rint(blocks).clip(0, 255).astype(np.uint8), "RGB")
+    seen = np.bincount(owner.ravel(), minlength=len(areas) + 1)[1:]
+    visible = tuple(float(count / area) for count, area in zip(seen, areas, strict=True))
+    return Drawing(image, _coarse(owner, size, len(areas)), visible)
+
+
+def draw_background(background: Background, size: int) -> NDArray[np.float32]:
+    """The texture alone, (size, size, 3) in grey levels."""
+    across, along = _waves(background, size)
+    match background.texture:
+        case "plain":
+            share = np.zeros_like(across)
+        case "striped":
+            share = (across % 1 < 0.5).astype(np.float32)
+        case "spotty":
+            share = ((across % 1 - 0.5) ** 2 + (along % 1 - 0.5) ** 2 < 0.3**2).astype(np.float32)
+        case "plaid":
+            share = ((across % 1 < 0.5).astype(np.float32) + (along % 1 < 0.5)) / 2
+        case "zigzag":
+            share = ((across + np.abs(along % 1 - 0.5)) % 1 < 0.5).astype(np.float32)
+        case unknown:
+            raise ValueError(f"texture {unknown!r} cannot be drawn; add it to draw_background")
+    first, second = (np.asarray(tone, np.float32) for tone in background.tones)
+    return (first + share[..., None] * (second - first)).astype(np.float32)
+
+
+def boxes_of(owner: NDArray[np.uint8], count: int) -> list[tuple[int, int, int, int]]:
+    """Tight xywh boxes in pixels around the visible part of things 1 to `count`."""
+    boxes = []
+    for number in range(1, count + 1):
+        rows, columns = np.nonzero(owner == number)
+        left, top = int(columns.min()), int(rows.min())
+        boxes.append((left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1))
+    return boxes
+
+
+def to_jpeg(image: Image.Image) -> bytes:
+    """JPEG without chroma subsampling: colours are the subject here."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def _mask(thing: Thing, fine: int) -> NDArray[np.bool_]:
+    cosine, sine = np.cos(thing.angle), np.sin(thing.angle)
+    turned = outline(thing.shape) @ np.array([[cosine, sine], [-sine, cosine]])
+    points = (turned * thing.radius + (thing.x, thing.y)) * fine
+    picture = Image.new("1", (fine, fine))
+    ImageDraw.Draw(picture).polygon([(x, y) for x, y in points.tolist()], fill=1)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=16)
+def outline(shape: str) -> NDArray[np.float64]:
+    """Corners (x right, y down) of a shape of radius about 1, (K, 2)."""
+    match shape:
+        case "circle":
+            return _arc(0, 2 * np.pi, 32)
+        case "square":
+            return 0.84 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
+        case "triangle":
+            return np.array([(0, -1), (1.06, 0.86), (-1.06, 0.86)])
+        case "star":
+            corners = _arc(-np.pi / 2, 1.5 * np.pi, 11)[:10]
+            corners[1::2] *= 0.42
+            return 1.1 * corners
+        case "heart":
+            t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+            height = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+            return np.stack([16 * np.sin(t) ** 3, -height - 2], 1) / 16
+        case "diamond":
+            return np.array([(0, -1.12), (0.7, 0), (0, 1.12), (-0.7, 0)])
+        case "arrow":
+            upper = np.array([(-1.05, -0.32), (0.1, -0.32), (0.1, -0.85), (1.1, 0)])
+            return np.concatenate([upper, upper[2::-1] * (1, -1)])
+        case "crescent":
+            outer, inner = (
+                _arc(0.25 * np.pi, 1.75 * np.pi, 28),
+                _arc(1.67 * np.pi, 0.33 * np.pi, 20),
+            )
+            return 1.1 * np.concatenate([outer, 0.82 * inner + (0.3, 0)])
+        case unknown:
+            raise ValueError(f"shape {unknown!r} has no outline; add it to outline()")
+
+
+def _arc(start: float, stop: float, count: int) -> NDArray[np.float64]:
+    t = np.linspace(start, stop, count)
+    return np.stack([np.cos(t), np.sin(t)], 1)
+
+
+def _waves(background: Background, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Pattern coordinates, in periods, across and along the direction of the texture."""
+    steps = ((np.arange(size, dtype=np.float32) + 0.5) / size) / background.period
+    x, y = steps[None, :], steps[:, None]
+    cosine, sine = np.float32(np.cos(background.angle)), np.float32(np.sin(background.angle))
+    across = x * cosine + y * sine + np.float32(background.phase[0]) + 16
+    along = y * cosine - x * sine + np.float32(background.phase[1]) + 16
+    return across.astype(np.float32), along.astype(np.float32)
+
+
+def _coarse(owner: NDArray[np.uint8], size: int, count: int) -> NDArray[np.uint8]:
+    """Majority of every block of fine pixels; a tie goes to the lower number."""
+    blocks = owner.reshape(size, FINER, size, FINER)
+    votes = [(blocks == number).sum((1, 3)) for number in range(count + 1)]
+    winner: NDArray[np.uint8] = np.argmax(votes, axis=0).astype(np.uint8)
+    return winner
