@@ -1,7 +1,8 @@
 """What a loader hands to an objective or an evaluator: frozen bundles of tensors.
 
-Phrases and regions are flat, with an index `owner` that names the image row: no padding, no lists of tensors. Every
-bundle offers `.to()` and `.pin_memory()`, so Lightning and torch's loader move it like a tensor.
+Phrases and regions are flat, with an index `owner` that names the image row: no padding, no lists
+of tensors. Every bundle offers `.to()` and `.pin_memory()`, so Lightning and torch's loader move
+it like a tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class CaptionBatch(_Tensors):
         images: Normalised pixels.
         captions: Token ids of one caption per image.
         distinct: Token ids of each different phrase of the batch, once, in its prompt.
-        identity: Hash of each distinct phrase string; equal strings have equal hashes on every process.
+        identity: Hash of each distinct phrase string, the same on every process.
         phrase: Row of `distinct` for every phrase.
         owner: Row of `images` for every phrase.
         keys: Sample keys, for messages.

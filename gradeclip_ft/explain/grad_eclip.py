@@ -1,0 +1,96 @@
+"""Grad-ECLIP on the last layer (eqs. 15, 19 and 20), all phrases of all images in one gradient.
+
+Only the query row of the last attention reaches the embedding, so the channel weight depends on
+that row alone: it is gathered by `owner` to P rows, and one gradient gives all weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradeclip_ft.models.trace import Heads, Trace
+from gradeclip_ft.ops.heatmap import min_max
+from gradeclip_ft.ops.similarity import cosine
+
+
+@dataclass(frozen=True)
+class GradEclip:
+    """H_i = ReLU(λ_i Σ_c w_c v_ic) over the explained tokens (eq. 19).
+
+    Attributes:
+        spatial: λ as the 0-1 normalised similarity of query and key (eq. 20), the attention weight
+            of one head, or 1 (the rows "w/o λ" of the paper).
+        similarity: For `minmax`: cosine (the authors' code and the follow-up paper), or the product
+            that the paper's text names.
+        space: q and k as they are, or behind the output projection (the authors' script for the
+            ImageNet tables).
+        heads: One head over all channels (eq. 7), or the model's own.
+        relu: Keep the positive part only.
+        create_graph: Let gradients flow through the map.
+    """
+
+    spatial: Literal["minmax", "softmax", "none"] = "minmax"
+    similarity: Literal["cosine", "product"] = "cosine"
+    space: Literal["raw", "projected"] = "raw"
+    heads: Heads = "one"
+    relu: bool = True
+    create_graph: bool = False
+
+    def from_trace(
+        self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P N"]:
+        """Relevance of every token for each target."""
+        weight = channel_weight(
+            trace, target, owner, heads=self.heads, create_graph=self.create_graph
+        )
+        value = torch.bmm(trace.v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
+        relevance = self._spatial_weight(trace)[owner] * value
+        relevance = relevance.masked_fill(~trace.explained[owner], 0.0)
+        return relevance.relu() if self.relu else relevance
+
+    def _spatial_weight(self, trace: Trace) -> Float[Tensor, "B N"]:
+        """λ, the same for every target (eq. 20)."""
+        q, k = trace.q, trace.k
+        if self.spatial == "none":
+            return torch.ones(k.shape[:2], dtype=k.dtype, device=k.device)
+        if self.spatial == "softmax":
+            scores = torch.einsum("bc,bnc->bn", q, k) / math.sqrt(q.shape[-1])
+            return (scores if trace.mask is None else scores + trace.mask).softmax(-1)
+        if self.space == "projected":
+            q, k = trace.project(q), trace.project(k)
+        if self.similarity == "product":
+            return min_max(torch.einsum("bc,bnc->bn", q, k), trace.explained)
+        batch, tokens, width = k.shape
+        flat = cosine(q.unsqueeze(1).expand_as(k).reshape(-1, width), k.reshape(-1, width))
+        return min_max(flat.view(batch, tokens), trace.explained)
+
+
+def channel_weight(
+    trace: Trace,
+    target: Float[Tensor, "P D"],
+    owner: Int[Tensor, " P"],
+    *,
+    heads: Heads = "one",
+    create_graph: bool = False,
+) -> Float[Tensor, "P C"]:
+    """Channel importance w = ∂S/∂o of the query row (eq. 15).
+
+    Args:
+        trace: Rows for B inputs.
+        target: Unit embeddings.
+        owner: Row of the trace for each target.
+        heads: How o is computed: one head over all channels (eq. 7), or the model's own.
+        create_graph: Keep the graph of w.
+    """
+    o = trace.output(heads)[owner]
+    if not (create_graph and o.requires_grad):
+        o = o.detach().requires_grad_()
+    score = cosine(trace.finish(trace.query_tokens[owner], o), target)
+    (weight,) = torch.autograd.grad(score.sum(), o, create_graph=create_graph)
+    return weight

@@ -1,0 +1,44 @@
+"""MaskCLIP: similarity of the dense features and the text (Zhou et al., 2022); no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.ops.similarity import cosine, unit
+
+
+@dataclass(frozen=True)
+class MaskClip:
+    """H_i = cos(F_d,i, F_T), its positive part, so that it can weigh dense features.
+
+    Attributes:
+        key_factor: Multiply by the cosine of the projected query-row key and patch key, as the
+            Grad-ECLIP authors' script does.
+        create_graph: Let gradients flow through the map.
+    """
+
+    key_factor: bool = False
+    create_graph: bool = False
+
+    def from_trace(
+        self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P N"]:
+        """Relevance of every token for each target."""
+        features = unit(trace.finish(trace.tokens, trace.v))  # (B, N, D)
+        relevance = torch.bmm(features[owner], target.unsqueeze(2)).squeeze(2)
+        if self.key_factor:
+            relevance = relevance * _key_factor(trace)[owner]
+        return relevance.masked_fill(~trace.explained[owner], 0.0).relu()
+
+
+def _key_factor(trace: Trace) -> Float[Tensor, "B N"]:
+    keys = trace.project(trace.k)
+    own = keys[torch.arange(len(keys), device=keys.device), trace.query]
+    batch, tokens, width = keys.shape
+    flat = cosine(own.unsqueeze(1).expand_as(keys).reshape(-1, width), keys.reshape(-1, width))
+    return flat.view(batch, tokens)

@@ -1,0 +1,126 @@
+"""The last layer of one forward pass, computed once and read by everybody (Grad-ECLIP, eqs. 2-7).
+
+All blocks but the last run natively. Of the last one, q, k and v are computed once; everything
+behind attention is one row-wise function `finish(x, o)`. Three calls of it replace three forward
+passes: the native embedding, the score that Grad-ECLIP differentiates, and the dense features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gradeclip_ft.ops.attention import attend_row
+
+Heads: TypeAlias = Literal["one", "all"]
+Rows: TypeAlias = Callable[[Tensor], Tensor]
+Finish: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Input, queries, keys and values of the last attention layer, and what follows it.
+
+    Attributes:
+        tokens: Input of the last layer.
+        query: Row whose output becomes the embedding: the class token, or the end of the text.
+        q: Query of that row, heads joined.
+        k: Keys, heads joined, positions applied.
+        v: Values, heads joined.
+        o: Attention output of the query row with the model's own heads, before any norm or
+            projection.
+        embedding: `finish(tokens[query], o)`, equal to the library's own embedding; not normalised.
+        heads: The model's own number of heads.
+        mask: Added to the scores of the query row; None where it sees every token.
+        explained: Tokens that a map speaks of: patches, or words.
+        grid: (h, w) of the patches; None for texts.
+        finish: (x, o) -> embedding, row by row: everything behind attention.
+        attend: tokens -> (q of every row, k, v): everything before attention.
+        project: Output projection of the attention layer, on rows of the width of o.
+    """
+
+    tokens: Float[Tensor, "B N C"]
+    query: Int[Tensor, " B"]
+    q: Float[Tensor, "B C"]
+    k: Float[Tensor, "B N C"]
+    v: Float[Tensor, "B N C"]
+    o: Float[Tensor, "B C"]
+    embedding: Float[Tensor, "B D"]
+    heads: int
+    mask: Float[Tensor, "B N"] | None
+    explained: Bool[Tensor, "B N"]
+    grid: tuple[int, int] | None
+    finish: Finish
+    attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    project: Rows
+
+    @property
+    def query_tokens(self) -> Float[Tensor, "B C"]:
+        """Input row of the query."""
+        return query_rows(self.tokens, self.query)
+
+    def output(self, heads: Heads) -> Float[Tensor, "B C"]:
+        """Attention output o of the query row, with one head over all channels (eq. 7) or all."""
+        if heads == "all":
+            return self.o
+        return attend_row(self.q, self.k, self.v, heads=1, mask=self.mask)
+
+    def dense(self) -> Float[Tensor, "B h w D"]:
+        """Dense features F_d: the last layer without attention, each patch with its own value.
+
+        The construction of CLIPSelf, which Grad-ECLIP's section 5 follows; not normalised.
+
+        Raises:
+            ValueError: The trace is that of a text.
+        """
+        if self.grid is None:
+            raise ValueError("dense features exist for images; this is the trace of a text")
+        height, width = self.grid
+        first = self.tokens.shape[1] - height * width
+        return self.finish(self.tokens[:, first:], self.v[:, first:]).view(
+            -1, height, width, self.embedding.shape[-1]
+        )
+
+    def replay(
+        self, tokens: Float[Tensor, "R N C"], owner: Int[Tensor, " R"]
+    ) -> Float[Tensor, "R D"]:
+        """Embeddings from other inputs of the last layer, with the model's own heads.
+
+        Args:
+            tokens: Inputs of the last layer.
+            owner: Row of this trace whose query position and mask each of them takes.
+        """
+        query = self.query[owner]
+        q, k, v = self.attend(tokens, query)
+        mask = None if self.mask is None else self.mask[owner]
+        o = attend_row(q, k, v, heads=self.heads, mask=mask)
+        return self.finish(query_rows(tokens, query), o)
+
+    def detach(self) -> Trace:
+        """The same trace without a graph."""
+        return self._map(Tensor.detach)
+
+    def float(self) -> Trace:
+        """The same trace in single precision."""
+        return self._map(lambda tensor: tensor.float())
+
+    def _map(self, function: Rows) -> Trace:
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            q=function(self.q),
+            k=function(self.k),
+            v=function(self.v),
+            o=function(self.o),
+            embedding=function(self.embedding),
+        )
+
+
+def query_rows(tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
+    """One row of every sequence."""
+    return tokens[torch.arange(len(tokens), device=tokens.device), query]

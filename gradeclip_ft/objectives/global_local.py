@@ -1,0 +1,80 @@
+"""Fine-grained fine-tuning: global loss (21) and local loss (22) from one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.explain.base import TraceExplainer, heat_from_trace
+from gradeclip_ft.losses.alignment import AlignmentOptions, AlignmentTerms, alignment_loss
+from gradeclip_ft.losses.contrastive import contrastive_loss
+from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.objectives.base import LossTerms
+from gradeclip_ft.ops.pooling import pool_heatmap
+
+
+@dataclass(frozen=True)
+class GlobalLocal:
+    """L = L_global + c · L_local, each phrase pooled by its own heat map.
+
+    Attributes:
+        explainer: Makes the heat maps H.
+        alignment: Choices of the local loss.
+        local_weight: c.
+        phrase_weight: w_t, the maximum of the phrase's map without gradient (the follow-up paper),
+            or 1.
+        normalize_tokens: Bring dense features to length 1 before pooling.
+    """
+
+    explainer: TraceExplainer
+    alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
+    local_weight: float = 1.0
+    phrase_weight: Literal["max", "none"] = "max"
+    normalize_tokens: bool = True
+
+    def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
+        """Loss terms of this batch: one image forward, two short text forwards, one gradient."""
+        trace = clip.image.trace(batch.images)
+        captions = clip.text.encode(batch.captions)
+        phrases = clip.text.encode(batch.distinct)[batch.phrase]  # (P, D), each string once
+        heat = heat_from_trace(self.explainer, trace, phrases, batch.owner)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            regions = pool_heatmap(
+                trace.dense(), heat, batch.owner, normalize_tokens=self.normalize_tokens
+            )
+            scale = clip.log_scale.exp()
+            whole = contrastive_loss(trace.embedding, captions, scale)
+            local = alignment_loss(
+                regions,
+                phrases,
+                identity=batch.identity[batch.phrase],
+                weight=self._weight(heat.detach()),
+                scale=scale.detach(),
+                options=self.alignment,
+            )
+        total = whole + self.local_weight * local.loss
+        return LossTerms(total, _parts(whole, local, heat.detach()))
+
+    def _weight(self, heat: Float[Tensor, "P h w"]) -> Float[Tensor, " P"]:
+        """w_t; 0 where the map is 0 everywhere."""
+        highest = heat.amax((1, 2))
+        return highest if self.phrase_weight == "max" else (highest > 0).float()
+
+
+def _parts(whole: Tensor, local: AlignmentTerms, heat: Tensor) -> dict[str, Tensor]:
+    highest = heat.amax((1, 2))
+    count = max(len(highest), 1)
+    return {
+        "global": whole.detach(),
+        "local": local.loss.detach(),
+        "positive_cosine": local.positive_cosine,
+        "negative_cosine": local.negative_cosine,
+        "clamped_share": local.clamped_share,
+        "heat_max": highest.sum() / count,
+        "empty_maps": (highest == 0).sum() / count,
+    }

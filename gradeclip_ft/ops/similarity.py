@@ -1,0 +1,19 @@
+"""Unit vectors and cosines, always in single precision."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EPS = 1e-12
+
+
+def unit(x: Float[Tensor, "*rows D"], *, eps: float = EPS) -> Float[Tensor, "*rows D"]:
+    """Rows divided by their length, in fp32; a row of length 0 stays 0."""
+    return torch.nn.functional.normalize(x.float(), dim=-1, eps=eps)
+
+
+def cosine(a: Float[Tensor, "R D"], b: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
+    """Score S = unit(a) · unit(b), row by row (Grad-ECLIP, eq. 1); no temperature."""
+    return (unit(a) * unit(b)).sum(-1)
