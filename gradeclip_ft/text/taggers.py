@@ -205,7 +205,7 @@ def _fetch(home: Path, timeout: float) -> str | None:
     try:
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
-            command = [sys.executable, "-m", "nltk.downloader", "-d", folder, PACKAGE]
+            command = [sys.executable, "-m", "nltk.downloader", "-e", "-d", folder, PACKAGE]
             done = subprocess.run(command, timeout=timeout, capture_output=True, text=True)
             archive = Path(folder) / "taggers" / name
             if not archive.exists():  # the downloader's exit code is 0 even so
