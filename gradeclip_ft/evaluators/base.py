@@ -1,0 +1,165 @@
+"""What an evaluator is, and how several of them run on one model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from gradeclip_ft.models.clip import Clip, LoadedClip
+from gradeclip_ft.results.fingerprint import versions
+from gradeclip_ft.results.record import Json, Measured, Result, read, result_path
+
+Item = TypeVar("Item")
+
+
+class Track(Protocol):
+    """Passes the items of a loop through and shows how far it is."""
+
+    def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+        """The same items."""
+        ...
+
+
+def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """No progress shown."""
+    del what, total
+    return items
+
+
+class Evaluator(Protocol):
+    """Model to numbers; leaves the model, its mode and the random state as they were."""
+
+    @property
+    def name(self) -> str:
+        """Name of its result file; carries the image size where that decides the numbers."""
+        ...
+
+    @property
+    def protocol(self) -> dict[str, Json]:
+        """The settings that change the numbers, as far as they are known without a model."""
+        ...
+
+    def prepare(self) -> None:
+        """Make or check the data; cheap when all is there, and run by one process only."""
+        ...
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        """Measure one model."""
+        ...
+
+
+def run_all(
+    evaluators: Mapping[str, Evaluator],
+    loaded: LoadedClip,
+    *,
+    folder: Path,
+    run: str | None = None,
+    step: int = 0,
+    command: str | None = None,
+    again: bool = True,
+    track: Track = untracked,
+    done: Callable[[Result, bool], None] = lambda result, fresh: None,
+) -> list[Result]:
+    """Run evaluators on one model and write one JSON each.
+
+    Args:
+        evaluators: By any key; the result takes the evaluator's own name.
+        loaded: The model.
+        folder: Where the results go, `<evaluator>@<step>.json`.
+        run: Name of the run the weights come from.
+        step: Optimiser steps behind the weights.
+        command: Command line for the record.
+        again: Replace results that are there; else those of the same weights and protocol are kept.
+        track: Shows progress.
+        done: Called after each evaluator with its result and whether it was measured now.
+
+    Raises:
+        ValueError: Two evaluators have one name, or a kept result is of other weights.
+    """
+    names = [evaluator.name for evaluator in evaluators.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evaluators need different names, got {', '.join(sorted(names))}")
+    weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
+    results = []
+    for evaluator in evaluators.values():
+        path = result_path(folder, evaluator.name, step)
+        kept = None if again or not path.exists() else _same(path, evaluator, weights)
+        result = kept or _measure(evaluator, loaded, weights, run, step, command, track)
+        if kept is None:
+            result.write(folder)
+        done(result, kept is None)
+        results.append(result)
+    return results
+
+
+@contextmanager
+def evaluating(clip: Clip) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every layer has the mode it had.
+
+    No inference mode: tensors that a model caches there could not be used in training.
+    """
+    modes = {module: module.training for module in clip.modules()}
+    clip.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def placement(clip: Clip) -> tuple[torch.device, torch.dtype]:
+    """Device and type that images must have."""
+    parameter = next(clip.model.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _measure(
+    evaluator: Evaluator,
+    loaded: LoadedClip,
+    weights: Mapping[str, Json],
+    run: str | None,
+    step: int,
+    command: str | None,
+    track: Track,
+) -> Result:
+    start = time.perf_counter()
+    with evaluating(loaded.clip):
+        measured = evaluator(loaded, track=track)
+    return Result(
+        evaluator=evaluator.name,
+        metrics=measured.metrics,
+        protocol=measured.protocol,
+        data=measured.data,
+        weights=weights,
+        versions=versions(),
+        run=run,
+        step=step,
+        seconds=round(time.perf_counter() - start, 2),
+        command=command,
+        details=measured.details,
+    )
+
+
+def _same(path: Path, evaluator: Evaluator, weights: Mapping[str, Json]) -> Result:
+    """The result on disk, if it is one of these weights and this protocol.
+
+    Raises:
+        ValueError: It is not.
+    """
+    result = read(path)
+    differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
+    differing += [
+        key for key, value in evaluator.protocol.items() if result.protocol.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} exists and differs in {', '.join(differing)}; again=true replaces it, another "
+            "out= keeps both"
+        )
+    return result

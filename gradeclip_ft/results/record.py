@@ -1,0 +1,124 @@
+"""What an evaluation leaves behind: numbers with everything that changes them.
+
+One JSON per evaluation, `<evaluator>@<step>.json`; step 0 is the model before training. Two numbers
+may be compared when their protocols and data are equal, whatever the weights and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluator hands back.
+
+    Attributes:
+        metrics: Fractions by name.
+        protocol: Every choice that changes the numbers except data and weights.
+        data: Fingerprint: files, counts, hash.
+        details: Observations beside the metrics: ties, empty masks.
+    """
+
+    metrics: Mapping[str, float]
+    protocol: Mapping[str, Json]
+    data: Mapping[str, Json]
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one set of weights.
+
+    Attributes:
+        evaluator: Name of the evaluator, also of the file.
+        metrics: Fractions by name.
+        protocol: Every choice that changes the numbers except data and weights.
+        data: Fingerprint: files, counts, hash.
+        weights: Name of the model and hash of the weights.
+        versions: Versions of the packages that computed it.
+        run: Name of the run the weights come from; None for weights without a run.
+        step: Optimiser steps behind the weights; 0 is the model before training.
+        seconds: Time of the evaluation.
+        command: Command line that measured it.
+        details: Observations beside the metrics.
+    """
+
+    evaluator: str
+    metrics: Mapping[str, float]
+    protocol: Mapping[str, Json]
+    data: Mapping[str, Json]
+    weights: Mapping[str, Json]
+    versions: Mapping[str, str]
+    run: str | None = None
+    step: int = 0
+    seconds: float = 0.0
+    command: str | None = None
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        """Write `<folder>/<evaluator>@<step>.json`, replacing it in one step.
+
+        Raises:
+            ValueError: A metric is not finite.
+        """
+        bad = [name for name, value in self.metrics.items() if not _finite(value)]
+        if bad:
+            raise ValueError(
+                f"{self.evaluator} at step {self.step}: {', '.join(bad)} is not finite; "
+                "the model gives no usable features"
+            )
+        path = result_path(folder, self.evaluator, self.step)
+        write_atomically(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        return path
+
+
+def result_path(folder: Path, evaluator: str, step: int) -> Path:
+    """Place of one evaluation's JSON."""
+    return folder / f"{evaluator}@{step}.json"
+
+
+def read(path: Path) -> Result:
+    """Result from its JSON.
+
+    Raises:
+        ValueError: The file is cut off, no JSON, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no complete JSON ({error}); delete it and evaluate again"
+        ) from error
+    known = {entry.name for entry in fields(Result)}
+    needed = {"evaluator", "metrics", "protocol", "data", "weights", "versions"}
+    missing = needed - set(content) if isinstance(content, dict) else needed
+    if missing:
+        raise ValueError(f"{path} is no evaluation: {', '.join(sorted(missing))} missing")
+    return Result(**{key: value for key, value in content.items() if key in known})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file aside, then rename, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(aside).chmod(0o644)
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
