@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from gradeclip_ft.ops.heatmap import to_grid
 from gradeclip_ft.ops.similarity import unit
 
 
+@runtime_checkable
 class TraceExplainer(Protocol):
     """Relevance of tokens from the last layer alone; cheap enough for a training step."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -13,6 +13,7 @@ Foreign: TypeAlias = Any
 """A module of open_clip or timm, whose attributes the adapters check by hand."""
 
 
+@runtime_checkable
 class Tower(Protocol):
     """One encoder of an open_clip model, image or text; owns no parameters.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +26,7 @@ class LossTerms:
     parts: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Loss of one batch; the whole of it runs inside the training step, so DDP sees one forward."""
 

@@ -42,11 +42,10 @@ class GlobalLocal:
         trace = clip.image.trace(batch.images)
         captions = clip.text.encode(batch.captions)
         phrases = clip.text.encode(batch.distinct)[batch.phrase]  # (P, D), each string once
+        dense = trace.dense()
         heat = heat_from_trace(self.explainer, trace, phrases, batch.owner)
         with torch.autocast(batch.images.device.type, enabled=False):
-            regions = pool_heatmap(
-                trace.dense(), heat, batch.owner, normalize_tokens=self.normalize_tokens
-            )
+            regions = pool_heatmap(dense, heat, batch.owner, normalize_tokens=self.normalize_tokens)
             scale = clip.log_scale.exp()
             whole = contrastive_loss(trace.embedding, captions, scale)
             local = alignment_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.trace import query_rows
 
 
-def check_blocks(blocks: Sequence[Foreign], tower: str) -> None:
+def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
     """Refuse blocks whose attention is not the plain one of CLIP.
 
     Raises:
@@ -32,7 +32,7 @@ def check_blocks(blocks: Sequence[Foreign], tower: str) -> None:
 
 
 def run_blocks(
-    blocks: Sequence[Foreign],
+    blocks: Iterable[Foreign],
     x: Float[Tensor, "B N C"],
     step: Callable[[Foreign, Tensor], Tensor],
     *,

@@ -110,7 +110,7 @@ def _query_key_value(
 
 def _rotate(k: Tensor, rope: Tensor, heads: int, *, half: bool) -> Tensor:
     """Rotary positions on all rows behind the class token, head by head."""
-    split = k.view(*k.shape[:2], heads, -1).transpose(1, 2)  # (B, A, N, c)
+    split = k.view(*k.shape[:2], heads, k.shape[2] // heads).transpose(1, 2)  # (B, A, N, c)
     rotated = apply_rot_embed_cat(split[:, :, 1:], rope, half=half)
     joined = torch.cat([split[:, :, :1], rotated.to(split.dtype)], dim=2)
     return joined.transpose(1, 2).flatten(2)

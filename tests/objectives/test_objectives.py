@@ -1,0 +1,118 @@
+"""From a batch to loss terms: which parameters learn what, and the edge cases of a batch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.explain.base import TraceExplainer
+from gradeclip_ft.explain.grad_cam import GradCam
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.maskclip import MaskClip
+from gradeclip_ft.explain.uniform import Uniform
+from gradeclip_ft.losses.alignment import AlignmentOptions
+from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.objectives.global_local import GlobalLocal
+from gradeclip_ft.objectives.global_only import GlobalOnly
+
+EXPLAINERS = [GradEclip(), GradEclip(create_graph=True), GradCam(), MaskClip(), Uniform()]
+
+
+def without_phrases(batch: CaptionBatch) -> CaptionBatch:
+    """The same images and captions; no phrase was found."""
+    return dataclasses.replace(
+        batch,
+        distinct=batch.distinct[:0],
+        identity=batch.identity[:0],
+        phrase=batch.phrase[:0],
+        owner=batch.owner[:0],
+    )
+
+
+def gradients(clip: Clip, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient of every parameter that has one."""
+    clip.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in clip.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("explainer", EXPLAINERS, ids=str)
+def test_every_parameter_receives_a_finite_gradient(
+    explainer: TraceExplainer, tiny_clip: Clip, tiny_batch: CaptionBatch
+) -> None:
+    """Unused parameters would stop DDP; a NaN would stop training."""
+    terms = GlobalLocal(explainer)(tiny_clip, tiny_batch)
+    found = gradients(tiny_clip, terms.total)
+    assert found.keys() == dict(tiny_clip.named_parameters()).keys()
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_the_total_is_global_plus_weighted_local(tiny_clip: Clip, tiny_batch: CaptionBatch) -> None:
+    terms = GlobalLocal(GradEclip(), local_weight=0.25)(tiny_clip, tiny_batch)
+    alone = GlobalOnly()(tiny_clip, tiny_batch)
+    expected = alone.total + 0.25 * terms.parts["local"]
+    torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_through_the_map_is_an_option(tiny_vit: Clip, tiny_batch: CaptionBatch) -> None:
+    """Same value, another gradient: the map's own contribution."""
+    stopped = GlobalLocal(GradEclip(create_graph=False))(tiny_vit, tiny_batch)
+    moving = GlobalLocal(GradEclip(create_graph=True))(tiny_vit, tiny_batch)
+    torch.testing.assert_close(stopped.total, moving.total)
+    first, second = gradients(tiny_vit, stopped.total), gradients(tiny_vit, moving.total)
+    name = "model.visual.transformer.resblocks.1.attn.in_proj_weight"
+    assert not torch.allclose(first[name], second[name], rtol=1e-3)
+
+
+def test_a_batch_without_phrases_trains_on_the_global_loss_alone(
+    tiny_clip: Clip, tiny_batch: CaptionBatch
+) -> None:
+    batch = without_phrases(tiny_batch)
+    terms = GlobalLocal(GradEclip(create_graph=True))(tiny_clip, batch)
+    assert terms.parts["local"].item() == 0.0
+    expected = gradients(tiny_clip, GlobalOnly()(tiny_clip, batch).total)
+    got = gradients(tiny_clip, GlobalLocal(GradEclip())(tiny_clip, batch).total)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_distinct_phrases_encoded_once_give_the_plain_loss(
+    tiny_clip: Clip, tiny_batch: CaptionBatch
+) -> None:
+    """The de-duplicated path against one row per phrase."""
+    plain = dataclasses.replace(
+        tiny_batch,
+        distinct=tiny_batch.distinct[tiny_batch.phrase],
+        identity=tiny_batch.identity[tiny_batch.phrase],
+        phrase=torch.arange(5),
+    )
+    objective = GlobalLocal(GradEclip())
+    torch.testing.assert_close(
+        objective(tiny_clip, tiny_batch).total, objective(tiny_clip, plain).total
+    )
+
+
+def test_phrase_order_does_not_change_the_loss(tiny_clip: Clip, tiny_batch: CaptionBatch) -> None:
+    order = torch.tensor([4, 0, 3, 2, 1])
+    shuffled = dataclasses.replace(
+        tiny_batch, phrase=tiny_batch.phrase[order], owner=tiny_batch.owner[order]
+    )
+    objective = GlobalLocal(GradEclip(), AlignmentOptions(kind="contrastive"))
+    torch.testing.assert_close(
+        objective(tiny_clip, tiny_batch).total, objective(tiny_clip, shuffled).total
+    )
+
+
+def test_losses_stay_in_single_precision_under_autocast(
+    tiny_vit: Clip, tiny_batch: CaptionBatch
+) -> None:
+    """bf16 towers, fp32 maps and losses (traps: D5, D9)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = GlobalLocal(GradEclip(create_graph=True))(tiny_vit, tiny_batch)
+    exact = GlobalLocal(GradEclip())(tiny_vit, tiny_batch)
+    assert terms.total.dtype == torch.float32
+    # bf16 keeps about three digits
+    torch.testing.assert_close(terms.total, exact.total, rtol=0.03, atol=0.03)
+    found = gradients(tiny_vit, terms.total)
+    assert all(gradient.isfinite().all() for gradient in found.values())
