@@ -1,0 +1,151 @@
+"""The page in a real browser, without a driver: the part behind # selects what is shown."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gradeclip_ft.report.content import Page
+from gradeclip_ft.report.page import render
+
+pytestmark = pytest.mark.browser
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1280,900",
+    "--virtual-time-budget=2000",
+)
+
+
+@pytest.fixture(scope="module")
+def report(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(page, tmp_path_factory.mktemp("browser") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for path in map(shutil.which, NAMES) if path), None)
+    if found is None:
+        pytest.skip(f"no headless browser: none of {', '.join(NAMES)} is installed")
+    return found
+
+
+def open_page(browser: str, report: Path, state: str, profile: Path) -> str:
+    """The document after its script ran."""
+    command = [
+        browser,
+        *FLAGS,
+        f"--user-data-dir={profile}",
+        "--dump-dom",
+        report.as_uri() + state,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def shown(dom: str) -> tuple[str, int]:
+    """What the visible case's stage says, and the hot patch of the map on it."""
+    case = re.search(r'<article class="case[^"]* shown".*?</article>', dom, re.DOTALL)
+    assert case is not None
+    stage = case.group(0).split('<figure class="stage"')[1].split("</figure>")[0]
+    name = re.search(r'<span class="now">([^<]*)</span>', stage)
+    values = re.search(r'data-values="([^"]*)"', stage)
+    assert name is not None
+    assert values is not None
+    return name.group(1), values.group(1).split().index("100")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("", ("Grad-ECLIP: red circle", 8)),
+        ("#case=1&phrase=3&method=1", ("Untouched: blue star", 2)),
+        ("#case=2&phrase=2&method=2", ("Ordinary: b", 9)),
+        ("#case=99&phrase=0&method=oops", ("Untouched: a", 4)),
+    ],
+)
+def test_choosing_changes_the_map(
+    browser: str, report: Path, tmp_path: Path, state: str, expected: tuple[str, int]
+) -> None:
+    """Catches a page whose large map does not follow the choice, also a nonsensical one."""
+    assert shown(open_page(browser, report, state, tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (
+            "root.querySelector('.shown .cell[aria-label^=Ordinary]').click()",
+            ("Ordinary: red circle", 4),
+        ),
+        (
+            "root.querySelector('input[name=method-1][value=\"1\"]').click()",
+            ("Untouched: red circle", 0),
+        ),
+        ("root.querySelector('input[name=case][value=\"2\"]').click()", ("Grad-ECLIP: a", 12)),
+        ("press('3')", ("Grad-ECLIP: blue star", 10)),
+        ("press('m')", ("Untouched: red circle", 0)),
+        ("press('n'); press('2')", ("Grad-ECLIP: b", 13)),
+    ],
+)
+def test_clicks_and_keys_change_the_map(
+    browser: str, report: Path, tmp_path: Path, action: str, expected: tuple[str, int]
+) -> None:
+    """A script behind the page's own acts as the reader."""
+    acted = with_script(report, tmp_path, action)
+    assert shown(open_page(browser, acted, "", tmp_path / "profile")) == expected
+
+
+def test_slider_and_switch_reach_every_map(browser: str, report: Path, tmp_path: Path) -> None:
+    """Catches maps that keep their opacity, or boxes that cannot be hidden."""
+    action = (
+        "const slider = root.querySelector('.opacity'); slider.value = 25;"
+        "slider.dispatchEvent(new Event('input', { bubbles: true })); press('b');"
+        "const style = (name) => getComputedStyle(root.querySelector(`.shown .cell ${name}`));"
+        "document.title = `${style('.heat').opacity} ${style('.boxes').display}`"
+    )
+    acted = with_script(report, tmp_path, action)
+    dom = open_page(browser, acted, "", tmp_path / "profile")
+    assert "<title>0.25 none</title>" in dom
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: str, report: Path, tmp_path: Path) -> None:
+    """Catches a table or grid wider than 390 pixels; a frame, as windows have a least width."""
+    action = (
+        "parent.postMessage([innerWidth, document.documentElement.scrollWidth,"
+        "...[...document.querySelectorAll('.scroll, .shown .grid-side')]"
+        ".map((part) => part.scrollWidth - part.clientWidth)].join(' '), '*')"
+    )
+    frame = tmp_path / "frame.html"
+    name = with_script(report, tmp_path, action).name
+    frame.write_text(
+        "<script>onmessage = (event) => { document.title = event.data; }</script>"
+        f'<iframe style="width: 390px; border: 0" src="{name}"></iframe>'
+    )
+    dom = open_page(browser, frame, "", tmp_path / "profile")
+    assert "<title>390 390 0 0</title>" in dom, re.search("<title>.*?</title>", dom)
+
+
+def with_script(report: Path, folder: Path, action: str) -> Path:
+    """A copy of the page with one more script at its end."""
+    script = (
+        "<script>{ const root = document.getElementById('cases');"
+        "const press = (key) => document.dispatchEvent(new KeyboardEvent('keydown', { key }));"
+        f"{action} }}</script>"
+    )
+    text = report.read_text(encoding="utf-8")
+    assert text.count("</body>") == 1
+    copy = folder / "acted.html"
+    copy.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
+    return copy

@@ -1,0 +1,107 @@
+"""Heat maps as pictures: values, places and colours that can be worked out by hand."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradeclip_ft.ops.heatmap import to_pixels
+from gradeclip_ft.report import figures
+from gradeclip_ft.report.content import Case
+from gradeclip_ft.report.still import draw_still
+
+
+def decode(uri: str) -> Image.Image:
+    head, data = uri.split(",", 1)
+    assert head == "data:image/png;base64"
+    return Image.open(BytesIO(base64.b64decode(data)))
+
+
+def test_a_map_fills_its_own_scale_whatever_its_unit() -> None:
+    """Catches maps of weak models drawn dark, or negative relevance drawn as bright."""
+    heat = np.array([[-2.0, 0.0], [2.0, 6.0]], dtype=np.float32)
+    np.testing.assert_allclose(figures.scale_heat(heat), [[0.0, 0.25], [0.5, 1.0]])
+    np.testing.assert_allclose(figures.scale_heat(1e-4 * heat), figures.scale_heat(heat), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_constant_map_is_drawn_as_nothing(value: float) -> None:
+    """Catches rounding noise of an all-zero map blown up to full contrast."""
+    assert not figures.scale_heat(np.full((3, 3), value, dtype=np.float32)).any()
+
+
+def test_a_map_with_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        figures.scale_heat(np.array([[0.0, np.nan]], dtype=np.float32))
+
+
+def test_enlarging_equals_the_package_s_own_to_pixels() -> None:
+    """Torch is the oracle: a shift by half a pixel would move every map off its object."""
+    heat = np.random.default_rng(0).random((4, 6), dtype=np.float32)
+    expected = to_pixels(torch.from_numpy(heat)[None], (32, 48))[0].numpy()
+    got = figures.enlarge(figures.scale_heat(heat), (32, 48))
+    # PIL's bilinear filter renormalises at the border in the same way; only rounding differs.
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_png_keeps_place_and_value() -> None:
+    """Catches transposed or flipped maps: the hot patch of a 2 x 3 grid is the lower left one."""
+    heat = np.array([[0, 0, 0], [5, 0, 0]], dtype=np.float32)
+    picture = decode(figures.heat_png(heat, side=96))
+    assert picture.size == (96, 64)
+    index = np.asarray(picture)
+    assert index[63, 0] == 255
+    assert index[0, 95] == 0
+    np.testing.assert_array_equal(np.asarray(picture.convert("RGB"))[63, 0], figures.colours()[255])
+
+
+def test_colours_grow_in_lightness() -> None:
+    """Readable without colour vision: relative luminance never falls along the bar."""
+    linear = (figures.colours() / 255.0) ** 2.2
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    assert (np.diff(luminance) > -1e-3).all()
+    assert luminance[-1] > 0.9
+
+
+def test_an_overlay_mixes_by_its_opacity() -> None:
+    """By hand: a constant map is the darkest colour, so grey 200 at opacity 0.6 becomes 80."""
+    image = np.full((8, 8, 3), 200, dtype=np.uint8)
+    mixed = figures.overlay(image, np.zeros((2, 2), dtype=np.float32), opacity=0.6)
+    expected = np.rint(0.4 * 200 + 0.6 * figures.colours()[0])
+    np.testing.assert_array_equal(mixed[3, 3], expected)
+
+
+def test_an_image_survives_lossless() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(decode(figures.image_png(image))), image)
+
+
+def test_the_still_picture_has_a_row_per_method_and_a_column_per_phrase(
+    tmp_path: Path,
+) -> None:
+    """Catches phrases dropped or maps of one method shown for all: the hot corner moves."""
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    corner = {name: np.zeros((2, 2, 2), dtype=np.float32) for name in ("a", "b")}
+    corner["a"][:, 0, 0] = 1
+    corner["b"][:, 1, 1] = 1
+    case = Case(image, ("one", "two"), corner, boxes=[[(0.0, 0.0, 0.5, 0.5)], ()])
+    path = draw_still([case], ("a", "b"), tmp_path / "new" / "still.png")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L"), dtype=float)
+    left = round(1.0 / 4.0 * pixels.shape[1])  # margin of 1 inch beside two tiles of 1.5
+    tiles = np.array_split(pixels[round(0.28 / 4.8 * len(pixels)) :, left:], 3, axis=0)
+    for tile, hot in ((tiles[1], (0.1, 0.3)), (tiles[2], (0.8, 0.45))):
+        row, column = int(hot[0] * tile.shape[0]), int(hot[1] * tile.shape[1])
+        cold = tile[int((0.9 - hot[0]) * tile.shape[0]), 40]
+        assert tile[row, column if hot[0] > 0.5 else 40] > cold + 60
+
+
+def test_a_still_picture_without_phrases_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one case"):
+        draw_still([], ("a",), tmp_path / "still.png")
