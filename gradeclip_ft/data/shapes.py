@@ -39,13 +39,16 @@ STREAMS: dict[Split, int] = {"train": 0, "val": 1, "pretrain": 2}
 
 SHARD_SIZE = 1000
 LEAST_SHARDS = 8
-VAL_CAPTIONS = 5
+CAPTIONS: dict[Split, int] = {"train": 1, "val": 5, "pretrain": 4}
+LEAST_VISIBLE = 0.6
+"""Share of every object's own area that must stay uncovered, else the scene is drawn anew."""
+
 STAMP = "stamp.json"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One scene, drawn and described; `captions` has five sentences in val, else one."""
+    """One scene, drawn and described; `CAPTIONS` says how many sentences each split has."""
 
     key: str
     seed: int
@@ -116,12 +119,15 @@ def make_shapes(
 def make_sample(seed: int, split: Split, index: int, image_size: int = 64) -> Sample:
     """Sample number `index` of a split, the same on every machine and in any order of calls."""
     random = np.random.default_rng((seed, STREAMS[split], index))
-    scene = sample_scene(random)
+    while True:
+        scene = sample_scene(random)
+        drawing = draw_scene(scene, image_size)
+        if min(drawing.visible) >= LEAST_VISIBLE:
+            break
     captions = tuple(
-        caption_scene(scene, random, held_out=split == "val")
-        for _ in range(VAL_CAPTIONS if split == "val" else 1)
+        caption_scene(scene, random, held_out=split == "val") for _ in range(CAPTIONS[split])
     )
-    return Sample(f"{index + 1:09d}", seed, scene, draw_scene(scene, image_size), captions)
+    return Sample(f"{index + 1:09d}", seed, scene, drawing, captions)
 
 
 def shard_ranges(count: int) -> list[range]:

@@ -56,6 +56,7 @@ def draw_scene(scene: Scene, size: int) -> Drawing:
 def draw_background(background: Background, size: int) -> NDArray[np.float32]:
     """The texture alone, (size, size, 3) in grey levels."""
     across, along = _waves(background, size)
+    share: NDArray[np.floating]
     match background.texture:
         case "plain":
             share = np.zeros_like(across)
@@ -104,7 +105,7 @@ def outline(shape: str) -> NDArray[np.float64]:
     """Corners (x right, y down) of a shape of radius about 1, (K, 2)."""
     match shape:
         case "circle":
-            return _arc(0, 2 * np.pi, 32)
+            return _arc(0.0, 2 * np.pi, 32)
         case "square":
             return 0.84 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
         case "triangle":

@@ -120,8 +120,8 @@ def stuff_names() -> list[str]:
 def sample_scene(random: np.random.Generator) -> Scene:
     """One scene with different classes, whose objects may overlap at their rims.
 
-    Centres are at least 0.72 times the sum of both radii apart, which leaves at least half of each
-    object visible.
+    Centres are at least 0.72 times the sum of both radii apart, so most of each object stays
+    visible as a rule.
 
     Raises:
         RuntimeError: No room was found, which the default radii and counts exclude.
