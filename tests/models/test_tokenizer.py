@@ -1,0 +1,66 @@
+"""Token ids: cutting the context, empty calls, and the word tokenizer of the shapes world."""
+
+import pickle
+
+import open_clip
+import pytest
+import torch
+
+from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, split_words
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """CLIP's own byte pairs."""
+    return Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77)
+
+
+def test_trimming_keeps_every_end_and_cuts_to_a_multiple_of_8(tokenizer: Tokenizer) -> None:
+    texts = ["a dog", "This is a photo of the black car"]
+    full, cut = tokenizer(texts), tokenizer(texts, trim=True)
+    assert full.shape == (2, 77)
+    assert cut.shape == (2, 16)
+    assert cut.equal(full[:, :16])
+    assert (cut.max(dim=1).values == 49407).all()
+
+
+def test_a_text_that_is_too_long_keeps_its_end(tokenizer: Tokenizer) -> None:
+    cut = tokenizer(["dog " * 200], trim=True)
+    assert cut.shape == (1, 77)
+    assert cut[0, -1] == 49407
+
+
+def test_a_tower_that_needs_the_full_context_gets_it() -> None:
+    """SigLIP and CoCa pool elsewhere; a cut would change their result (traps: E10)."""
+    whole = Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77, exact_cut=False)
+    assert whole(["a dog"], trim=True).shape == (1, 77)
+
+
+def test_no_text_gives_no_row(tokenizer: Tokenizer) -> None:
+    assert tokenizer([], trim=True).shape == (0, 8)
+    assert tokenizer([]).shape == (0, 77)
+
+
+def test_tokenizers_cross_process_boundaries(tokenizer: Tokenizer) -> None:
+    """Loader workers may be spawned (traps: B13)."""
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again(["a red circle"]).equal(tokenizer(["a red circle"]))
+
+
+def test_word_tokenizer_ends_with_the_largest_id() -> None:
+    words = WordTokenizer(("a", "red", "circle"), context_length=6)
+    ids = words(["A red circle.", "a purple circle", "a red circle a red circle"])
+    assert ids.tolist() == [[5, 2, 3, 4, 6, 0], [5, 2, 1, 4, 6, 0], [5, 2, 3, 4, 2, 6]]
+    assert ids.argmax(1).tolist() == [4, 4, 5]
+
+
+def test_words_are_lower_case_letters_and_numbers() -> None:
+    assert split_words("A red-ish circle, 2 stars & Ünder") == [
+        "a", "red", "ish", "circle", "2", "stars", "nder",
+    ]  # fmt: skip
+
+
+def test_word_ids_equal_those_of_trimmed_calls() -> None:
+    words = Tokenizer(WordTokenizer(("a", "red", "circle"), 24), 24)
+    assert words(["a red circle"], trim=True).shape == (1, 8)
+    assert torch.equal(words(["a red circle"])[:, :8], words(["a red circle"], trim=True))
