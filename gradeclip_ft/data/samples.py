@@ -1,0 +1,139 @@
+"""One raw sample: its caption, its image, and why it cannot be used if it cannot.
+
+Layout of CC3M's shards, in both public forms: an image, a `.txt` with the caption, and a `.json`
+that may hold more captions and phrases computed ahead.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from PIL import Image
+
+from gradeclip_ft.data.stream import BadSampleError, RawSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIXES = ("txt", "text", "caption")
+MOST_PIXELS = 64_000_000
+MOST_ELONGATED = 20.0
+
+CaptionChoice = Literal["text", "any"]
+"""The caption in `.txt`, or at each visit any of the `captions` in `.json`."""
+
+
+def sample_name(raw: RawSample) -> str:
+    """Shard and key, for messages.
+
+    >>> sample_name({"__url__": "data/cc3m-train-0004.tar", "__key__": "000041"})
+    'cc3m-train-0004.tar:000041'
+    """
+    return f"{str(raw['__url__']).rsplit('/', 1)[-1]}:{raw['__key__']}"
+
+
+def read_record(raw: RawSample) -> dict[str, Any]:
+    """The sample's JSON; empty without one.
+
+    Raises:
+        BadSampleError: "broken_json".
+    """
+    if "json" not in raw:
+        return {}
+    try:
+        record = json.loads(raw["json"])
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("broken_json", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSampleError("broken_json", f"it holds a {type(record).__name__}, not an object")
+    return record
+
+
+def read_caption(raw: RawSample, record: Mapping[str, Any], choice: CaptionChoice, key: int) -> str:
+    """One caption, in one line.
+
+    Args:
+        raw: The sample.
+        record: Its JSON; needed for `choice` "any" alone.
+        choice: Which caption.
+        key: Seed of the draw.
+
+    Raises:
+        BadSampleError: "missing_text", "bad_encoding" or "empty_caption".
+    """
+    several = captions_of(record) if choice == "any" else []
+    text = random.Random(key).choice(several) if several else text_of(raw)
+    caption = " ".join(text.split())
+    if not caption:
+        raise BadSampleError("empty_caption", "the caption has no character")
+    return caption
+
+
+def captions_of(record: Mapping[str, Any]) -> list[str]:
+    """The captions listed in a sample's JSON, each in one line."""
+    listed = record.get("captions")
+    if not isinstance(listed, list):
+        return []
+    lines = [" ".join(entry.split()) for entry in listed if isinstance(entry, str)]
+    return [line for line in lines if line]
+
+
+def text_of(raw: RawSample) -> str:
+    """The content of the caption file.
+
+    Raises:
+        BadSampleError: "missing_text" or "bad_encoding".
+    """
+    data = next((raw[suffix] for suffix in TEXT_SUFFIXES if suffix in raw), None)
+    if data is None:
+        raise BadSampleError("missing_text", f"it has {_suffixes(raw)}, no .txt")
+    try:
+        return str(data, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("bad_encoding", str(error)) from error
+
+
+def read_image(raw: RawSample, *, only_check: bool = False) -> Image.Image:
+    """The decoded image in RGB.
+
+    Args:
+        raw: The sample.
+        only_check: Decode as coarsely as the format allows, at a third of the time for a JPEG: the
+            same samples fail, and the image is of no use.
+
+    Raises:
+        BadSampleError: "missing_image", "broken_image", or "extreme_image": more pixels than 64
+            million, or one side more than 20 times the other.
+    """
+    data = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
+    if data is None:
+        raise BadSampleError("missing_image", f"it has {_suffixes(raw)}, no .jpg")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats' oddities; the pixel limit is ours
+            with Image.open(io.BytesIO(data)) as image:
+                _require_sane(image)
+                if only_check:
+                    image.draft(None, (1, 1))
+                    image.load()
+                    return image
+                return image.convert("RGB")
+    except BadSampleError:
+        raise
+    except (
+        Exception
+    ) as error:  # decoders of broken data raise anything from OSError to struct.error
+        raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+def _require_sane(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS or max(width, height) > MOST_ELONGATED * min(width, height):
+        raise BadSampleError("extreme_image", f"{width} x {height} pixels")
+
+
+def _suffixes(raw: RawSample) -> str:
+    return ", ".join(f".{suffix}" for suffix in raw if not suffix.startswith("__")) or "no file"

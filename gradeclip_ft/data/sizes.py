@@ -1,0 +1,91 @@
+"""How many samples each shard holds: from the headers of local shards, or from `sizes.json`.
+
+`data count` writes `sizes.json` beside the shards: {"NAME.tar": {"samples": n, "bytes": b}}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext
+
+from gradeclip_ft.data.stream import is_local, local_path
+
+SIZES = "sizes.json"
+
+
+def sample_counts(urls: Sequence[str]) -> list[int]:
+    """Samples per shard, in order; a shard that cannot be read has as many as can be read.
+
+    Raises:
+        ValueError: An address without a `sizes.json` beside it, or one that does not name it.
+    """
+    return [count_local(local_path(url)) if is_local(url) else _listed(url) for url in urls]
+
+
+def count_local(path: Path) -> int:
+    """Samples of a local shard, from its headers alone; remembered while the file is the same."""
+    status = path.stat()
+    return _count(path, status.st_size, status.st_mtime_ns)
+
+
+def sample_keys(path: Path) -> Iterator[str]:
+    """Keys of the samples of a local shard as the reader groups them, as far as it can be read."""
+    previous = None
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                key, _ = base_plus_ext(member.name)
+                if key is None or key == previous:
+                    continue
+                if previous is not None:
+                    yield previous  # the next sample has begun, so this one is complete
+                previous = key
+    except (OSError, EOFError, ValueError, tarfile.TarError):
+        return  # what has begun is lost, as in the reader
+    if previous is not None:
+        yield previous
+
+
+def fingerprint(urls: Sequence[str]) -> str:
+    """16 hex digits over names and, for local shards, sizes in bytes."""
+    lines = [
+        f"{url.rsplit('/', 1)[-1]} {local_path(url).stat().st_size if is_local(url) else ''}"
+        for url in urls
+    ]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+@cache
+def _count(path: Path, size: int, modified: int) -> int:
+    return sum(1 for _ in sample_keys(path))
+
+
+def _listed(url: str) -> int:
+    folder, name = url.rsplit("/", 1)
+    entry = _read_sizes(f"{folder}/{SIZES}").get(name)
+    if entry is None:
+        raise ValueError(f"{folder}/{SIZES} does not list {name}; write it anew with `data count`")
+    return entry
+
+
+@cache
+def _read_sizes(url: str) -> dict[str, int]:
+    try:
+        with gopen(url) as stream:
+            content = json.loads(stream.read())
+        return {name: int(entry["samples"]) for name, entry in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"without resampling the number of samples of each shard must be known, and {url} "
+            f"cannot be read ({error}); write it with `data count`, or set resampled=true"
+        ) from error
