@@ -1,0 +1,227 @@
+"""Run directories: `runs/<name>/`, found by the name alone.
+
+Every process of a job and every restart of it comes to the same folder, so nothing here depends on
+the time. Only rank 0 writes. A folder that already holds a run is never overwritten: the run is
+continued on request (`resume=auto`) or another name is taken.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.results.fingerprint import commit, versions
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+CHECKPOINT = "last.ckpt"
+WEIGHTS = "weights.safetensors"
+# Any of these makes a folder a run. Other files in it are none of our business.
+TRACES = (CONFIG, CHECKPOINT, WEIGHTS, "metrics.jsonl", "metrics.csv")
+# What a resumed run may change, because the weights it ends with do not depend on it.
+MAY_CHANGE = (
+    "resume",
+    "runs_dir",
+    "evaluation",
+    "evaluator",
+    "logger",
+    "trainer.stop_at",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.threads",
+)
+
+Json = Any
+
+
+def run_dir(name: str, runs_dir: str | Path = "runs") -> Path:
+    """Folder of the run called `name`.
+
+    Raises:
+        ValueError: If the name could leave `runs_dir` or is no portable file name.
+    """
+    legal = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+@,")
+    if not name or name[0] in ".-" or not set(name) <= legal:
+        raise ValueError(
+            f"name={name!r} is no name for a run; "
+            "use letters, digits and any of . _ - = + @ , and begin with a letter or a digit"
+        )
+    return Path(runs_dir) / name
+
+
+def claim(
+    folder: Path,
+    cfg: DictConfig | Mapping[str, Json],
+    *,
+    resume: Literal["auto"] | None = None,
+    rank: int = 0,
+) -> Path | None:
+    """Take the folder for this job and record its configuration.
+
+    Args:
+        folder: From `run_dir`.
+        cfg: The composed configuration; it is stored resolved.
+        resume: "auto" continues the run that the folder holds, or begins it if there is none.
+        rank: Of this process among all of the job. Ranks above 0 neither write nor refuse.
+
+    Returns:
+        The checkpoint to continue from, or None for a run that begins.
+
+    Raises:
+        FileExistsError: If the folder holds a run and `resume` is None.
+        ValueError: If the run to continue was made from another configuration.
+    """
+    checkpoint = folder / CHECKPOINT
+    if rank == 0:
+        _claim(folder, _plain(cfg), resume)
+    return checkpoint if resume == "auto" and checkpoint.exists() else None
+
+
+def _claim(folder: Path, settings: dict[str, Json], resume: str | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any((folder / trace).exists() for trace in TRACES):
+        if resume != "auto":
+            raise FileExistsError(_refusal(folder))
+        _require_same(folder, settings)
+    else:
+        _write_new(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(settings)))
+    start = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit(),
+        "versions": versions(),
+    }
+    earlier = read_environment(folder).get("starts", [])
+    record(folder, {**start, "starts": [*earlier, start]})
+
+
+def record(folder: Path, facts: Mapping[str, Json]) -> None:
+    """Merge facts (the tagger used, the shards found) into `environment.json`. Rank 0 only."""
+    merged = {**read_environment(folder), **facts}
+    replace_text(folder / ENVIRONMENT, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_environment(folder: Path) -> dict[str, Json]:
+    """What `environment.json` holds; empty before the run began."""
+    path = folder / ENVIRONMENT
+    if not path.exists():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Configuration that a run was made from.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run; names runs that sound alike.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"no run in {folder} (it has no {CONFIG}); {_known(folder)}")
+    cfg = OmegaConf.load(path)
+    if not isinstance(cfg, DictConfig):
+        raise ValueError(f"{path} is not the record of a run; remove {folder} and train again")
+    return cfg
+
+
+def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """Weights file behind `init_from=` or `run=`: a file, a run's folder, or a run's name.
+
+    Raises:
+        FileNotFoundError: If it is none of them, or the run has not saved weights yet.
+    """
+    path = Path(spec)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() and (path / CONFIG).exists() else None
+    if folder is None and len(path.parts) == 1:
+        folder = run_dir(str(spec), runs_dir)
+    if folder is not None and (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    if folder is not None and (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"run {folder} has no {WEIGHTS} yet; it is written with the first checkpoint"
+        )
+    raise FileNotFoundError(
+        f"{spec!s} is neither a weights file nor a run; {_known(Path(runs_dir) / path.name)}"
+    )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, never meets half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Create a file, or fail where another process created it first: two jobs, one name."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FileExistsError(_refusal(path.parent)) from None
+
+
+def _refusal(folder: Path) -> str:
+    return (
+        f"{folder} already holds a run; continue it with resume=auto, start another with name=..., "
+        "or start from its weights with "
+        f"init_from={folder.name} and another name"
+    )
+
+
+def _require_same(folder: Path, settings: Mapping[str, Json]) -> None:
+    """Refuse to continue a run under settings that would have led elsewhere."""
+    before = _plain(read_config(folder))
+    changed = [
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in _differences(before, settings)
+        if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was made from another configuration; resume=auto continues the same run.\n"
+            + "\n".join(f"  {line}" for line in changed[:10])
+            + "\nTake these changes back, or start another run with name=... "
+            f"(init_from={folder.name} begins with its weights)"
+        )
+
+
+def _differences(before: Json, now: Json, key: str = "") -> Iterator[tuple[str, Json, Json]]:
+    """Dotted keys whose values differ. A key that is absent counts as null."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield key, before, now
+
+
+def _plain(cfg: DictConfig | Mapping[str, Json]) -> dict[str, Json]:
+    """Resolved plain containers, as they look after a round trip through yaml."""
+    config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _known(folder: Path) -> str:
+    """Runs beside `folder`, the likely one first."""
+    runs: Sequence[str] = []
+    if folder.parent.is_dir():
+        runs = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
+    if not runs:
+        return f"there are no runs in {folder.parent}"
+    close = difflib.get_close_matches(folder.name, runs, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"{folder.parent} holds {', '.join(runs[:8])}{', ...' if len(runs) > 8 else ''}"
