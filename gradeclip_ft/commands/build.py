@@ -1,0 +1,129 @@
+"""Configuration to objects, in one visible order. Below this file nobody has heard of Hydra.
+
+A name comes from yaml or from here, never from both: what exists only while running (the model, its
+tokenizer and transform, the run's folder) is added here by keyword.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.commands.runs import resolve_weights
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from gradeclip_ft.evaluators.base import Evaluator
+    from gradeclip_ft.models.clip import LoadedClip
+    from gradeclip_ft.objectives.base import Objective
+    from gradeclip_ft.training.callbacks import Evaluate
+    from gradeclip_ft.training.data_module import CaptionDataModule, CaptionSource
+    from gradeclip_ft.training.module import FineTuneModule
+
+EVALUATIONS = "evaluations"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a training run consists of."""
+
+    loaded: LoadedClip
+    data: CaptionDataModule
+    module: FineTuneModule
+    evaluate: Evaluate
+    trainer: pl.Trainer
+
+
+def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Training:
+    """All objects of a training run.
+
+    Args:
+        cfg: Composed from conf/train.yaml.
+        folder: Of the run.
+        command: Command line for the record.
+    """
+    import torch
+
+    from gradeclip_ft.training.data_module import CaptionDataModule
+
+    torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
+    loaded = build_clip(cfg)
+    objective = build_objective(cfg)
+    data = CaptionDataModule(build_data(cfg, loaded), seed=cfg.seed)
+    module = build_module(cfg, loaded, objective)
+    evaluate = build_evaluate(cfg, folder, loaded, command)
+    trainer = build_trainer(cfg, folder, [evaluate])
+    return Training(loaded, data, module, evaluate, trainer)
+
+
+def build_clip(cfg: DictConfig) -> LoadedClip:
+    """The model, from its own weights or from those of `init_from`."""
+    start = cfg.get("init_from")
+    weights = {} if start is None else {"weights": str(resolve_weights(start, cfg.runs_dir))}
+    loaded: LoadedClip = _make(cfg.model, **weights)
+    return loaded
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Batch to loss."""
+    objective: Objective = _make(cfg.objective)
+    return objective
+
+
+def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
+    """Captioned images, tokenised and sized for the model."""
+    source: CaptionSource = _make(cfg.data)(
+        tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
+    )
+    return source
+
+
+def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
+    """Evaluators by their key below `evaluator`."""
+    return {str(key): _make(node) for key, node in (cfg.get("evaluator") or {}).items()}
+
+
+def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:
+    """The training step with optimiser and schedule."""
+    module: FineTuneModule = _make(cfg.optim)(loaded.clip, objective, seed=cfg.seed)
+    return module
+
+
+def build_evaluate(
+    cfg: DictConfig, folder: Path, loaded: LoadedClip, command: str | None
+) -> Evaluate:
+    """Evaluation before, during and after training."""
+    from gradeclip_ft.training.callbacks import Evaluate
+
+    return Evaluate(
+        build_evaluators(cfg),
+        loaded,
+        folder=folder / EVALUATIONS,
+        run=folder.name,
+        command=command,
+        **_plain(cfg.evaluation),
+    )
+
+
+def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """The trainer with its loggers."""
+    loggers = _make(cfg.logger)(folder, _plain(cfg))
+    trainer: pl.Trainer = _make(cfg.trainer)(folder, loggers, callbacks)
+    return trainer
+
+
+def _make(node: DictConfig, **runtime: Any) -> Any:
+    """Instantiate a node; lists and mappings inside become plain Python."""
+    return instantiate(node, _convert_="all", **runtime)
+
+
+def _plain(cfg: DictConfig) -> Mapping[str, Any]:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,108 @@
+"""`train`: fine-tune a model, evaluate it before and after."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from gradeclip_ft.commands import runs
+
+if TYPE_CHECKING:
+    from gradeclip_ft.commands.build import Training
+
+# Where launchers say which of a job's processes this is.
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+
+
+def train(cfg: DictConfig) -> None:
+    """Fine-tune a model on captioned images, and evaluate it before and after.
+
+    Everything of a run stands in runs_dir/name: config.yaml, environment.json, metrics.jsonl and
+    metrics.csv, evaluations/, last.ckpt and weights.safetensors.
+
+    python -m gradeclip_ft train name=try                     the shapes world, on any machine
+    python -m gradeclip_ft train +exp=cc3m_vitb16 name=b16    an experiment; `list` names them
+    python -m gradeclip_ft train +exp=... name=b16 resume=auto  go on after an interruption
+    python -m gradeclip_ft train -m +exp=shapes seed=0,1 name='shapes_${seed}'  several jobs
+    """
+    folder = runs.run_dir(cfg.name, cfg.runs_dir)
+    rank = process_rank()
+    with _claimed(folder, cfg, rank) as checkpoint:
+        from gradeclip_ft.commands.build import build
+
+        job = build(cfg, folder, command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}")
+        if rank == 0:
+            job.data.on_prepared = lambda facts: runs.record(folder, {"data": facts})
+        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+        if rank == 0:
+            _finish(job, cfg, folder)
+
+
+def process_rank() -> int:
+    """Number of this process in its job; 0 where it is alone or starts the others."""
+    if int(os.environ.get("NODE_RANK", 0)) and "RANK" not in os.environ:
+        return 1 + int(os.environ.get("LOCAL_RANK", 0))
+    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+
+
+@contextmanager
+def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
+    """The run's folder; a new one is removed again if its first step was never saved."""
+    new = rank == 0 and not folder.exists()
+    try:
+        yield runs.claim(folder, cfg, resume=cfg.resume, rank=rank)
+    except BaseException:
+        if new and not (folder / runs.CHECKPOINT).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
+    """Evaluate what an interruption left out, and tell the user what came out."""
+    step = job.trainer.global_step
+    if cfg.evaluation.after and job.evaluate.evaluated != step:
+        job.module.to(job.trainer.strategy.root_device)
+        job.evaluate.evaluate(job.trainer)
+    _print_results(folder, step)
+    if step < cfg.trainer.max_steps:
+        print(f"stopped behind step {step} of {cfg.trainer.max_steps}; resume=auto goes on")
+    print(f"{folder / runs.WEIGHTS}  loads in open_clip as it is")
+
+
+def _print_results(folder: Path, step: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    before, after = _metrics(folder, 0), _metrics(folder, step)
+    if not before and not after:
+        return
+    table = Table("metric, in percent", title=str(folder))
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for name in dict.fromkeys([*before, *after]):
+        table.add_row(name, *(_percent(numbers.get(name)) for numbers in (before, after)))
+    Console().print(table)
+
+
+def _metrics(folder: Path, step: int) -> Mapping[str, float]:
+    """Metrics of every evaluator at a step, by evaluator and name."""
+    from gradeclip_ft.commands.build import EVALUATIONS
+    from gradeclip_ft.results.record import read
+
+    numbers: dict[str, float] = {}
+    for path in sorted((folder / EVALUATIONS).glob(f"*@{step}.json")):
+        result = read(path)
+        numbers |= {f"{result.evaluator}/{name}": value for name, value in result.metrics.items()}
+    return numbers
+
+
+def _percent(value: Any) -> str:
+    return "" if value is None else f"{100 * value:.1f}"

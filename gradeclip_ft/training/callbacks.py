@@ -1,0 +1,220 @@
+"""What happens around the steps: metrics are recorded and evaluators run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.evaluators.base import Evaluator, run_all
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.training.data_module import CaptionDataModule
+from gradeclip_ft.training.guard import StopOnNonFinite, gather
+from gradeclip_ft.training.loggers import FileLogger
+
+
+class Record(pl.Callback):
+    """Collects the metrics of all processes and hands them to the loggers every `every` steps.
+
+    Attributes:
+        latest: Metrics of the last recorded step.
+        step: That step.
+    """
+
+    def __init__(self, guard: StopOnNonFinite, *, every: int) -> None:
+        if every < 1:
+            raise ValueError(
+                f"log_every is {every}; give the number of steps between lines, 1 or more"
+            )
+        self.latest: dict[str, float] = {}
+        self.step = 0
+        self._guard = guard
+        self._every = every
+        self._before: Counter[str] = (
+            Counter()
+        )  # skipped samples up to the checkpoint, all processes
+        self._total: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()  # since then, this process
+        self._images = 0
+        self._seconds = 0.0
+        self._waited = 0.0
+        self._begun = 0.0
+        self._rate = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run writes the lines behind its checkpoint again."""
+        for logger in trainer.loggers:
+            if isinstance(logger, FileLogger):
+                logger.forget_after(trainer.global_step)
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: CaptionBatch,
+        batch_idx: int,
+    ) -> None:
+        """Start the clock."""
+        self._begun = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note the learning rate before the schedule moves on."""
+        self._rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: CaptionBatch,
+        batch_idx: int,
+    ) -> None:
+        """Count; every `every` steps, and at the last one, record."""
+        self._seconds += time.perf_counter() - self._begun
+        self._images += len(batch.images)
+        self._skipped.update(batch.skipped)
+        step = trainer.global_step
+        finished = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if finished and (step % self._every == 0 or step == trainer.max_steps):
+            self._record(trainer, outputs["metrics"], outputs["loss"])
+
+    def _record(self, trainer: pl.Trainer, parts: Mapping[str, Any], loss: Tensor) -> None:
+        data = getattr(trainer, "datamodule", None)
+        waited = data.seconds_waited if isinstance(data, CaptionDataModule) else 0.0
+        own = {
+            "loss": float(loss) * trainer.accumulate_grad_batches,
+            **{name: float(value) for name, value in parts.items()},
+            "data_seconds": waited - self._waited,
+            "seconds": self._seconds + waited - self._waited,
+        }
+        gathered = gather((own, dict(self._skipped), self._images))
+        means = {name: sum(each[0][name] for each in gathered) / len(gathered) for name in own}
+        self._total = sum((Counter(each[1]) for each in gathered), self._before.copy())
+        self.latest = {
+            **means,
+            "samples_per_second": sum(each[2] for each in gathered) / max(means["seconds"], 1e-9),
+            "gradient_norm": float(self._guard.gradient_norm),
+            "learning_rate": self._rate,
+            "skipped": float(self._total.total()),
+            **{f"skipped/{cause}": float(count) for cause, count in sorted(self._total.items())},
+        }
+        self._images, self._seconds, self._waited = 0, 0.0, waited
+        self.step = trainer.global_step
+        log(trainer, self.latest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples skipped so far; enters the checkpoint."""
+        return {"skipped": dict(self._total)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting where the interrupted run stopped."""
+        self._before = Counter(state_dict["skipped"])
+        self._total = self._before.copy()
+
+
+class Evaluate(pl.Callback):
+    """Runs evaluators before the first step, every `every` steps and after the last one.
+
+    The first process evaluates, the others wait. The data are checked before training begins, so
+    that a missing file does not show days later.
+
+    Args:
+        evaluators: By any key.
+        loaded: The model that is trained.
+        folder: Where the results go, one JSON per evaluator and step.
+        run: Name of the run.
+        every: Steps between two evaluations; None for none in between.
+        before: Whether to evaluate the untouched model.
+        after: Whether to evaluate the finished one.
+        command: Command line for the results.
+
+    Attributes:
+        evaluated: Step of the last evaluation; None before the first.
+    """
+
+    def __init__(
+        self,
+        evaluators: Mapping[str, Evaluator],
+        loaded: LoadedClip,
+        *,
+        folder: Path,
+        run: str,
+        every: int | None = None,
+        before: bool = True,
+        after: bool = True,
+        command: str | None = None,
+    ) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
+        self.evaluated: int | None = None
+        self._evaluators = evaluators
+        self._loaded = loaded
+        self._folder = folder
+        self._run = run
+        self._every = every
+        self._before = before
+        self._after = after
+        self._command = command
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make or check the data, on one process."""
+        if trainer.is_global_zero and (self._before or self._after or self._every):
+            for evaluator in self._evaluators.values():
+                evaluator.prepare()
+        trainer.strategy.barrier("evaluation data")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The untouched model, unless the run is a resumed one."""
+        if self._before and trainer.global_step == 0:
+            self.evaluate(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Where it is time; the last step is left to `on_train_end`."""
+        step = trainer.global_step
+        due = self._every is not None and step % self._every == 0 and step < trainer.max_steps
+        if due and step != self.evaluated:
+            self.evaluate(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The finished model."""
+        if self._after:
+            self.evaluate(trainer)
+
+    def evaluate(self, trainer: pl.Trainer) -> None:
+        """Evaluate the model as it is; results and loggers get the numbers."""
+        self.evaluated = trainer.global_step
+        if trainer.is_global_zero:
+            results = run_all(
+                self._evaluators,
+                self._loaded,
+                folder=self._folder,
+                run=self._run,
+                step=trainer.global_step,
+                command=self._command,
+            )
+            for result in results:
+                numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
+                log(trainer, numbers)
+        trainer.strategy.barrier("evaluate")
+
+
+def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand metrics of the current step to every logger; loggers write on the first process only."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)

@@ -1,0 +1,108 @@
+"""The training step: an objective on a CLIP model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.objectives.base import Objective
+from gradeclip_ft.training.optim import freeze
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+class FineTuneModule(pl.LightningModule):
+    """Fine-tunes `clip` by `objective`.
+
+    The whole objective runs inside `training_step`, so DDP sees one forward, however often the
+    towers are called. The random numbers of a step depend on seed, step and process alone: a
+    resumed run needs no generator state.
+
+    Args:
+        clip: The model; its parameters are trained in place.
+        objective: Batch to loss; one with weights of its own is an `nn.Module` and learns as well.
+        optimizer: Named parameters to optimiser.
+        schedule: Optimiser to learning-rate schedule, advanced once per step.
+        seed: Start of the random numbers that steps draw.
+        train_image: Whether the image tower learns.
+        train_text: Whether the text tower learns.
+        train_temperature: Whether the temperature learns.
+        image_blocks: Number of last image blocks that learn; all if None.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        objective: Objective,
+        *,
+        optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
+        schedule: Callable[[Optimizer], LRScheduler],
+        seed: int = 0,
+        train_image: bool = True,
+        train_text: bool = True,
+        train_temperature: bool = True,
+        image_blocks: int | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.objective = objective
+        self.seed = seed
+        self._optimizer = optimizer
+        self._schedule = schedule
+        freeze(
+            clip.model,
+            train_image=train_image,
+            train_text=train_text,
+            train_temperature=train_temperature,
+            image_blocks=image_blocks,
+        )
+        if grad_checkpointing:
+            clip.set_grad_checkpointing()
+
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
+        """Total loss of the objective, its parts, and the make-up of the batch."""
+        terms = self.objective(self.clip, batch)
+        return {"loss": terms.total, "metrics": {**terms.parts, **self._describe(batch)}}
+
+    def _describe(self, batch: CaptionBatch) -> dict[str, Tensor | float]:
+        images = len(batch.images)
+        served = batch.owner.new_zeros(images).index_fill(0, batch.owner, 1)
+        return {
+            "temperature": self.clip.log_scale.detach().exp(),
+            "phrases_per_caption": len(batch.phrase) / images,
+            "captions_without_phrase": 1 - served.float().mean(),
+        }
+
+    def on_fit_start(self) -> None:
+        """Loaded models come in evaluation mode."""
+        self.train()
+
+    def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
+        """Starts the random numbers of the step."""
+        offset = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(self.seed)))
+        step, processes = self.trainer.global_step, self.trainer.world_size
+        torch.manual_seed((offset + step) * processes + self.global_rank)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Updates the weights, then keeps the temperature between 1 and 100 as CLIP does."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.clip.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Optimiser over everything that learns, and its schedule per step."""
+        optimizer = self._optimizer(self.named_parameters())
+        schedule = LRSchedulerConfigType(scheduler=self._schedule(optimizer), interval="step")
+        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)

@@ -1,0 +1,109 @@
+"""Our options to a `lightning.Trainer` with everything that belongs around the steps."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from gradeclip_ft.training.callbacks import Record
+from gradeclip_ft.training.checkpoints import Checkpoints
+from gradeclip_ft.training.guard import StopOnNonFinite
+from gradeclip_ft.training.progress import progress
+
+# Other processes wait this long while the first one evaluates.
+PATIENCE = timedelta(hours=4)
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
+
+
+def make_trainer(
+    folder: Path,
+    loggers: Sequence[Logger],
+    callbacks: Sequence[pl.Callback] = (),
+    *,
+    max_steps: int,
+    stop_at: int | None = None,
+    accelerator: str = "cpu",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: Precision = "32-true",
+    gradient_clip: float | None = None,
+    accumulate: int = 1,
+    log_every: int = 10,
+    checkpoint_every: int = 500,
+    threads: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> pl.Trainer:
+    """A trainer that records, checkpoints, and stops where a loss is not finite.
+
+    Args:
+        folder: Of the run: checkpoints and metrics go there.
+        loggers: Receivers of the metrics.
+        callbacks: Further callbacks, evaluation for example.
+        max_steps: Optimiser steps of the whole run.
+        stop_at: Stop behind this step; the run can be resumed.
+        accelerator: "cpu", "gpu", or another of Lightning's.
+        devices: Processes per machine.
+        num_nodes: Machines.
+        strategy: Of Lightning; "ddp" for several processes.
+        precision: Of Lightning; losses are computed in fp32 all the same.
+        gradient_clip: Largest norm over all gradients; None clips nothing.
+        accumulate: Batches per step. Saves memory, adds no negatives: a loss sees one batch.
+        log_every: Steps between two records of the metrics.
+        checkpoint_every: Steps between two checkpoints.
+        threads: Of torch on the CPU; None leaves torch's choice.
+        extra: Further arguments of `lightning.Trainer`, as they are.
+
+    Raises:
+        ValueError: If a number of steps is below 1.
+    """
+    if max_steps < 1 or (stop_at is not None and stop_at < 1):
+        raise ValueError(
+            f"max_steps is {max_steps} and stop_at {stop_at}; training needs 1 step or more"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _quieten()
+    checkpoints = Checkpoints(folder, every=checkpoint_every)
+    guard = StopOnNonFinite(checkpoints)
+    record = Record(guard, every=log_every)
+    return pl.Trainer(
+        max_steps=max_steps if stop_at is None else min(stop_at, max_steps),
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=_strategy(strategy),
+        precision=precision,
+        gradient_clip_val=gradient_clip,
+        accumulate_grad_batches=accumulate,
+        logger=list(loggers),
+        callbacks=[guard, record, progress(record), *callbacks, checkpoints],
+        log_every_n_steps=log_every,
+        default_root_dir=folder,
+        inference_mode=False,  # explanations need gradients, also in evaluation
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **(extra or {}),
+    )
+
+
+def _strategy(name: str) -> str | Strategy:
+    return DDPStrategy(timeout=PATIENCE) if name == "ddp" else name
+
+
+def _quieten() -> None:
+    """Lightning's notes on hardware and workers, and what it calls itself by outdated names."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in ("The .* does not have many workers", r"`isinstance\(treespec, LeafSpec\)`"):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,83 @@
+"""The step itself: what it reports, and what it leaves alone."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+
+class KeepGradients(pl.Callback):
+    """Copies of all gradients of the last step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        named = pl_module.named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_past_a_bound_of_the_temperature_ends_on_it(
+    small_run, push_temperature, sign
+) -> None:
+    """A temperature that runs away never comes back (C8)."""
+    trainer = small_run(steps=3).train(lr=50.0, callbacks=(push_temperature(sign),))
+    scale = float(trainer.lightning_module.clip.log_scale.detach())
+    assert scale == pytest.approx(0.0 if sign > 0 else math.log(100.0))
+
+
+def test_a_frozen_text_tower_does_not_move(small_run, small_clip) -> None:
+    before = small_clip().model.state_dict()
+    trainer = small_run(steps=3).train(parts={"train_text": False})
+    after = trainer.lightning_module.clip.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)
+
+
+def test_checkpointed_activations_give_the_same_losses(small_run) -> None:
+    """D1: the gradient inside the forward must survive the recomputation."""
+    plain, checkpointed = small_run("plain", steps=3), small_run("checkpointed", steps=3)
+    plain.train()
+    checkpointed.train(parts={"grad_checkpointing": True})
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)  # other summation order
+
+
+def test_every_part_of_the_loss_and_of_the_batch_is_recorded(small_run) -> None:
+    run = small_run(steps=3)
+    run.train()
+    line = run.lines[-1]
+    assert line["loss"] == pytest.approx(line["global"] + line["local"], rel=1e-6)
+    assert line["phrases_per_caption"] == pytest.approx(5 / 6)
+    assert line["captions_without_phrase"] == pytest.approx(2 / 6)  # rows 2 and 5
+    assert line["skipped"] == line["skipped/broken image"] == 3
+    assert {
+        "positive_cosine",
+        "negative_cosine",
+        "clamped_share",
+        "temperature",
+        "gradient_norm",
+        "samples_per_second",
+        "data_seconds",
+        "learning_rate",
+    } <= set(line)
+
+
+def test_an_accumulated_step_averages_the_gradients_of_its_batches(small_run, make_batch) -> None:
+    """C6: the batches of a step contrast within themselves; they are no larger batch."""
+    first, second, both = (small_run(name, steps=3) for name in ("first", "second", "both"))
+    both.train(accumulate=2, max_steps=1, callbacks=(keep := KeepGradients(),))
+    first.train(max_steps=1, callbacks=(one := KeepGradients(),))
+    second.source.change = lambda batch: make_batch(1)
+    second.train(max_steps=1, callbacks=(two := KeepGradients(),))
+    for name, gradient in keep.gradients.items():
+        mean = (one.gradients[name] + two.gradients[name]) / 2
+        torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-5)  # sums of fp32
+
+
+def test_bf16_trains_with_losses_in_fp32(small_run) -> None:
+    """D5: a focal loss in bf16 is NaN after some steps."""
+    plain, mixed = small_run("plain", steps=3), small_run("mixed", steps=3)
+    plain.train()
+    mixed.train(precision="bf16-mixed")
+    assert mixed.losses[1] == pytest.approx(plain.losses[1], rel=0.1)  # 8 bits of mantissa
+    assert all(math.isfinite(loss) for loss in mixed.losses.values())
