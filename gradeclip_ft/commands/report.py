@@ -1,0 +1,147 @@
+"""`report`: runs to one page with table, heat maps and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.commands import numbers
+from gradeclip_ft.commands.comparison import UNTOUCHED, Comparison, read_runs, same_settings
+from gradeclip_ft.commands.runs import WEIGHTS
+
+if TYPE_CHECKING:
+    from gradeclip_ft.data.captions import CaptionShards
+    from gradeclip_ft.explain.base import TraceExplainer
+    from gradeclip_ft.models.clip import LoadedClip
+    from gradeclip_ft.report.content import Case, Table
+
+SHAPES = Path("data/shapes")
+WHAT = {
+    "untouched": "Untouched is the model before training.",
+    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions.",
+    "mapped": (
+        "{} is fine-tuned with that loss and a local one: each phrase of a caption is tied to the "
+        "part of the image that its heat map points at."
+    ),
+    "same": "Data, steps, seed and optimiser are the same.",
+    "boxes": "No box and no mask was used in training.",
+}
+
+
+def report(
+    *runs: str,
+    out: str | None = None,
+    scenes: int = 6,
+    picture: str | None = None,
+    images: Path = SHAPES / "images_val",
+    captions: Path = SHAPES / "annotations/captions_val.json",
+    instances: Path = SHAPES / "annotations/instances_val.json",
+) -> None:
+    """Write one page that shows what fine-tuning did: table, heat maps before and after, curves.
+
+    RUNS are folders such as runs/demo that started from the same weights. The last lines printed
+    are the table and the path of the page, a single file that needs no network.
+
+    out=runs/demo/report.html   default: report.html in the folder of the last run
+    scenes=6                    pictures: the first whose caption names at least two true objects
+    picture=docs/maps.png       also a still picture of the maps
+    images= captions= instances=  COCO files to take pictures from; default: the shapes world
+    """
+    folders = [Path(run) for run in runs]
+    if not folders:
+        raise ValueError("no run given; write report runs/NAME, or several to compare")
+    if scenes < 0:
+        raise ValueError(f"scenes={scenes}; give a number of pictures, 0 for none")
+    comparison = read_runs(folders)
+    table = numbers.results_table(comparison)
+    cases: Sequence[Case] = ()
+    if scenes or picture:
+        cases = _cases(comparison, (images, captions, instances), max(scenes, 3))
+    path = _write_page(comparison, table, cases[:scenes], Path(out or folders[-1] / "report.html"))
+    print(numbers.as_text(table, comparison.methods))
+    if picture is not None:
+        from gradeclip_ft.report.still import draw_still
+
+        print(draw_still(cases, comparison.methods, Path(picture)))
+    print(path)
+
+
+def _write_page(comparison: Comparison, table: Table, cases: Sequence[Case], path: Path) -> Path:
+    from gradeclip_ft.report.content import Page
+    from gradeclip_ft.report.page import render
+
+    model = OmegaConf.select(comparison.runs[0].config, "model.name")
+    page = Page(
+        title=f"{model} before and after fine-tuning",
+        intro=introduction(comparison),
+        methods=comparison.methods,
+        tables=[table],
+        charts=numbers.charts(comparison),
+        cases=cases,
+        facts=numbers.facts(comparison),
+    )
+    return render(page, path)
+
+
+def introduction(comparison: Comparison) -> str:
+    """What the columns are, and whether the runs differ in the objective alone."""
+    parts = [WHAT["untouched"]]
+    for run in comparison.runs:
+        ordinary = OmegaConf.select(run.config, "objective.explainer") is None
+        parts.append(WHAT["ordinary"] if ordinary else WHAT["mapped"].format(run.label))
+    if len(comparison.runs) > 1:
+        same = same_settings(comparison)
+        parts.append(WHAT["same"] if same else "The runs differ in more than the loss: see below.")
+    return " ".join(dict.fromkeys([*parts, WHAT["boxes"]]))
+
+
+def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -> list[Case]:
+    """Pictures with the maps of the start and of every run, all by the same explainer."""
+    from gradeclip_ft.commands.build import build_data
+    from gradeclip_ft.commands.scenes import explain_scenes, find_scenes, to_case
+    from gradeclip_ft.text.phrases import Phrases
+    from gradeclip_ft.text.taggers import load_tagger, prepare_tagger
+
+    models = dict(_models(comparison))
+    config = comparison.runs[-1].config
+    source = cast("CaptionShards", build_data(config, models[UNTOUCHED]))
+    parse = Phrases(load_tagger(prepare_tagger(source.tagger)), source.max_phrases)
+    scenes = find_scenes(*files, parse, count)
+    explainer = _explainer(comparison)
+    maps = {
+        method: list(explain_scenes(loaded, explainer, scenes, source.prompt))
+        for method, loaded in models.items()
+    }
+    return [
+        to_case(scene, {method: maps[method][k] for method in comparison.methods})
+        for k, scene in enumerate(scenes)
+    ]
+
+
+def _models(comparison: Comparison) -> Iterator[tuple[str, LoadedClip]]:
+    """Start and fine-tuned weights by method."""
+    from gradeclip_ft.commands.build import build_clip
+
+    first: DictConfig = comparison.runs[0].config
+    yield UNTOUCHED, build_clip(first)
+    for run in comparison.runs:
+        weights = OmegaConf.merge(run.config, {"init_from": str(run.folder / WEIGHTS)})
+        assert isinstance(weights, DictConfig)
+        yield run.label, build_clip(weights)
+
+
+def _explainer(comparison: Comparison) -> TraceExplainer:
+    """That of the last run that trained with one, else Grad-ECLIP."""
+    from hydra.utils import instantiate
+
+    from gradeclip_ft.explain.grad_eclip import GradEclip
+
+    for run in reversed(comparison.runs):
+        node = OmegaConf.select(run.config, "objective.explainer")
+        if node is not None:
+            explainer: TraceExplainer = instantiate(node, _convert_="all")
+            return explainer
+    return GradEclip()

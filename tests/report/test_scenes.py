@@ -1,0 +1,132 @@
+"""Pictures for the page: which are chosen, where the boxes lie, what the numbers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradeclip_ft.commands import scenes
+from gradeclip_ft.data.coco import Picture, Region
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.models.factory import load_clip
+
+NAMES = ["red circle", "blue star", "car"]
+PICTURE = Picture(
+    id=1,
+    file_name="1.jpg",
+    height=50,
+    width=100,
+    regions=(
+        Region(id=1, label=0, box=(10.0, 5.0, 30.0, 20.0), crowd=False),
+        Region(id=2, label=0, box=(60.0, 25.0, 40.0, 25.0), crowd=False),
+        Region(id=3, label=2, box=(0.0, 0.0, 100.0, 50.0), crowd=False),
+    ),
+)
+
+
+def test_boxes_become_shares_of_the_picture() -> None:
+    """By hand, with height and width different: catches swapped sides and xywh taken for xyxy."""
+    boxes = scenes.boxes_of("small red circle", PICTURE, NAMES)
+    assert boxes == ((0.1, 0.1, 0.4, 0.5), (0.6, 0.5, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "count"),
+    [("red circle", 2), ("black cars", 1), ("Car", 1), ("carpet", 0), ("blue star", 0), ("red", 0)],
+)
+def test_a_phrase_names_a_class_by_whole_words(phrase: str, count: int) -> None:
+    """Catches the car in a carpet, and classes that this picture does not show."""
+    assert len(scenes.boxes_of(phrase, PICTURE, NAMES)) == count
+
+
+def test_the_share_of_heat_inside_boxes_is_counted_on_the_picture() -> None:
+    """By hand: even heat gives the area of the union; overlapping boxes count once."""
+    even = np.ones((4, 4), dtype=np.float32)
+    assert scenes.inside_share(even, [(0.0, 0.0, 0.5, 0.5)]) == pytest.approx(0.25)
+    twice = [(0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.5, 0.5)]
+    assert scenes.inside_share(even, twice) == pytest.approx(0.25)
+
+
+def test_heat_on_the_other_side_and_negative_heat_are_outside() -> None:
+    heat = np.array([[4.0, -1.0], [4.0, -1.0]], dtype=np.float32)
+    assert scenes.inside_share(heat, [(0.8, 0.0, 1.0, 1.0)]) == 0
+    assert scenes.inside_share(heat, [(0.0, 0.0, 0.5, 1.0)]) > 0.8
+    assert scenes.inside_share(np.zeros((2, 2), dtype=np.float32), [(0.0, 0.0, 1.0, 1.0)]) == 0
+
+
+def write_coco(folder: Path, captions: list[str]) -> tuple[Path, Path, Path]:
+    """One picture per caption, each with a red circle on the left and a blue star on the right."""
+    images = [
+        {"id": k, "file_name": f"{k}.png", "height": 32, "width": 32} for k in range(len(captions))
+    ]
+    for image in images:
+        Image.new("RGB", (32, 32), (image["id"], 0, 0)).save(folder / str(image["file_name"]))
+    annotations = [
+        {
+            "id": 2 * k + label,
+            "image_id": k,
+            "category_id": label,
+            "bbox": [16 * label, 0, 16, 32],
+            "area": 512,
+            "iscrowd": 0,
+            "segmentation": [],
+        }
+        for k in range(len(captions))
+        for label in (0, 1)
+    ]
+    categories = [{"id": k, "name": name} for k, name in enumerate(NAMES[:2])]
+    words = [{"id": k, "image_id": k, "caption": text} for k, text in enumerate(captions)]
+    files = folder / "captions.json", folder / "instances.json"
+    files[0].write_text(json.dumps({"images": images, "annotations": words}))
+    files[1].write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return folder, *files
+
+
+def split(caption: str) -> list[str]:
+    return caption.split(", ")
+
+
+def test_pictures_are_chosen_by_their_captions_alone(tmp_path: Path) -> None:
+    """The first that name two true things, in file order; phrases without a box are left out."""
+    captions = [
+        "red circle, sky",
+        "small red circle, background, blue star",
+        "nothing",
+        "blue star, red circle",
+        "blue star, big red circle",
+    ]
+    found = scenes.find_scenes(*write_coco(tmp_path, captions), split, 2)
+    assert [scene.caption for scene in found] == [captions[1], captions[3]]
+    assert found[0].phrases == ("small red circle", "blue star")
+    assert found[0].boxes == (((0.0, 0.0, 0.5, 1.0),), ((0.5, 0.0, 1.0, 1.0),))
+    assert found[0].image[0, 0].tolist() == [1, 0, 0]
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    files = write_coco(tmp_path, ["a dog, a cat"])
+    with pytest.raises(ValueError, match="names 2 things"):
+        scenes.find_scenes(*files, split, 3)
+
+
+def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
+    """Maps of a phrase do not depend on its neighbours: catches a mixed-up order of texts."""
+    torch.manual_seed(0)
+    loaded = load_clip("shapes_tiny", "random")
+    files = write_coco(tmp_path, ["red circle, blue star", "blue star, red circle"])
+    first, second = scenes.find_scenes(*files, split, 2)
+    second = scenes.Scene(first.image, second.caption, second.phrases, second.boxes)
+    one, two = scenes.explain_scenes(loaded, GradEclip(), [first, second], "a photo of the {}")
+    assert one.heat.shape == (2, 8, 8)
+    np.testing.assert_allclose(one.heat, two.heat[::-1], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(one.cosine, two.cosine[::-1], atol=1e-6)
+    assert all(parameter.grad is None for parameter in loaded.clip.parameters())
+    case = scenes.to_case(first, {"model": one})
+    assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}"
+    assert case.values["in the box"]["model"][1].endswith(" %")
