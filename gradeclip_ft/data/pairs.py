@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from gradeclip_ft.data.coco import CaptionedPicture, read_captions
 from gradeclip_ft.data.files import open_image, prepare_files, require_images
 
 
+@runtime_checkable
 class Tokenize(Protocol):
     """Texts to token ids."""
 

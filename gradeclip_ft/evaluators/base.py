@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -17,6 +17,7 @@ from gradeclip_ft.results.record import Json, Measured, Result, read, result_pat
 Item = TypeVar("Item")
 
 
+@runtime_checkable
 class Track(Protocol):
     """Passes the items of a loop through and shows how far it is."""
 
@@ -31,6 +32,7 @@ def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     return items
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Model to numbers; leaves the model, its mode and the random state as they were."""
 

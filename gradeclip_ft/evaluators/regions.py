@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +28,7 @@ GROUPS = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes")
 TOPK = (1, 5)
 
 
+@runtime_checkable
 class RegionBatches(Protocol):
     """Batches of regions with a known number."""
 
@@ -36,6 +37,7 @@ class RegionBatches(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
 class OpenedRegions(Protocol):
     """Regions at one image size."""
 
@@ -64,6 +66,7 @@ class OpenedRegions(Protocol):
         ...
 
 
+@runtime_checkable
 class RegionSource(Protocol):
     """Where regions come from; called with the evaluator's image size and the model's pixels."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from gradeclip_ft.results.record import Json, Measured
 TOPK = (1, 5, 10)
 
 
+@runtime_checkable
 class PairBatches(Protocol):
     """Batches of pairs with a known number."""
 
@@ -36,6 +37,7 @@ class PairBatches(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
 class OpenedPairs(Protocol):
     """Images and captions as one model wants them."""
 
@@ -59,6 +61,7 @@ class OpenedPairs(Protocol):
         ...
 
 
+@runtime_checkable
 class PairSource(Protocol):
     """Where pairs come from; called with the model's own preprocessing and tokenizer."""
 

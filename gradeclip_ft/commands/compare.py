@@ -1,0 +1,68 @@
+"""`compare`: tables of results against each other."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from gradeclip_ft.results.collect import Steps, collect
+from gradeclip_ft.results.render import Format, render, write_table
+from gradeclip_ft.results.table import MAIN, Table, grouped, select, tabulate
+
+
+def compare(
+    *runs: str,
+    format: Format = "text",
+    steps: Steps = "ends",
+    by: tuple[str, ...] = (),
+    fields: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = MAIN,
+    out: str | None = None,
+) -> None:
+    """Print results of runs side by side; rows whose protocol or data differ are marked.
+
+    RUNS are folders such as runs/demo, or quoted patterns such as 'runs/maps_*'. Weights before
+    training that several runs share stand there once. Columns say what a run was: map, heads,
+    stop_gradient, loss, seed.
+
+    format=text|markdown|csv   csv holds fractions, the others percent
+    steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
+    by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
+    fields=[lr=optim.lr]       more columns, from the configuration of each run
+    metrics=[boxes/*]          which metrics to show; [*] for all
+    out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run
+    """
+    asked = {}
+    for item in fields:
+        name, _, key = item.partition("=")
+        if not name or not key:
+            raise ValueError(f"fields={item}: write column=key, for example lr=optim.lr")
+        asked[name] = key
+    table = tabulate(collect(runs, steps=steps, fields=asked))
+    shown = select(grouped(table, by) if by else table, metrics)
+    print(render(shown, format), end="")
+    if out is None:
+        return
+    options = {
+        "steps": (steps, "ends"),
+        "by": (_listed(by), "[]"),
+        "fields": (_listed(fields), "[]"),
+        "metrics": (_listed(metrics), _listed(MAIN)),
+        "out": (out, None),
+    }
+    given = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+    command = "python -m gradeclip_ft compare " + shlex.join([*runs, *given])
+    for path in write_table(Path(out), table, shown, command=command, notes=_notes(table, by)):
+        print(path)
+
+
+def _notes(table: Table, by: tuple[str, ...]) -> list[str]:
+    """What a reader of the file needs beside the table."""
+    notes = ["± is the sample standard deviation over the rows of a group."] if by else []
+    if any(row["command"] for row in table.rows):
+        notes.append("The JSON file holds one row per run, each with the command that trained it.")
+    return notes
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return f"[{','.join(words)}]"

@@ -1,0 +1,128 @@
+"""COCO's files: known values, and every kind of damage with its message."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
+from gradeclip_ft.data.coco import read_captions, read_regions, read_segment_ids, region_masks
+from gradeclip_ft.data.files import open_image
+
+IMAGE = {"id": 7, "file_name": "a.jpg", "height": 6, "width": 8}
+CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def instance(**changes: Any) -> dict[str, Any]:
+    entry = {"id": 5, "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 2], "iscrowd": 0}
+    return {**entry, "segmentation": [[1, 2, 4, 2, 4, 4, 1, 4]], **changes}
+
+
+def instances(path: Path, *entries: dict[str, Any]) -> Path:
+    content = {"images": [IMAGE], "annotations": list(entries), "categories": CATEGORIES}
+    return write(path / "instances.json", content)
+
+
+def test_labels_are_ranks_of_the_sorted_category_ids(tmp_path: Path) -> None:
+    """Ids are sparse and the list may come in any order."""
+    categories, pictures = read_regions(instances(tmp_path, instance()))
+    assert [category.name for category in categories] == ["person", "toothbrush"]
+    assert pictures[0].regions[0].label == 1
+
+
+def test_panoptic_id_70000_survives_eight_bit_colours(tmp_path: Path) -> None:
+    """R + 256 G + 65536 B in uint8 would overflow: 70000 = 112 + 17 * 256 + 1 * 65536."""
+    colours = np.zeros((2, 3, 3), np.uint8)
+    colours[1, 2] = (112, 17, 1)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    assert read_segment_ids(tmp_path / "a.png").tolist() == [[0, 0, 0], [0, 0, 70000]]
+
+
+def test_polygons_packed_and_counted_run_lengths_give_the_same_mask(tmp_path: Path) -> None:
+    expected = np.zeros((6, 8), np.uint8)
+    expected[2:4, 1:4] = 1
+    packed = rle.encode(np.asfortranarray(expected))
+    text = {"size": [6, 8], "counts": packed["counts"].decode()}
+    runs = np.diff(np.flatnonzero(np.diff(expected.T.flatten(), prepend=2, append=2)))
+    counted = {"size": [6, 8], "counts": runs.tolist()}
+    outlines = [[[1, 2, 4, 2, 4, 4, 1, 4]], text, counted]
+    entries = [instance(id=n, segmentation=outline) for n, outline in enumerate(outlines)]
+    _, (picture,) = read_regions(instances(tmp_path, *entries))
+    for mask in region_masks(picture, picture.regions, None):
+        assert mask.tolist() == expected.tolist()
+
+
+def test_captions_keep_their_number_per_image(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg"} for n in (3, 1, 2)]
+    captions = [{"image_id": n, "caption": f" text {k}\n"} for n, k in ((1, 0), (3, 1), (1, 2))]
+    content = {"images": images, "annotations": captions}
+    found = read_captions(write(tmp_path / "captions.json", content))
+    assert [(entry.id, entry.captions) for entry in found] == [
+        (3, ("text 1",)),
+        (1, ("text 0", "text 2")),
+        (2, ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 8}, "images that are not listed, first id 8"),
+        ({"category_id": 2}, "region 5 has category 2, which is not listed"),
+        ({"bbox": [1, 2, 3]}, "box of region 5"),
+    ],
+)
+def test_ids_that_do_not_match_are_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_regions(instances(tmp_path, instance(**change)))
+
+
+def test_truncated_json_missing_file_and_other_kinds_are_named(tmp_path: Path) -> None:
+    path = instances(tmp_path, instance())
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"instances.json is no complete JSON"):
+        read_regions(path)
+    with pytest.raises(FileNotFoundError, match=r"no annotation file .*absent.json"):
+        read_regions(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match="has no categories"):
+        read_regions(write(tmp_path / "b.json", {"images": [], "annotations": []}))
+
+
+def test_masks_of_another_size_are_named(tmp_path: Path) -> None:
+    entry = instance(segmentation={"size": [5, 8], "counts": [40]})
+    _, (picture,) = read_regions(instances(tmp_path, entry))
+    with pytest.raises(ValueError, match="region 5, image 7 has 5 x 8"):
+        region_masks(picture, picture.regions, None)
+
+
+def test_segment_without_a_pixel_is_named(tmp_path: Path) -> None:
+    """Annotation file and PNG of different versions would give empty masks."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    segment = {"id": 9, "category_id": 1, "bbox": [0, 0, 3, 3], "iscrowd": 0}
+    annotation = {"image_id": 7, "file_name": "a.png", "segments_info": [segment]}
+    content = {"images": [IMAGE], "annotations": [annotation], "categories": CATEGORIES}
+    _, (picture,) = read_regions(write(tmp_path / "panoptic.json", content))
+    with pytest.raises(ValueError, match=r"a.png: segment 9 of image 7 has no pixel"):
+        region_masks(picture, picture.regions, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no image .*a.png"):
+        region_masks(picture, picture.regions, tmp_path / "elsewhere")
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    for size in (0, 10, len(content) // 2):
+        (tmp_path / "a.jpg").write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"a.jpg cannot be read as an image"):
+            open_image(tmp_path / "a.jpg")

@@ -1,0 +1,198 @@
+"""Region classification through the whole pipeline, with models whose answers are known."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.evaluators.regions import RegionEvaluator
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
+
+Load = Callable[..., LoadedClip]
+PROMPT = ["a photo of the {}."]
+
+
+def evaluator(world: Any, **options: Any) -> RegionEvaluator:
+    keys = {"mask_antialias", "min_area", "crowd", "max_regions"}
+    data = {key: options.pop(key) for key in keys & set(options)}
+    settings = {"name": "regions", "templates": PROMPT, **options}
+    return RegionEvaluator(data=CocoRegions(**world.panoptic, **data), **settings)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(224, 16), (336, 14)])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_perfect_model_scores_one(
+    world: Any, load: Load, size: int, patch: int, antialias: bool
+) -> None:
+    """Pictures are wide, high and square; any slip of the geometry costs accuracy."""
+    measured = evaluator(world, mask_antialias=antialias)(load(size, patch))
+    assert set(measured.metrics.values()) == {1.0}
+    groups = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes")
+    assert set(measured.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert measured.details["empty_masks"] == 0
+
+
+def test_a_perfect_model_scores_one_at_1024(world: Any, load: Load, tmp_path: Path) -> None:
+    """One picture of each shape."""
+    content = json.loads((world.folder / "panoptic.json").read_text())
+    short = {**content, **{key: content[key][:6] for key in ("images", "annotations")}}
+    (tmp_path / "panoptic.json").write_text(json.dumps(short))
+    files = {**world.panoptic, "annotations": str(tmp_path / "panoptic.json")}
+    regions = RegionEvaluator("regions", CocoRegions(**files), templates=PROMPT, batch_size=2)
+    assert set(regions(load(1024, 16)).metrics.values()) == {1.0}
+
+
+def test_region_features_hold_their_class_and_little_else(world: Any, load: Load) -> None:
+    """Sharper than accuracy: a shift by one cell would already show in the shares."""
+    loaded = load(224, 16)
+    regions = CocoRegions(**world.panoptic, mask_antialias=False)(
+        image_size=224, patch=16, mean=loaded.mean, std=loaded.std
+    )
+    own: dict[str, list[float]] = {"box": [], "mask": [], "shifted": []}
+    for batch in regions.batches(8, 0):
+        dense = loaded.clip.image.dense(batch.images)
+        rows = torch.arange(len(batch.labels))
+        own["box"] += pool_boxes(dense, batch.boxes, batch.owner)[rows, batch.labels].tolist()
+        own["mask"] += pool_masks(dense, batch.masks, batch.owner)[rows, batch.labels].tolist()
+        moved = pool_boxes(dense.roll(1, dims=2), batch.boxes, batch.owner)
+        own["shifted"] += moved[rows, batch.labels].tolist()
+    assert min(own["box"]) > 0.95
+    assert min(own["mask"]) > 0.85
+    mean = {key: sum(values) / len(values) for key, values in own.items()}
+    assert mean["box"] > 0.99 > mean["shifted"] + 0.01
+
+
+def test_a_model_with_shuffled_names_scores_zero(world: Any, load: Load) -> None:
+    """The worst case: every name on its neighbour's axis."""
+    measured = evaluator(world)(load(table=torch.eye(17).roll(1, dims=0)))
+    top1 = [value for key, value in measured.metrics.items() if key.endswith("top1")]
+    assert set(top1) == {0.0}
+
+
+def test_a_blind_model_is_near_chance(world: Any, load: Load) -> None:
+    """Chance of 17 classes is 0.059; 90 things give a standard error of about 0.025."""
+    measured = evaluator(world)(load(blind=True))
+    assert measured.metrics["boxes/top1"] < 0.2
+    assert 0.1 < measured.metrics["boxes/top5"] < 0.5
+
+
+def test_boxes_and_mask_accuracy_equal_a_naive_loop(world: Any, load: Load) -> None:
+    """Regions straight from the annotation file, pooled cell by cell, counted class by class."""
+    loaded = load(224, 16)
+    table = torch.randn(17, 17, generator=torch.Generator().manual_seed(3))
+    loaded = load(table=table)
+    measured = evaluator(world, mask_antialias=False)(loaded)
+    classes = torch.nn.functional.normalize(table, dim=1)
+    regions = CocoRegions(**world.panoptic, mask_antialias=False)(
+        image_size=224, patch=16, mean=loaded.mean, std=loaded.std
+    )
+    hits: dict[tuple[str, int], list[bool]] = {}
+    for index in range(len(regions)):
+        sample = regions[index]
+        tokens = loaded.clip.image.dense(sample.image.unsqueeze(0))[0]  # (14, 14, K)
+        tokens = tokens / tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        for row in range(len(sample.labels)):
+            total = torch.zeros(17)
+            for y in range(14):
+                for x in range(14):
+                    total += tokens[y, x] * sample.masks[row, y, x]
+            label = int(sample.labels[row])
+            group = "thing_masks" if bool(sample.is_thing[row]) else "stuff_masks"
+            best = int((classes @ total).argmax())
+            hits.setdefault((group, label), []).append(best == label)
+    for group in ("thing_masks", "stuff_masks"):
+        shares = [sum(v) / len(v) for (name, _), v in hits.items() if name == group]
+        assert measured.metrics[f"{group}/top1"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_batch_size_does_not_change_the_numbers(world: Any, load: Load) -> None:
+    table = torch.randn(17, 17, generator=torch.Generator().manual_seed(3))
+    one = evaluator(world, batch_size=1)(load(table=table))
+    many = evaluator(world, batch_size=16)(load(table=table))
+    assert one == many
+
+
+def test_mode_gradients_and_random_state_stay_as_they_were(world: Any, load: Load) -> None:
+    """A loader without its own generator would move torch's random state, and so the training."""
+    loaded = load()
+    before = [module.training for module in loaded.clip.modules()]
+    state = torch.get_rng_state()
+    evaluator(world)(loaded)
+    assert [module.training for module in loaded.clip.modules()] == before
+    assert len(set(before)) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def test_protocol_and_data_name_every_choice(world: Any, load: Load) -> None:
+    """The same model at another size or prompt is another protocol; other data another hash."""
+    measured = evaluator(world)(load())
+    assert measured.protocol["image_size"] == 224
+    assert measured.protocol["grid"] == 14
+    assert measured.protocol["classes"] == 17
+    assert measured.protocol["source"] == "panoptic"
+    things = sum(label < 12 for found in world.rectangles.values() for label, *_ in found)
+    expected = {"images": 30, "things": things, "stuff": 30, "skipped": {}}
+    assert measured.data["counts"] == expected
+    other = evaluator(world, min_area=1e4)(load(336, 14))
+    assert other.data["hash"] != measured.data["hash"]
+    assert other.protocol != measured.protocol
+    assert other.data["counts"]["skipped"]["small"] > 0
+    json.dumps([dict(measured.protocol), dict(measured.data), dict(measured.details)])
+
+
+def test_another_image_size_is_refused_with_the_remedy(world: Any, load: Load) -> None:
+    with pytest.raises(ValueError, match=r"needs 224 x 224 .* model.image_size=224"):
+        evaluator(world, image_size=224)(load(336, 14))
+
+
+def test_templates_without_a_place_for_the_name_are_refused(world: Any) -> None:
+    with pytest.raises(ValueError, match=r"each needs \{\}"):
+        evaluator(world, templates=["a photo"])
+    with pytest.raises(ValueError, match="write vild"):
+        evaluator(world, templates="imagenet")
+
+
+def test_a_model_that_gives_nan_is_refused(world: Any, load: Load) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        evaluator(world)(load(table=torch.full((17, 17), torch.nan)))
+
+
+def test_vild_templates_are_the_default(world: Any, load: Load) -> None:
+    """63 sentences per class reach the text tower."""
+    loaded = load()
+    regions = RegionEvaluator(name="regions", data=CocoRegions(**world.panoptic))
+    assert set(regions(loaded).metrics.values()) == {1.0}
+    assert loaded.clip.text.rows == 63 * 17
+    assert regions.protocol["templates"] == "vild"
+
+
+def test_empty_masks_are_counted(world: Any, load: Load, tmp_path: Path) -> None:
+    """A 9 x 9 px region vanishes on the grid without antialias."""
+    content = json.loads((world.folder / "panoptic.json").read_text())
+    content["annotations"] = content["annotations"][:1]
+    content["images"] = content["images"][:1]
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    from PIL import Image
+
+    name = content["annotations"][0]["file_name"]
+    segments = Image.open(world.folder / "segments" / name)
+    segments.paste((1, 2, 3), (0, 0, 9, 9))
+    (tmp_path / "segments").mkdir()
+    segments.save(tmp_path / "segments" / name)
+    tiny = {"id": 1 + 512 + 3 * 65536, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    content["annotations"][0]["segments_info"].append(tiny)
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    data = CocoRegions(
+        annotations=str(tmp_path / "panoptic.json"),
+        images=str(world.folder / "images"),
+        segments=str(tmp_path / "segments"),
+        mask_antialias=False,
+    )
+    measured = RegionEvaluator(name="regions", data=data, templates=PROMPT)(load())
+    assert measured.details["empty_masks"] == 1

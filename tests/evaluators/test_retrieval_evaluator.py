@@ -1,0 +1,107 @@
+"""Retrieval through the whole pipeline, with models whose answers are known."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradeclip_ft.data.pairs import CocoCaptions
+from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
+from gradeclip_ft.models.clip import LoadedClip
+
+Load = Callable[..., LoadedClip]
+
+
+def evaluator(world: Any, **options: Any) -> RetrievalEvaluator:
+    data = CocoCaptions(**world.captions, split="test")
+    return RetrievalEvaluator(name="retrieval", data=data, **options)
+
+
+def image_table(world: Any, loaded: LoadedClip) -> Tensor:
+    """What the fake image tower says of picture 0, 1, 2, ...: the perfect text table."""
+    pairs = CocoCaptions(**world.captions, split="test")(
+        transform=loaded.transform(), tokenizer=loaded.tokenizer
+    )
+    images = torch.cat([batch.images for batch in pairs.batches(8, 0)])
+    return loaded.clip.image.encode(images)
+
+
+def test_a_perfect_model_scores_one_and_a_reversed_one_nothing(world: Any, load: Load) -> None:
+    table = image_table(world, load())
+    found = evaluator(world)(load(table=table)).metrics
+    assert found == {
+        f"{way}_retrieval_recall@{k}": 1.0 for way in ("image", "text") for k in (1, 5, 10)
+    }
+    wrong = evaluator(world)(load(table=table.roll(7, dims=0))).metrics
+    assert wrong["image_retrieval_recall@1"] == wrong["text_retrieval_recall@1"] == 0.0
+
+
+def test_recall_equals_a_naive_loop(world: Any, load: Load) -> None:
+    table = image_table(world, load())
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    texts = table + 2.0 * noise
+    found = evaluator(world)(load(table=texts)).metrics
+    unit = torch.nn.functional.normalize
+    scores = unit(texts, dim=1) @ unit(table, dim=1).T  # both captions of a picture are equal
+    for k in (1, 5, 10):
+        hits = [n in row.argsort(descending=True)[:k] for n, row in enumerate(scores)]
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
+    top = [int(row.argmax()) == n for n, row in enumerate(scores.T)]
+    assert found["text_retrieval_recall@1"] == pytest.approx(sum(top) / len(top))
+
+
+def test_batch_sizes_do_not_change_the_numbers(world: Any, load: Load) -> None:
+    noise = torch.randn(30, 192, generator=torch.Generator().manual_seed(0))
+    one = evaluator(world, batch_size=1, text_batch_size=3)(load(table=noise))
+    assert one == evaluator(world, batch_size=16)(load(table=noise))
+
+
+def test_equal_captions_are_encoded_once(world: Any, load: Load) -> None:
+    """Else rounding in different batches would decide ties by chance."""
+    loaded = load(table=torch.randn(30, 192))
+    evaluator(world)(loaded)
+    assert loaded.clip.text.rows == 30  # of 60 captions; the fake sees their number alone
+
+
+def test_mode_and_random_state_stay_as_they_were(world: Any, load: Load) -> None:
+    loaded = load(table=torch.randn(30, 192))
+    before = [module.training for module in loaded.clip.modules()]
+    state = torch.get_rng_state()
+    evaluator(world)(loaded)
+    assert [module.training for module in loaded.clip.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_uneven_captions_and_images_without_one(world: Any, load: Load, tmp_path: Path) -> None:
+    """One image has four captions, one none: it is left out, counted, and shifts no index."""
+    content = json.loads((world.folder / "captions.json").read_text())
+    kept = [entry for entry in content["annotations"] if entry["image_id"] != 3]
+    kept += [{"image_id": 5, "caption": f"{n} times picture 5"} for n in (3, 4)]
+    content["annotations"] = kept
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    data = CocoCaptions(str(tmp_path / "captions.json"), world.captions["images"], split="test")
+    table = image_table(world, load())
+    measured = RetrievalEvaluator(name="retrieval", data=data)(load(table=table))
+    assert set(measured.metrics.values()) == {1.0}
+    assert measured.data["counts"] == {
+        "images": 29,
+        "captions": 60,
+        "skipped": {"image without caption": 1},
+    }
+
+
+def test_a_split_of_another_size_is_refused(world: Any, load: Load) -> None:
+    """Validation and test splits are mixed up easily and give other recalls."""
+    data = CocoCaptions(**world.captions, split="flickr30k test", expected=1000)
+    with pytest.raises(ValueError, match="lists 30 images, split flickr30k test has 1000"):
+        RetrievalEvaluator(name="retrieval", data=data)(load())
+
+
+def test_missing_images_are_named(world: Any, load: Load, tmp_path: Path) -> None:
+    data = CocoCaptions(world.captions["annotations"], str(tmp_path), split="test")
+    with pytest.raises(FileNotFoundError, match=r"30 of 30 .* first 000000000000.png \(id 0\)"):
+        RetrievalEvaluator(name="retrieval", data=data)(load())
