@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gradeclip_ft.report.content import Case, Table
 
 SHAPES = Path("data/shapes")
+STILL = 3  # pictures in the still figure
+GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
+UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
 WHAT = {
     "untouched": "Untouched is the model before training.",
     "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions.",
@@ -28,6 +31,7 @@ WHAT = {
     ),
     "same": "Data, steps, seed and optimiser are the same.",
     "boxes": "No box and no mask was used in training.",
+    "differ": "The runs differ in more than the loss: see the settings below.",
 }
 
 
@@ -59,7 +63,7 @@ def report(
     table = numbers.results_table(comparison)
     cases: Sequence[Case] = ()
     if scenes or picture:
-        cases = _cases(comparison, (images, captions, instances), max(scenes, 3))
+        cases = _cases(comparison, (images, captions, instances), max(scenes, STILL))
     path = _write_page(comparison, table, cases[:scenes], Path(out or folders[-1] / "report.html"))
     print(numbers.as_text(table, comparison.methods))
     if picture is not None:
@@ -73,15 +77,19 @@ def _write_page(comparison: Comparison, table: Table, cases: Sequence[Case], pat
     from gradeclip_ft.report.content import Page
     from gradeclip_ft.report.page import render
 
-    model = OmegaConf.select(comparison.runs[0].config, "model.name")
+    facts = numbers.facts(comparison)
+    if cases:
+        named = map_settings(comparison)
+        facts["Heat maps"] = {key.strip("_"): str(value) for key, value in named.items()}
     page = Page(
-        title=f"{model} before and after fine-tuning",
+        title=f"{comparison.runs[0].config.model.name} before and after fine-tuning",
         intro=introduction(comparison),
         methods=comparison.methods,
+        kind="Model",
         tables=[table],
         charts=numbers.charts(comparison),
         cases=cases,
-        facts=numbers.facts(comparison),
+        facts=facts,
     )
     return render(page, path)
 
@@ -93,13 +101,14 @@ def introduction(comparison: Comparison) -> str:
         ordinary = OmegaConf.select(run.config, "objective.explainer") is None
         parts.append(WHAT["ordinary"] if ordinary else WHAT["mapped"].format(run.label))
     if len(comparison.runs) > 1:
-        same = same_settings(comparison)
-        parts.append(WHAT["same"] if same else "The runs differ in more than the loss: see below.")
+        parts.append(WHAT["same" if same_settings(comparison) else "differ"])
     return " ".join(dict.fromkeys([*parts, WHAT["boxes"]]))
 
 
 def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -> list[Case]:
     """Pictures with the maps of the start and of every run, all by the same explainer."""
+    from hydra.utils import instantiate
+
     from gradeclip_ft.commands.build import build_data
     from gradeclip_ft.commands.scenes import explain_scenes, find_scenes, to_case
     from gradeclip_ft.text.phrases import Phrases
@@ -110,7 +119,7 @@ def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -
     source = cast("CaptionShards", build_data(config, models[UNTOUCHED]))
     parse = Phrases(load_tagger(prepare_tagger(source.tagger)), source.max_phrases)
     scenes = find_scenes(*files, parse, count)
-    explainer = _explainer(comparison)
+    explainer: TraceExplainer = instantiate(map_settings(comparison), _convert_="all")
     maps = {
         method: list(explain_scenes(loaded, explainer, scenes, source.prompt))
         for method, loaded in models.items()
@@ -133,15 +142,12 @@ def _models(comparison: Comparison) -> Iterator[tuple[str, LoadedClip]]:
         yield run.label, build_clip(weights)
 
 
-def _explainer(comparison: Comparison) -> TraceExplainer:
-    """That of the last run that trained with one, else Grad-ECLIP."""
-    from hydra.utils import instantiate
-
-    from gradeclip_ft.explain.grad_eclip import GradEclip
-
+def map_settings(comparison: Comparison) -> dict[str, Any]:
+    """The explainer of the last run that trained with maps, else Grad-ECLIP's defaults."""
     for run in reversed(comparison.runs):
         node = OmegaConf.select(run.config, "objective.explainer")
-        if node is not None:
-            explainer: TraceExplainer = instantiate(node, _convert_="all")
-            return explainer
-    return GradEclip()
+        if node is not None and not node["_target_"].endswith(UNIFORM):
+            settings = OmegaConf.to_container(node, resolve=True)
+            assert isinstance(settings, dict)
+            return {str(key): value for key, value in settings.items()}
+    return {"_target_": GRAD_ECLIP}

@@ -98,6 +98,7 @@ class Page:
         title: Heading and window title.
         intro: One paragraph.
         methods: Names of the methods, in the order of columns.
+        kind: What the methods are: models, explainers.
         tables: Results.
         charts: Curves.
         cases: Pictures.
@@ -107,6 +108,7 @@ class Page:
     title: str
     intro: str
     methods: Sequence[str]
+    kind: str = "Method"
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     cases: Sequence[Case] = ()
