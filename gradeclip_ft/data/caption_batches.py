@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ MOST_BAD_SAMPLES = 10_000
 EMPTY_LENGTH = 8
 
 
+@runtime_checkable
 class Tokenize(Protocol):
     """Texts to token ids (M, L); `trim` cuts behind the longest text where that is exact."""
 

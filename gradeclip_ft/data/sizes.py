@@ -16,7 +16,7 @@ from pathlib import Path
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
-from gradeclip_ft.data.stream import is_local, local_path
+from gradeclip_ft.data.stream import Skips, is_local, local_path, read_shard
 
 SIZES = "sizes.json"
 
@@ -38,20 +38,18 @@ def count_local(path: Path) -> int:
 
 def sample_keys(path: Path) -> Iterator[str]:
     """Keys of the samples of a local shard as the reader groups them, as far as it can be read."""
+    archive = _open_plain(path)
+    if archive is None:
+        yield from (raw["__key__"] for raw in read_shard(str(path), Skips()))
+        return
     previous = None
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                key, _ = base_plus_ext(member.name)
-                if key is None or key == previous:
-                    continue
-                if previous is not None:
-                    yield previous  # the next sample has begun, so this one is complete
-                previous = key
-    except (OSError, EOFError, ValueError, tarfile.TarError):
-        return  # what has begun is lost, as in the reader
+    with archive:
+        for key in _member_keys(archive):
+            if key is None:
+                return  # the shard breaks off; what has begun is lost, as in the reader
+            if previous not in (None, key):
+                yield previous  # the next sample has begun, so this one is complete
+            previous = key
     if previous is not None:
         yield previous
 
@@ -63,6 +61,40 @@ def fingerprint(urls: Sequence[str]) -> str:
         for url in urls
     ]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def _open_plain(path: Path) -> tarfile.TarFile | None:
+    """The archive, if one can jump from header to header; compressed ones must be read through."""
+    try:
+        return tarfile.open(path, "r:")
+    except (OSError, ValueError, tarfile.TarError):
+        return None
+
+
+def _member_keys(archive: tarfile.TarFile) -> Iterator[str | None]:
+    """Key of each file, in order; None where the archive breaks off."""
+    try:
+        for member in archive:
+            if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
+                continue
+            if not _complete(archive, member):
+                break
+            key, _ = base_plus_ext(member.name)
+            if key is not None:
+                yield key
+        else:
+            return
+    except (OSError, ValueError, tarfile.TarError):
+        pass
+    yield None
+
+
+def _complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Whether the last byte of a file is there; costs no more than the way to the next header."""
+    if member.size == 0 or archive.fileobj is None:
+        return True
+    archive.fileobj.seek(member.offset_data + member.size - 1)
+    return len(archive.fileobj.read(1)) == 1
 
 
 @cache

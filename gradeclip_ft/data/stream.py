@@ -113,7 +113,7 @@ def read_shard(url: str, skips: Skips) -> Iterator[RawSample]:
                 yield sample
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         cut = found > 0 or "unexpected end" in str(error)
-        skips.add("truncated_shard" if cut else "unreadable_shard", url, error)
+        skips.add("truncated_shard" if cut else "unreadable_shard", url, _reason(error))
     else:
         if not found:
             skips.add("empty_shard", url, "it holds no sample")
@@ -153,6 +153,13 @@ def _matches(pattern: str) -> list[str]:
             f"no shard matches {pattern}; make or fetch them, or correct shards="
         )
     return found
+
+
+def _reason(error: Exception) -> str:
+    """The message without what webdataset hangs on to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error.args[0] if error.args else error).split(" @ ")[0]
 
 
 def _drop_duplicate(skips: Skips, url: str, error: Exception) -> bool:

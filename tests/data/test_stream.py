@@ -1,0 +1,164 @@
+"""Addresses of shards, and reading that survives broken ones."""
+
+import functools
+import http.server
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gradeclip_ft.data.stream import Skips, expand_shards, read_shard, stable_hash
+
+Make = Callable[..., list[Path]]
+Write = Callable[..., Path]
+Files = Callable[..., dict[str, bytes]]
+
+
+def keys_of(path: Path | str, skips: Skips | None = None) -> list[str]:
+    return [raw["__key__"] for raw in read_shard(str(path), skips or Skips())]
+
+
+@pytest.fixture
+def five(tmp_path: Path, make_shards: Make) -> list[Path]:
+    return make_shards(tmp_path, sizes=[2] * 5)
+
+
+def test_every_way_to_name_shards_gives_the_same_list(tmp_path: Path, five: list[Path]) -> None:
+    expected = [str(path) for path in five]
+    assert expand_shards(f"{tmp_path}/part-{{0000..0004}}.tar") == expected
+    assert expand_shards(f"{tmp_path}/part-*.tar") == expected
+    assert expand_shards(str(tmp_path)) == expected
+    assert expand_shards([f"{tmp_path}/part-000{{0,1}}.tar", *expected[2:]]) == expected
+    assert expand_shards("::".join(expected)) == expected
+
+
+def test_addresses_are_expanded_but_not_fetched() -> None:
+    urls = expand_shards("https://host/cc3m-train-{0000..0575}.tar")
+    assert len(urls) == 576
+    assert urls[-1] == "https://host/cc3m-train-0575.tar"
+
+
+def test_missing_local_shards_are_named(tmp_path: Path, five: list[Path]) -> None:
+    five[3].unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 5 shards do not exist, first .*0003\.tar"):
+        expand_shards(f"{tmp_path}/part-{{0000..0004}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"no shard matches .*none-"):
+        expand_shards(f"{tmp_path}/none-*.tar")
+    with pytest.raises(FileNotFoundError, match="no shard in"):
+        expand_shards([])
+
+
+def test_a_shard_named_twice_is_refused(tmp_path: Path, five: list[Path]) -> None:
+    """Each sample would come twice per epoch."""
+    with pytest.raises(ValueError, match="1 shards are listed twice"):
+        expand_shards([str(tmp_path), str(five[0])])
+
+
+def test_shell_commands_and_unknown_schemes_are_refused() -> None:
+    with pytest.raises(ValueError, match="allow_pipe=true"):
+        expand_shards("pipe:touch /tmp/x; cat {0..3}.tar")
+    assert expand_shards("pipe:cat {0..3}.tar", allow_pipe=True)[3] == "pipe:cat 3.tar"
+    with pytest.raises(ValueError, match="cannot be read by s3:"):
+        expand_shards("s3://bucket/{0..3}.tar")
+
+
+def test_samples_come_in_order_with_all_their_files(five: list[Path]) -> None:
+    skips = Skips()
+    first, second = read_shard(str(five[1]), skips)
+    assert [first["__key__"], second["__key__"]] == ["000000002", "000000003"]
+    assert first["txt"] == b"a black horse near house 2"
+    assert set(first) == {"__key__", "__url__", "jpg", "txt", "json"}
+    assert skips.take() == {}
+
+
+def test_a_truncated_shard_loses_its_tail_only(tmp_path: Path, make_shards: Make) -> None:
+    (path,) = make_shards(tmp_path, sizes=[10])
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"000000006.txt") + 512 + 9])
+    skips = Skips()
+    assert keys_of(path, skips) == [f"{number:09d}" for number in range(6)]
+    assert skips.take() == {"truncated_shard": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "unreadable_shard"),
+        (b"<html>404</html>" * 100, "unreadable_shard"),
+        (b"\0" * 10240, "empty_shard"),
+        (None, "unreadable_shard"),
+    ],
+)
+def test_unusable_shards_are_counted(tmp_path: Path, content: bytes | None, cause: str) -> None:
+    path = tmp_path / "a.tar"
+    if content is not None:
+        path.write_bytes(content)
+    skips = Skips()
+    assert keys_of(path, skips) == []
+    assert skips.take() == {cause: 1}
+
+
+def test_a_second_file_of_the_same_name_is_dropped(
+    tmp_path: Path, sample: Files, write_shard: Write
+) -> None:
+    """Webdataset raises there; the rest of the shard must survive."""
+    path = write_shard(tmp_path / "a.tar", [sample(0), {"000000000.txt": b"other"}, sample(1)])
+    skips = Skips()
+    first, second = read_shard(str(path), skips)
+    assert first["txt"] == b"a black dog near house 0"
+    assert second["__key__"] == "000000001"
+    assert skips.take() == {"duplicate_name": 1}
+
+
+def test_the_log_names_the_first_and_then_every_1000th(caplog: pytest.LogCaptureFixture) -> None:
+    skips = Skips()
+    with caplog.at_level(logging.WARNING):
+        for number in range(2500):
+            skips.add("broken_image", f"key{number}", "why")
+        skips.add("missing_text", "other")
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == [
+        "key0",
+        "key1000",
+        "key2000",
+        "other",
+    ]
+    assert skips.take() == {"broken_image": 2500, "missing_text": 1}
+    assert skips.take() == {}
+
+
+def test_hashes_do_not_depend_on_the_process() -> None:
+    """Python's own hash does; the value is `b2sum -l 64` prints, shifted by one bit."""
+    assert stable_hash("black car") == int("12100969a7e878ea", 16) >> 1
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads addresses by curl")
+def test_addresses_are_read_like_files(
+    tmp_path: Path, five: list[Path], web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    skips = Skips()
+    assert keys_of(f"{web}/part-0002.tar", skips) == keys_of(five[2])
+    reader = read_shard(f"{web}/part-0003.tar", skips)
+    next(reader)
+    reader.close()  # type: ignore[attr-defined]  # a reader that stops early is no error
+    assert skips.take() == {}
+    assert keys_of(f"{web}/none.tar", skips) == []
+    assert skips.take() == {"unreadable_shard": 1}
