@@ -41,7 +41,7 @@ class Checkpoints(Checkpoint):
         self._folder = folder
         self._every = every
         self._saved: int | None = None
-        self._updating = False
+        self._updating: int | None = None
 
     @property
     def last_good(self) -> str:
@@ -68,8 +68,8 @@ class Checkpoints(Checkpoint):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """The weights change until the batch ends: nothing to save in between."""
-        self._updating = True
+        """The weights change until the step counts as done: nothing to save in between."""
+        self._updating = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -80,7 +80,6 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save where it is time."""
-        self._updating = False
         step = trainer.global_step
         due = step % self._every == 0 or step == trainer.max_steps
         if due and step != self._saved:
@@ -97,8 +96,7 @@ class Checkpoints(Checkpoint):
         self._save_if_ahead(trainer)
 
     def _save_if_ahead(self, trainer: pl.Trainer) -> None:
-        started = self._saved is not None
-        if started and not self._updating and trainer.global_step != self._saved:
+        if self._saved is not None and trainer.global_step not in (self._saved, self._updating):
             self.save(trainer)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -83,7 +84,7 @@ class RunLoader(Iterable[CaptionBatch]):
             yield batch
             begun = time.perf_counter()
 
-    @property
+    @cached_property
     def batches_per_epoch(self) -> int:
         """Batches of a full epoch of this process."""
         return len(self._open(0, 0))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
@@ -76,6 +77,7 @@ def make_trainer(
     checkpoints = Checkpoints(folder, every=checkpoint_every)
     guard = StopOnNonFinite(checkpoints)
     record = Record(guard, every=log_every)
+    shown = progress(record)
     return pl.Trainer(
         max_steps=max_steps if stop_at is None else min(stop_at, max_steps),
         max_epochs=-1,
@@ -87,13 +89,13 @@ def make_trainer(
         gradient_clip_val=gradient_clip,
         accumulate_grad_batches=accumulate,
         logger=list(loggers),
-        callbacks=[guard, record, progress(record), *callbacks, checkpoints],
+        callbacks=[guard, record, shown, *callbacks, checkpoints],
         log_every_n_steps=log_every,
         default_root_dir=folder,
         inference_mode=False,  # explanations need gradients, also in evaluation
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=False,
+        enable_progress_bar=isinstance(shown, ProgressBar),
         **(extra or {}),
     )
 

@@ -120,11 +120,13 @@ class SmallRun:
         callbacks: tuple[pl.Callback, ...] = (),
         seed: int = 0,
         lr: float = 1e-3,
+        clip: Clip | None = None,
+        on_prepared: Callable[[dict[str, Any]], None] = lambda facts: None,
         parts: dict[str, Any] | None = None,
         **options: Any,
     ) -> pl.Trainer:
         module = FineTuneModule(
-            small_clip(),
+            clip or small_clip(),
             GlobalLocal(GradEclip()),
             optimizer=partial(adamw, lr=lr),
             schedule=partial(warmup_cosine, warmup=2, steps=self.steps),
@@ -137,9 +139,11 @@ class SmallRun:
             callbacks,
             **{"max_steps": self.steps, "log_every": 1, **options},
         )
+        data = CaptionDataModule(self.source, seed=seed)
+        data.on_prepared = on_prepared
         trainer.fit(
             module,
-            datamodule=CaptionDataModule(self.source, seed=seed),
+            datamodule=data,
             ckpt_path=str(self.folder / "last.ckpt") if resume else None,
             weights_only=True,
         )

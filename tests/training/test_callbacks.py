@@ -1,0 +1,149 @@
+"""Evaluation around training, and counters."""
+
+import json
+
+import pytest
+import torch
+
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
+from gradeclip_ft.models.transform import Preprocessing
+from gradeclip_ft.results.record import Measured, read
+from gradeclip_ft.training.callbacks import Evaluate
+
+
+class Watch:
+    """An evaluator that notes how it finds the model, and spoils the random state."""
+
+    name = "watch"
+
+    def __init__(self) -> None:
+        self.protocol: dict = {}
+        self.prepared = 0
+        self.modes: list[bool] = []
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def __call__(self, loaded: LoadedClip, **_: object) -> Measured:
+        self.modes.append(any(module.training for module in loaded.clip.modules()))
+        torch.manual_seed(99)
+        value = float(loaded.clip.log_scale.detach())
+        return Measured(metrics={"boxes/top1": value}, protocol={}, data={})
+
+
+@pytest.fixture
+def evaluation(small_clip, tmp_path):
+    """A clip, an evaluator on it and the callback, with options."""
+
+    def make(**options: object) -> tuple:
+        clip = small_clip()
+        words = Tokenizer(WordTokenizer(("a",), 8), 8)
+        loaded = LoadedClip(clip, words, Preprocessing(), (16, 16), "tiny")
+        watch = Watch()
+        folder = tmp_path / "run" / "evaluations"
+        callback = Evaluate({"watch": watch}, loaded, folder=folder, run="run", **options)
+        return clip, watch, callback, folder
+
+    return make
+
+
+def steps(folder) -> list[int]:
+    return sorted(int(path.stem.split("@")[1]) for path in folder.glob("*.json"))
+
+
+def test_evaluators_run_before_during_and_after(small_run, evaluation) -> None:
+    clip, watch, callback, folder = evaluation(every=3)
+    trainer = small_run().train(clip=clip, callbacks=(callback,))
+    assert steps(folder) == [0, 3, 6, 8]
+    assert watch.prepared == 1
+    assert watch.modes == [False] * 4
+    assert trainer.lightning_module.training
+    assert callback.evaluated == 8
+
+
+def test_the_first_result_is_the_untouched_model(small_run, evaluation, small_clip) -> None:
+    clip, _, callback, folder = evaluation()
+    untouched = float(small_clip().log_scale.detach())
+    small_run().train(clip=clip, callbacks=(callback,))
+    results = {step: read(folder / f"watch@{step}.json") for step in steps(folder)}
+    assert results[0].metrics["boxes/top1"] == untouched != results[8].metrics["boxes/top1"]
+    assert results[0].weights["hash"] != results[8].weights["hash"]
+    content = json.loads((folder / "watch@8.json").read_text())
+    assert {"metrics", "protocol", "data", "weights", "versions"} <= content.keys()
+    assert (content["run"], content["step"]) == ("run", 8)
+
+
+def test_evaluation_changes_no_loss(small_run, evaluation) -> None:
+    """Mode, gradients or random numbers that an evaluation leaves behind would show here."""
+    clip, _, callback, _ = evaluation(every=2)
+    plain, evaluated = small_run("plain"), small_run("evaluated")
+    plain.train()
+    evaluated.train(clip=clip, callbacks=(callback,))
+    losses = {line["step"]: line["loss"] for line in evaluated.lines if "loss" in line}
+    assert losses == plain.losses
+
+
+def test_metrics_of_evaluations_stand_beside_the_losses(small_run, evaluation) -> None:
+    clip, _, callback, _ = evaluation()
+    run = small_run()
+    run.train(clip=clip, callbacks=(callback,))
+    evaluated = [line["step"] for line in run.lines if "watch/boxes/top1" in line]
+    assert evaluated == [0, 8]
+
+
+def test_a_resumed_run_is_not_evaluated_as_untouched(small_run, evaluation) -> None:
+    run = small_run()
+    run.train(stop_at=4)
+    clip, _, callback, folder = evaluation()
+    run.train(clip=clip, callbacks=(callback,), resume=True)
+    assert steps(folder) == [8]
+
+
+def test_only_every_so_many_steps_are_recorded_and_the_last(small_run) -> None:
+    run = small_run()
+    run.train(log_every=3)
+    assert [line["step"] for line in run.lines] == [3, 6, 8]
+    assert [line["skipped"] for line in run.lines] == [3, 6, 8]
+
+
+def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch) -> None:
+    """By a clock that moves by 1 s per batch that is waited for, and by 2 s per step."""
+    import gradeclip_ft.training.callbacks as callbacks
+    import gradeclip_ft.training.data_module as data_module
+
+    class Clock:
+        def __init__(self, tick: float) -> None:
+            self.now, self.tick = 0.0, tick
+
+        def perf_counter(self) -> float:
+            self.now += self.tick
+            return self.now
+
+    monkeypatch.setattr(callbacks, "time", Clock(2.0))
+    monkeypatch.setattr(data_module, "time", Clock(1.0))
+    run = small_run()
+    run.train(max_steps=3)
+    assert run.lines[-1]["data_seconds"] == 1.0
+    assert run.lines[-1]["samples_per_second"] == pytest.approx(6 / 3)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"log_every": 0}, "log_every is 0")])
+def test_a_step_of_zero_is_refused(small_run, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_run().train(**options)
+
+
+def test_lines_appear_where_there_is_no_terminal(small_run, capsys) -> None:
+    small_run().train(max_steps=3, log_every=2)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2/3", "step 3/3"]
+    assert "samples/s" in shown[0]
+
+
+def test_the_bar_shows_losses_where_there_is_a_terminal(small_run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    trainer = small_run().train(max_steps=3)
+    bar = trainer.progress_bar_callback
+    shown = bar.get_metrics(trainer, trainer.lightning_module)
+    assert list(shown) == ["loss", "global", "local", "samples_per_second"]

@@ -1,0 +1,81 @@
+"""A loss that is not finite stops the run before it can spoil the weights."""
+
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gradeclip_ft.training.guard import NonFiniteError
+
+
+class BreakBatch:
+    """Makes the n-th batch that is asked for not finite."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, batch):
+        self.left -= 1
+        if self.left:
+            return batch
+        images = batch.images.clone()
+        images[2] = torch.inf
+        return replace(batch, images=images)
+
+
+def test_a_broken_batch_stops_with_step_samples_and_checkpoint(small_run) -> None:
+    """The message is all that a user has after a night of training."""
+    run = small_run()
+    run.source.change = BreakBatch(5)
+    with pytest.raises(NonFiniteError) as caught:
+        run.train(checkpoint_every=2)
+    message = str(caught.value)
+    assert "step 5 is not finite" in message
+    assert "loss nan" in message
+    assert "1001-0, 1001-1, 1001-2" in message  # epoch 1, batch 1
+    assert f"last good checkpoint: {run.folder / 'last.ckpt'} (step 4)" in message
+    assert "init_from=" in message
+
+
+def test_the_weights_before_the_broken_batch_are_kept(small_run) -> None:
+    """Step 3 was not yet due for a checkpoint; it is saved all the same, and training goes on."""
+    whole, run = small_run("whole"), small_run("run")
+    whole.train()
+    run.source.change = BreakBatch(4)
+    with pytest.raises(NonFiniteError, match=r"last good checkpoint: .* \(step 3\)"):
+        run.train(checkpoint_every=2)
+    saved = load_file(run.folder / "weights.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+    run.source.change = lambda batch: batch
+    run.train(resume=True, checkpoint_every=2)
+    assert run.losses == whole.losses
+
+
+def test_without_a_step_there_is_no_checkpoint_to_name(small_run) -> None:
+    run = small_run()
+    run.source.change = BreakBatch(1)
+    with pytest.raises(NonFiniteError, match="last good checkpoint: none yet"):
+        run.train()
+    assert not (run.folder / "last.ckpt").exists()
+
+
+class BreakGradient(pl.Callback):
+    """A finite loss with a gradient that is not."""
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        pl_module.clip.model.visual.proj.grad[0, 0] = torch.nan
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(small_run) -> None:
+    with pytest.raises(NonFiniteError, match="gradient norm nan"):
+        small_run().train(callbacks=(BreakGradient(),))
+
+
+def test_the_gradient_norm_is_that_before_clipping(small_run) -> None:
+    """A clipped norm would be 1 at every step and say nothing."""
+    plain, clipped = small_run("plain"), small_run("clipped")
+    plain.train(max_steps=1)
+    clipped.train(max_steps=1, gradient_clip=1e-3)
+    assert clipped.lines[0]["gradient_norm"] == plain.lines[0]["gradient_norm"] > 1

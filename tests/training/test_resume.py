@@ -1,0 +1,135 @@
+"""A run that was interrupted, in whatever way, ends as if it had not been."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+
+class At(pl.Callback):
+    """Does something when a step is finished, or within the next one."""
+
+    def __init__(self, step: int, action: Callable[[pl.Trainer], None], *, inside: bool = False):
+        self.step, self.action, self.inside = step, action, inside
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step and not self.inside:
+            self.action(trainer)
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.global_step == self.step and self.inside:
+            self.action(trainer)
+
+
+def fail(trainer: pl.Trainer) -> None:
+    raise RuntimeError("out of memory")
+
+
+def weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+    return dict(trainer.lightning_module.clip.model.state_dict())
+
+
+def assert_same_end(run, trainer: pl.Trainer, whole, expected: pl.Trainer) -> None:
+    """Every logged loss and every weight, to the last bit."""
+    assert run.losses == whole.losses
+    assert [line["step"] for line in run.lines] == list(range(1, 9))
+    assert run.lines[-1]["learning_rate"] == whole.lines[-1]["learning_rate"]
+    assert run.lines[-1]["skipped"] == whole.lines[-1]["skipped"]
+    end = weights(expected)
+    assert all(torch.equal(value, end[name]) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_resumed_training_equals_uninterrupted(small_run, stop) -> None:
+    """4 + 4 = 8 steps: also at the end of an epoch (3) and in the middle of one (B5, B6)."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train()
+    parts.train(stop_at=stop)
+    assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+def test_resumed_training_equals_uninterrupted_with_accumulation(small_run) -> None:
+    """The position in the data counts batches, the step counts updates."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train(accumulate=2)
+    parts.train(accumulate=2, stop_at=4)
+    assert_same_end(parts, parts.train(resume=True, accumulate=2), whole, expected)
+
+
+def test_a_failure_inside_a_step_loses_nothing(small_run) -> None:
+    """The steps since the last checkpoint are saved although the loops stand inside a step."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        parts.train(callbacks=(At(5, fail, inside=True),))
+    assert parts.losses.keys() == {1, 2, 3, 4, 5}
+    assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+def test_a_failure_between_steps_loses_nothing(small_run) -> None:
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        parts.train(callbacks=(At(5, fail),))
+    assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+def test_a_termination_signal_loses_nothing(small_run) -> None:
+    """What a cluster sends before it takes a node away."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train()
+    terminate = At(5, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        parts.train(callbacks=(terminate,))
+    assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+def test_a_run_that_stops_early_by_itself_can_go_on(small_run) -> None:
+    """A time limit ends training between two checkpoints."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train()
+    parts.train(callbacks=(At(5, lambda trainer: setattr(trainer, "should_stop", True)),))
+    assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+def test_lines_behind_the_checkpoint_are_written_once(small_run) -> None:
+    """A killed run has logged further than it has saved; steps must not appear twice."""
+    run = small_run()
+    run.train(stop_at=4)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    run.train(resume=True)
+    assert [line["step"] for line in run.lines] == list(range(1, 9))
+    table = (run.folder / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table] == ["step", *map(str, range(1, 9))]
+
+
+def test_resuming_a_finished_run_changes_nothing(small_run) -> None:
+    run = small_run()
+    run.train()
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    assert run.train(resume=True).global_step == 8
+    assert (run.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_on_other_batches_is_refused(small_run) -> None:
+    """An epoch of another length would repeat some samples and leave out others."""
+    run = small_run()
+    run.train(stop_at=4)
+    run.source.batches = 5
+    with pytest.raises(ValueError, match="batches_per_epoch was 3, is 5"):
+        run.train(resume=True)
+
+
+def test_the_order_differs_between_epochs_and_seeds(small_run) -> None:
+    """B5: an epoch that repeats the order of the one before."""
+    first, second = small_run("first"), small_run("second")
+    seen: list[str] = []
+    first.source.change = lambda batch: (seen.append(batch.keys[0]), batch)[1]
+    first.train(max_steps=7)
+    assert len(set(seen)) == 7
+    second.train(seed=1)
+    assert first.losses[1] != second.losses[1]
