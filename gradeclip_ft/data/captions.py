@@ -120,7 +120,8 @@ class CaptionShards:
         if not 0 <= start <= batches:
             raise ValueError(f"start {start} is outside the {batches} batches of an epoch")
         place = Place(seed, epoch, rank, world_size, worker=0, workers=max(self.workers, 1))
-        return CaptionLoader(self, tuple(urls), place, batches, start)
+        counts = () if self.resampled else tuple(sample_counts(urls))
+        return CaptionLoader(self, tuple(urls), counts, place, batches, start)
 
     def _epoch_size(self, urls: Sequence[str]) -> int:
         if self.resampled:
@@ -156,6 +157,7 @@ class CaptionLoader:
     Attributes:
         source: The settings.
         urls: Its shards.
+        counts: Samples per shard; empty for resampled shards.
         place: The process.
         batches: Of the whole epoch.
         start: The batch iteration begins with.
@@ -163,6 +165,7 @@ class CaptionLoader:
 
     source: CaptionShards
     urls: tuple[str, ...]
+    counts: tuple[int, ...]
     place: Place
     batches: int
     start: int
@@ -215,5 +218,4 @@ class _WorkerBatches(IterableDataset[CaptionBatch]):
         if source.resampled:
             return resampled(epoch.urls, place, shuffle=source.shuffle, skips=skips)
         part = slice_of(place, epoch.batches, source.batch_size)
-        counts = sample_counts(epoch.urls)
-        return once(epoch.urls, counts, part, place, shuffle=source.shuffle, skips=skips)
+        return once(epoch.urls, epoch.counts, part, place, shuffle=source.shuffle, skips=skips)

@@ -1,6 +1,7 @@
-"""How many samples each shard holds: from the headers of local shards, or from `sizes.json`.
+"""How many samples each shard holds: from `sizes.json` beside it, or from a local shard's headers.
 
-`data count` writes `sizes.json` beside the shards: {"NAME.tar": {"samples": n, "bytes": b}}.
+`data count out=` writes that file: {"NAME.tar": {"samples": n, "bytes": b}}. For a local shard it
+counts only where the bytes agree.
 """
 
 from __future__ import annotations
@@ -30,9 +31,29 @@ def sample_counts(urls: Sequence[str]) -> list[int]:
     return [count_local(local_path(url)) if is_local(url) else _listed(url) for url in urls]
 
 
+def shard_sizes(urls: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What `sizes.json` holds: samples and bytes of each shard, counted anew.
+
+    Raises:
+        ValueError: Two shards have the same name; one file cannot tell them apart.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for url in urls:
+        name = url.rsplit("/", 1)[-1]
+        if name in sizes:
+            raise ValueError(f"two shards are called {name}; count the shards of one folder only")
+        sizes[name] = _measured(url)
+    return sizes
+
+
 def count_local(path: Path) -> int:
-    """Samples of a local shard, from its headers alone; remembered while the file is the same."""
+    """Samples of a local shard; remembered while the file is the same."""
     status = path.stat()
+    listed = path.parent / SIZES
+    if listed.is_file():
+        entry = _read_sizes(str(listed), listed.stat().st_mtime_ns).get(path.name)
+        if entry is not None and entry[1] == status.st_size:
+            return entry[0]
     return _count(path, status.st_size, status.st_mtime_ns)
 
 
@@ -97,6 +118,14 @@ def _complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
     return len(archive.fileobj.read(1)) == 1
 
 
+def _measured(url: str) -> dict[str, int]:
+    if is_local(url):
+        path = local_path(url)
+        number = sum(1 for _ in sample_keys(path))
+        return {"samples": number, "bytes": path.stat().st_size}
+    return {"samples": sum(1 for _ in read_shard(url, Skips())), "bytes": -1}
+
+
 @cache
 def _count(path: Path, size: int, modified: int) -> int:
     return sum(1 for _ in sample_keys(path))
@@ -106,18 +135,23 @@ def _listed(url: str) -> int:
     folder, name = url.rsplit("/", 1)
     entry = _read_sizes(f"{folder}/{SIZES}").get(name)
     if entry is None:
-        raise ValueError(f"{folder}/{SIZES} does not list {name}; write it anew with `data count`")
-    return entry
+        raise ValueError(
+            f"{folder}/{SIZES} does not list {name}; write it anew with `data count out=`"
+        )
+    return entry[0]
 
 
 @cache
-def _read_sizes(url: str) -> dict[str, int]:
+def _read_sizes(url: str, modified: int = 0) -> dict[str, tuple[int, int]]:
+    """Samples and bytes by name of the shard."""
     try:
         with gopen(url) as stream:
             content = json.loads(stream.read())
-        return {name: int(entry["samples"]) for name, entry in content.items()}
+        return {
+            name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"without resampling the number of samples of each shard must be known, and {url} "
-            f"cannot be read ({error}); write it with `data count`, or set resampled=true"
+            f"cannot be read ({error}); write it with `data count out=`, or set resampled=true"
         ) from error

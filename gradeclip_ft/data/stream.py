@@ -13,7 +13,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,16 +38,25 @@ class BadSampleError(Exception):
 
 @dataclass
 class Skips:
-    """Counts what is dropped, by cause; logs the first of each cause and then every 1,000th."""
+    """Counts what is dropped, by cause; logs the first of each cause and then every 1,000th.
+
+    Attributes:
+        recent: Counts since they were last taken.
+        total: All counts.
+        tell: Called with cause, place and reason of each, instead of logging.
+    """
 
     recent: Counter[str] = field(default_factory=Counter)
     total: Counter[str] = field(default_factory=Counter)
+    tell: Callable[[str, str, str], None] | None = None
 
     def add(self, cause: str, where: str, error: object = "") -> None:
         """Note one dropped shard, file or sample."""
         self.recent[cause] += 1
         self.total[cause] += 1
-        if self.total[cause] % LOG_EVERY == 1:
+        if self.tell is not None:
+            self.tell(cause, where, str(error))
+        elif self.total[cause] % LOG_EVERY == 1:
             logger.warning("skipped %s (%s, number %d): %s", where, cause, self.total[cause], error)
 
     def take(self) -> dict[str, int]:

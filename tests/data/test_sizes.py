@@ -57,7 +57,7 @@ def test_a_changed_shard_is_counted_anew(tmp_path: Path, make_shards: Make) -> N
 
 
 def test_addresses_need_a_sizes_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"sizes\.json cannot be read .*`data count`"):
+    with pytest.raises(ValueError, match=r"sizes\.json cannot be read .*`data count out=`"):
         sample_counts(["http://127.0.0.1:9/shards/a.tar"])
 
 
@@ -67,3 +67,15 @@ def test_addresses_take_counts_from_the_sizes_file(tmp_path: Path) -> None:
     assert sample_counts([f"{command}/a.tar"]) == [5]
     with pytest.raises(ValueError, match=r"does not list b\.tar"):
         sample_counts([f"{command}/b.tar"])
+
+
+def test_a_sizes_file_counts_for_local_shards_while_the_bytes_agree(
+    tmp_path: Path, make_shards: Make
+) -> None:
+    first, second = make_shards(tmp_path, sizes=[5, 6])
+    sizes = {
+        first.name: {"samples": 77, "bytes": first.stat().st_size},
+        second.name: {"samples": 88, "bytes": second.stat().st_size - 1},
+    }
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    assert sample_counts([str(first), str(second)]) == [77, 6]
