@@ -12,6 +12,7 @@ COMMANDS = {
     "export": Command("export", config="export"),
     "doctor": Command("doctor", config="train", preset=("name=doctor",)),
     "compare": Command("compare", config=None),
+    "report": Command("report", config=None),
     "data": Command("data", config=None),
     "list": Command("list", config=None),
 }

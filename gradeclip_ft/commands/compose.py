@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradeclip_ft.commands.names import close_to, suggest
-from gradeclip_ft.commands.signatures import PACKAGE
+from gradeclip_ft.commands.signatures import PACKAGE, UnknownTargetError, signature
 
 VERSION_BASE = "1.3"
 
@@ -52,8 +53,9 @@ def options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """Names of all groups, sorted."""
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+    """Names of all groups, sorted, those inside others too."""
+    folders = (path for path in conf_dir().rglob("*") if path.is_dir())
+    return sorted(path.relative_to(conf_dir()).as_posix() for path in folders)
 
 
 def schema(command: str) -> dict[str, Any]:
@@ -100,27 +102,35 @@ def _explain_override(key: str, text: str, command: str, overrides: Sequence[str
         return f"{key}={value}: write {found[1]}={value}"
     if group in groups():
         return f"{key}={value}: nothing chooses {group} yet; write +{key}={value}"
-    known = _composed_keys(command, overrides)
+    written, unwritten = _known_keys(command, overrides)
+    if key in unwritten:  # an argument with a default in Python, which yaml does not repeat
+        return f"{key}={value}: conf/ leaves this at its default; write +{key}={value}"
+    known = [*written, *unwritten]
     meant = [*_same_place(key, known), *_same_name(key, known)]
     if meant:
-        return f"{key}={value}: there is no key {key}; did you mean {meant[0]}?"
+        plus = "+" if meant[0] in unwritten else ""
+        return f"{key}={value}: there is no key {key}; did you mean {plus}{meant[0]}?"
     start = key.rpartition(".")[0]
     return f"{key}={value}: there is no key {key}; {suggest(key, _children(start, known))}"
 
 
-def _composed_keys(command: str, overrides: Sequence[str]) -> list[str]:
-    """All dotted keys of the configuration with the groups that were asked for, if they compose."""
+def _known_keys(command: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Dotted keys of the configuration with the groups that were asked for, if they compose.
+
+    Returns:
+        The keys that stand in yaml, and the arguments of their targets that do not.
+    """
     chosen = [item for item in overrides if _key(item).split("@")[0] in groups()]
     for attempt in (chosen, []):
         try:
             with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
                 cfg = hydra_compose(command, overrides=attempt)
-            plain = OmegaConf.to_container(cfg, resolve=False)
-            assert isinstance(plain, dict)
-            return list(_dotted(plain))
         except (HydraException, OmegaConfBaseException):
             continue
-    return []
+        plain = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(plain, dict)
+        return list(_dotted(plain)), list(_defaults(plain))
+    return [], []
 
 
 def _dotted(node: Mapping[Any, Any], start: str = "") -> Iterator[str]:
@@ -130,6 +140,18 @@ def _dotted(node: Mapping[Any, Any], start: str = "") -> Iterator[str]:
             yield name
             if isinstance(value, Mapping):
                 yield from _dotted(value, name)
+
+
+def _defaults(node: Mapping[Any, Any], start: str = "") -> Iterator[str]:
+    """Optional arguments of all targets below a node that yaml leaves alone."""
+    if "_target_" in node:
+        with suppress(UnknownTargetError):
+            for name, parameter in signature(str(node["_target_"])).parameters.items():
+                if name not in node and not parameter.required:
+                    yield f"{start}.{name}"
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _defaults(value, f"{start}.{key}" if start else str(key))
 
 
 def _same_place(key: str, known: Sequence[str]) -> list[str]:

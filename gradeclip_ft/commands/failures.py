@@ -33,7 +33,7 @@ def perform(command: Callable[[], Any], *, full: bool) -> int:
     except ConfigurationError:
         raise
     except Exception as error:
-        told = _unwrapped(error)
+        told = unwrapped(error)
         if is_meant(told) and not full:
             print(f"error: {told}", file=sys.stderr)
         else:
@@ -56,7 +56,7 @@ def wants_traceback() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def _unwrapped(error: Exception) -> Exception:
+def unwrapped(error: Exception) -> Exception:
     """The error of a constructor, without what Hydra says around it."""
     while type(error).__name__ == "InstantiationException" and isinstance(
         error.__cause__, Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import textwrap
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from gradeclip_ft.commands.compose import ConfigurationError, conf_dir, groups, 
 from gradeclip_ft.commands.names import suggest
 
 # What the groups are called here, where it is not the folder's name with an s.
-CALLED = {"exp": "experiments", "data": "data", "debug": "debug", "optim": "optim"}
+CALLED = {
+    "exp": "experiments",
+    "data": "data",
+    "debug": "debug",
+    "optim": "optim",
+    "exp/maps": "exp/maps",
+}
 WIDTH = 100
 
 
@@ -32,14 +39,18 @@ def list(what: str = "groups") -> None:
 
 
 def summary(path: Path) -> str:
-    """First comment of a yaml file, without Hydra's header: all its lines up to the first key."""
-    lines = []
+    """First paragraph of a yaml file's comment, without Hydra's header; its command on its own."""
+    lines: builtins.list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @"):
             continue
-        if not line.startswith("#"):
+        if not line.startswith("# "):
             break
-        lines.append(line.lstrip("# ").rstrip())
+        text = line.removeprefix("# ").strip()
+        if lines and not lines[-1].startswith("python -m"):
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
     return "\n".join(lines)
 
 

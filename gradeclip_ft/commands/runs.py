@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,17 +86,25 @@ def claim(
     return checkpoint if resume == "auto" and checkpoint.exists() else None
 
 
-def _claim(folder: Path, settings: dict[str, Json], resume: str | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if any((folder / trace).exists() for trace in TRACES):
-        if resume != "auto":
-            raise FileExistsError(_refusal(folder))
-        _require_same(folder, settings)
-    else:
+def prospect(
+    folder: Path, cfg: DictConfig | Mapping[str, Json], *, resume: Literal["auto"] | None = None
+) -> Literal["begins", "continues"]:
+    """What `claim` would do with this folder; raises as it does, and writes nothing."""
+    if not any((folder / trace).exists() for trace in TRACES):
+        return "begins"
+    if resume != "auto":
+        raise FileExistsError(_refusal(folder))
+    _require_same(folder, _plain(cfg))
+    return "continues"
+
+
+def _claim(folder: Path, settings: dict[str, Json], resume: Literal["auto"] | None) -> None:
+    if prospect(folder, settings, resume=resume) == "begins":
+        folder.mkdir(parents=True, exist_ok=True)
         _write_new(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(settings)))
     start = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": shlex.join(["python", "-m", "gradeclip_ft", *sys.argv[1:]]),
         "commit": commit(),
         "versions": versions(),
     }

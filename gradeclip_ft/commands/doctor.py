@@ -1,0 +1,222 @@
+"""`doctor`: could this run start here?"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.failures import is_meant, unwrapped
+
+if TYPE_CHECKING:
+    from gradeclip_ft.data.captions import CaptionShards
+    from gradeclip_ft.models.clip import LoadedClip
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    kind: Literal["ok", "note", "problem"]
+    text: str
+
+
+def doctor(cfg: DictConfig) -> int:
+    """Say whether a run could start here, without starting it.
+
+    Takes the overrides of `train`: versions, device, tagger, training data (one small batch is
+    read), evaluation data, model, disk space, name. Nothing is written, no data are made and no
+    weights are fetched; a missing tagger is fetched, as `train` would. The exit code is 1 if there
+    is a problem.
+
+    python -m gradeclip_ft doctor                           the shapes world
+    python -m gradeclip_ft doctor +exp=cc3m_vitb16 name=b16   an experiment
+    """
+    checks = (packages, device, model, tagger, training_data, evaluation_data, run_folder)
+    problems = 0
+    for check in checks:
+        for finding in _findings(check, cfg):
+            problems += finding.kind == "problem"
+            print(f"{finding.kind:<9}{check.__name__.replace('_', ' '):<17}{finding.text}")
+    print(f"{problems} problems" if problems else "this run could start")
+    return 1 if problems else 0
+
+
+def packages(cfg: DictConfig) -> Iterator[Finding]:
+    """Installed versions against the ones that this package asks for."""
+    from packaging.requirements import Requirement
+
+    shown = []
+    for line in requires("gradeclip_ft") or []:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(wanted.name)
+        except PackageNotFoundError:
+            yield Finding("problem", f"{wanted.name} is not installed; pip install '{wanted}'")
+            continue
+        if not wanted.specifier.contains(found, prereleases=True):
+            yield Finding("problem", f"{wanted.name} is {found}; pip install '{wanted}'")
+        shown.append(f"{wanted.name} {found}")
+    yield Finding("ok", ", ".join(shown))
+    import torchvision
+
+    yield Finding("ok", f"torchvision {torchvision.__version__} loads with this torch")
+    if "wandb" in str(OmegaConf.select(cfg, "logger._target_")) and find_spec("wandb") is None:
+        yield Finding("problem", "wandb is not installed; pip install wandb, or logger=files")
+
+
+def device(cfg: DictConfig) -> Iterator[Finding]:
+    """Accelerator, number of devices, and cores for the loader's workers."""
+    import torch
+
+    wanted, count = str(cfg.trainer.accelerator), _devices(cfg)
+    found = torch.cuda.device_count()
+    if wanted in ("gpu", "cuda") and found < count:
+        yield Finding("problem", f"{count} GPUs wanted, {found} found; choose trainer=cpu or gpu")
+    elif wanted in ("gpu", "cuda"):
+        names = {torch.cuda.get_device_name(place) for place in range(count)}
+        yield Finding("ok", f"{count} of {found} GPUs: {', '.join(sorted(names))}")
+        if str(cfg.trainer.precision).startswith("bf16") and not torch.cuda.is_bf16_supported():
+            yield Finding("problem", "the GPU has no bf16; set trainer.precision=16-mixed")
+    else:
+        yield Finding("ok", f"{wanted}, {count} process{'es' if count > 1 else ''}")
+    cores, workers = os.cpu_count() or 1, count * int(cfg.data.get("workers", 0))
+    yield Finding("note" if workers > cores else "ok", f"{workers} loader workers, {cores} cores")
+
+
+def model(cfg: DictConfig) -> Iterator[Finding]:
+    """Structure of the model; its weights are looked for, not read."""
+    loaded = structure(cfg)
+    size = sum(parameter.numel() for parameter in loaded.clip.parameters())
+    height, width = loaded.image_size
+    yield Finding("ok", f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels")
+    if cfg.init_from is not None:
+        yield Finding("ok", f"weights from {runs.resolve_weights(cfg.init_from, cfg.runs_dir)}")
+    elif cfg.model.weights is not None:
+        weights = Path(str(cfg.model.weights))
+        if weights.suffix and not weights.is_file():
+            yield Finding("problem", f"no weights file {weights}; give another model.weights")
+        elif not weights.suffix and str(weights) != "random":
+            yield Finding("note", f"weights {weights}; published ones are fetched at the first use")
+    # Weights and two moments in fp32, twice while one file replaces the other, and the export.
+    needed = size * 4 * (2 * 3 + 1)
+    folder = next(path for path in Path(cfg.runs_dir).absolute().parents if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    text = f"{needed / GIGABYTE:.1f} GB for checkpoints, {free / GIGABYTE:.1f} GB free in {folder}"
+    yield Finding("ok" if free > needed else "problem", text)
+
+
+def tagger(cfg: DictConfig) -> Iterator[Finding]:
+    """Which tagger finds the phrases."""
+    if not cfg.data.get("max_phrases", 1):
+        yield Finding("ok", "none needed: max_phrases is 0")
+        return
+    from gradeclip_ft.text.taggers import prepare_tagger
+
+    asked = cfg.data.get("tagger", "auto")
+    used = prepare_tagger(asked)
+    fallback = asked == "auto" and used != "nltk"
+    note = "; NLTK's data cannot be had, see the warning above" if fallback else ""
+    yield Finding("note" if fallback else "ok", f"{used}{note}")
+
+
+def training_data(cfg: DictConfig) -> Iterator[Finding]:
+    """Shards, and one small batch of them."""
+    from hydra.utils import instantiate
+
+    loaded = structure(cfg)
+    source: CaptionShards = instantiate(cfg.data, _convert_="all")(
+        tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
+    )
+    try:
+        urls = source.urls()
+    except FileNotFoundError:
+        if source.make is None:
+            raise
+        yield Finding("ok", f"{cfg.data.shards} is made when training starts")
+        return
+    world = _devices(cfg) * int(cfg.trainer.num_nodes)
+    steps = len(source.loader(seed=0, epoch=0, rank=0, world_size=world))
+    yield Finding(
+        "ok", f"{len(urls)} shards, {steps} steps of {source.batch_size * world} an epoch"
+    )
+    few = replace(source, workers=0, batch_size=2, shuffle=0, samples_per_epoch=2, resampled=True)
+    batch = next(iter(few.loader(seed=0, epoch=0, rank=0, world_size=1)))
+    phrases = f"{len(batch.phrase)} phrases" if source.max_phrases else "no phrases wanted"
+    skipped = f", skipped {dict(batch.skipped)}" if batch.skipped else ""
+    yield Finding("ok", f"read {' and '.join(batch.keys)}: {phrases}{skipped}")
+
+
+def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
+    """Files of the evaluators."""
+    from gradeclip_ft.commands.build import build_evaluators
+
+    for key, evaluator in build_evaluators(cfg).items():
+        if OmegaConf.select(cfg, f"evaluator.{key}.data.make") is not None:
+            yield Finding("ok", f"{key}: its data are made when training starts")
+            continue
+        try:
+            evaluator.prepare()
+        except Exception as error:
+            yield _problem(error, f"{key}: ")
+        else:
+            yield Finding("ok", f"{key}: its data are there")
+
+
+def run_folder(cfg: DictConfig) -> Iterator[Finding]:
+    """Whether the name is free, or the run can be continued."""
+    folder = runs.run_dir(cfg.name, cfg.runs_dir)
+    yield Finding("ok", f"{folder}: the run {runs.prospect(folder, cfg, resume=cfg.resume)}")
+
+
+def structure(cfg: DictConfig) -> LoadedClip:
+    """The model with random weights; its tokenizer and transform are the real ones."""
+    return _structure(OmegaConf.to_yaml(cfg.model, resolve=True))
+
+
+@cache
+def _structure(settings: str) -> LoadedClip:
+    from hydra.utils import instantiate
+
+    logging.disable(logging.WARNING)  # that weights are random is no news here
+    try:
+        loaded: LoadedClip = instantiate(OmegaConf.create(settings), weights="random")
+    finally:
+        logging.disable(logging.NOTSET)
+    return loaded
+
+
+def _findings(
+    check: Callable[[DictConfig], Iterator[Finding]], cfg: DictConfig
+) -> Iterator[Finding]:
+    """Findings of a check; the error that ends it is the last one, whatever it is."""
+    try:
+        yield from check(cfg)
+    except Exception as error:
+        yield _problem(error)
+
+
+def _problem(error: Exception, what: str = "") -> Finding:
+    cause = unwrapped(error)
+    kind = "" if is_meant(cause) else f"{type(cause).__name__}: "
+    return Finding("problem", f"{what}{kind}{cause}")
+
+
+def _devices(cfg: DictConfig) -> int:
+    """Processes on this machine."""
+    devices = cfg.trainer.devices
+    return int(devices) if str(devices).isdigit() else 1
