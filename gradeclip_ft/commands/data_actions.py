@@ -163,9 +163,8 @@ def _results(function: Callable[[str], Any], urls: Sequence[str], workers: int) 
         yield from map(function, urls)
         return
     from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(function, urls)
 
 
