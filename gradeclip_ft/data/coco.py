@@ -177,8 +177,8 @@ def read_segment_ids(path: Path) -> Int[ndarray, "H W"]:
         FileNotFoundError: No such PNG.
         ValueError: The PNG cannot be read.
     """
-    colours = np.asarray(open_image(path), dtype=np.int64)  # before the sum: 8 bits overflow
-    ids: Int[ndarray, "H W"] = colours @ np.array([1, 256, 65536])
+    colours = np.asarray(open_image(path)).astype(np.int32)  # before the sum: 8 bits overflow
+    ids: Int[ndarray, "H W"] = colours[..., 0] + (colours[..., 1] << 8) + (colours[..., 2] << 16)
     return ids
 
 

@@ -120,7 +120,7 @@ class RegionImages(Dataset[RegionSample]):
         labels = torch.tensor([region.label for region in regions])
         is_thing = torch.tensor([self.categories[region.label].is_thing for region in regions])
         boxes = torch.tensor([region.box for region in regions])
-        boxes = torch.where(is_thing.unsqueeze(1), boxes, tight_boxes(masks))
+        boxes[~is_thing] = tight_boxes(masks[~is_thing])
         pixels = F.to_dtype(
             F.pil_to_tensor(letterbox_image(image, self.image_size)), torch.float32, scale=True
         )

@@ -34,7 +34,7 @@ class CocoRegions:
     annotations: str
     images: str
     segments: str | None = None
-    min_area: float = 64.0
+    min_area: int = 64
     max_regions: int = 100
     crowd: bool = True
     mask_antialias: bool = True

@@ -13,6 +13,9 @@ from gradeclip_ft.results.record import Json
 
 Row = dict[str, Json]
 
+ORDER = ("boxes", "thing_masks", "stuff_masks", "image_retrieval", "text_retrieval")
+"""Columns stand in this order, those of other metrics behind them."""
+
 MAIN = ("*boxes/top*", "*_masks/top*", "*recall@1")
 """Metrics that a table shows unless others are asked for; `stuff_boxes` is none of them."""
 
@@ -65,9 +68,8 @@ def tabulate(entries: Sequence[Entry]) -> Table:
         for row in rows
         if row["differs"]
     ]
-    return Table(
-        ("run", "step", *facts), tuple(metrics), tuple(rows), tuple(notes), _sources(entries)
-    )
+    columns = tuple(sorted(metrics, key=_place))
+    return Table(("run", "step", *facts), columns, tuple(rows), tuple(notes), _sources(entries))
 
 
 def differences(entries: Sequence[Entry]) -> list[list[str]]:
@@ -136,6 +138,11 @@ def grouped(table: Table, by: Sequence[str]) -> Table:
         rows=tuple(_mean(table, by, members) for members in groups.values()),
         notes=(*table.notes, *mixed),
     )
+
+
+def _place(metric: str) -> int:
+    start = metric.rpartition(":")[2]
+    return next((n for n, name in enumerate(ORDER) if start.startswith(name)), len(ORDER))
 
 
 def _sources(entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def test_protocol_and_data_name_every_choice(world: Any, load: Load) -> None:
     things = sum(label < 12 for found in world.rectangles.values() for label, *_ in found)
     expected = {"images": 30, "things": things, "stuff": 30, "skipped": {}}
     assert measured.data["counts"] == expected
-    other = evaluator(world, min_area=1e4)(load(336, 14))
+    other = evaluator(world, min_area=10000)(load(336, 14))
     assert other.data["hash"] != measured.data["hash"]
     assert other.protocol != measured.protocol
     assert other.data["counts"]["skipped"]["small"] > 0

@@ -1,0 +1,117 @@
+"""`evaluate`: weights and evaluators to one JSON each."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
+
+if TYPE_CHECKING:
+    from gradeclip_ft.results.record import Result
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model's configuration, and where its results go."""
+
+    model: DictConfig
+    run: str | None
+    step: int
+    folder: Path
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measure a model with one or more evaluators; one JSON each, `<evaluator>@<step>.json`.
+
+    With run= the weights and the model are those of the run, and the results stand beside it in
+    evaluations/. Without it, the model of model= is measured as it is, and the results stand in
+    evaluations/<model>. A result that is there is kept, unless again=true.
+
+    python -m gradeclip_ft evaluate run=try
+    python -m gradeclip_ft evaluate run=try evaluator=[coco_regions_224,coco_retrieval]
+    python -m gradeclip_ft evaluate model=eva02_b16 evaluator=coco_regions_224 out=results/eva
+    """
+    import torch
+
+    from gradeclip_ft.evaluators.base import run_all
+
+    subject = _subject(cfg)
+    evaluators = build_evaluators(cfg)
+    if not evaluators:
+        raise ValueError("no evaluator chosen; `list evaluators` names them, evaluator=[a,b]")
+    for evaluator in evaluators.values():
+        evaluator.prepare()
+    loaded = build_clip(OmegaConf.create({"model": subject.model, "runs_dir": cfg.runs_dir}))
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.clip.to(device)
+    results = run_all(
+        evaluators,
+        loaded,
+        folder=subject.folder,
+        run=subject.run,
+        step=subject.step,
+        command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
+        again=cfg.again,
+        track=_tracked,
+        done=lambda result, fresh: _tell(subject, result, fresh),
+    )
+    _print(results)
+
+
+def _subject(cfg: DictConfig) -> Subject:
+    if cfg.run is None:
+        name = Path(str(cfg.model.name)).name
+        folder = Path(cfg.out) if cfg.out else Path(EVALUATIONS) / name
+        return Subject(cfg.model, run=None, step=0, folder=folder)
+    from gradeclip_ft.training.checkpoints import step_of
+
+    weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
+    home = weights.parent
+    step = step_of(weights)
+    if step is None:
+        raise ValueError(
+            f"{weights} does not say its step, so it is no run's; give it as model.weights= and a "
+            "folder for the results as out="
+        )
+    model = OmegaConf.merge(runs.read_config(home).model, {"weights": str(weights)})
+    assert isinstance(model, DictConfig)
+    folder = Path(cfg.out) if cfg.out else home / EVALUATIONS
+    return Subject(model, run=home.name, step=step, folder=folder)
+
+
+def _tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """A progress bar where somebody watches."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(
+        items, what, total, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def _tell(subject: Subject, result: Result, fresh: bool) -> None:
+    from gradeclip_ft.results.record import result_path
+
+    path = result_path(subject.folder, result.evaluator, result.step)
+    print(f"{path}  {f'{result.seconds:.1f} s' if fresh else 'kept; again=true measures again'}")
+
+
+def _print(results: list[Result]) -> None:
+    """All metrics, one line each, and what a reader must know beside them."""
+    for result in results:
+        print(f"\n{result.evaluator}, step {result.step}, {result.data.get('counts')}")
+        for name, value in result.metrics.items():
+            print(f"  {name:<28}{100 * value:6.1f} %")
+        for name, detail in result.details.items():
+            print(f"  {name}: {detail}")

@@ -1,0 +1,209 @@
+"""Which regions count, and every kind of data that is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradeclip_ft.data.pairs import CocoCaptions
+from gradeclip_ft.data.region_images import RegionImages
+from gradeclip_ft.data.regions import CocoRegions
+
+PIXELS = {"image_size": 64, "patch": 8, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def polygon(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def entry(number: int, box: tuple[float, float, float, float], **changes: Any) -> dict[str, Any]:
+    region = {"id": number, "image_id": 1, "category_id": 3, "bbox": list(box), "iscrowd": 0}
+    return {**region, "segmentation": polygon(*box), **changes}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., CocoRegions]:
+    """Write one 40 x 30 px image with instances; hands back its source."""
+
+    def write(*regions: dict[str, Any], **options: Any) -> CocoRegions:
+        Image.fromarray(np.full((30, 40, 3), 128, np.uint8)).save(tmp_path / "1.png")
+        content = {
+            "images": [{"id": 1, "file_name": "1.png", "height": 30, "width": 40}],
+            "annotations": list(regions),
+            "categories": [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}],
+        }
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        return CocoRegions(str(tmp_path / "instances.json"), str(tmp_path), **options)
+
+    return write
+
+
+def opened(source: CocoRegions) -> RegionImages:
+    return source(**PIXELS)
+
+
+def test_regions_that_do_not_count_are_counted_by_cause(write: Callable[..., CocoRegions]) -> None:
+    source = write(
+        entry(1, (0, 0, 10, 10)),
+        entry(2, (0, 0, 7.9, 8)),  # 63.2 px, below 8 x 8
+        entry(3, (0, 0, 8, 8)),
+        entry(4, (5, 5, 0, 9)),
+        entry(5, (40, 0, 10, 10)),
+        entry(6, (0, 0, 10, 10), iscrowd=1),
+        entry(7, (0, 0, 20, 20)),
+        entry(8, (0, 0, 20, 20)),
+        max_regions=7,
+    )
+    found = opened(source)
+    assert [region.id for region in found.pictures[0][1]] == [1, 3, 6, 7]
+    assert found.skipped == {
+        "small": 1,
+        "box without area": 1,
+        "box outside the image": 1,
+        "beyond the maximum per image": 1,
+    }
+
+
+def test_crowds_are_kept_unless_asked_otherwise(write: Callable[..., CocoRegions]) -> None:
+    regions = [entry(1, (0, 0, 10, 10)), entry(2, (0, 0, 10, 10), iscrowd=1)]
+    assert opened(write(*regions)).counts["things"] == 2
+    without = opened(write(*regions, crowd=False))
+    assert (without.counts["things"], without.skipped) == (1, {"crowd": 1})
+
+
+def test_sample_holds_boxes_masks_and_black_padding(write: Callable[..., CocoRegions]) -> None:
+    """40 x 30 px into 64: the content is 64 x 48, cells of 8 px, boxes in units of 40 px."""
+    sample = opened(write(entry(1, (10, 5, 20, 10)), entry(2, (0, 0, 40, 30), category_id=17)))[0]
+    assert sample.boxes.tolist() == [[0.25, 0.125, 0.75, 0.375], [0.0, 0.0, 1.0, 0.75]]
+    assert sample.labels.tolist() == [0, 1]
+    assert sample.masks[1, :6].min() == 1
+    assert sample.masks[1, 6:].max() == 0
+    assert sample.image[:, :48].abs().max() < 0.01  # grey 128 is 0 behind the normalisation
+    assert torch.equal(sample.image[:, 48:], torch.full((3, 16, 64), -1.0))  # black is -1
+
+
+def test_batches_keep_the_owner_of_every_region(write: Callable[..., CocoRegions]) -> None:
+    found = opened(write(*(entry(n, (0, 0, 10, 10)) for n in range(3))))
+    (batch,) = list(found.batches(4, 0))
+    assert batch.owner.tolist() == [0, 0, 0]
+    assert batch.masks is not None
+    assert batch.masks.shape == (3, 8, 8)
+
+
+def test_workers_give_the_same_batches(write: Callable[..., CocoRegions]) -> None:
+    """Items and settings have to cross to another process."""
+    found = opened(write(entry(1, (10, 5, 20, 10))))
+    (here,), (there,) = list(found.batches(2, 0)), list(found.batches(2, 1))
+    assert torch.equal(here.images, there.images)
+    assert torch.equal(here.boxes, there.boxes)
+
+
+def test_an_image_of_another_size_is_named(
+    write: Callable[..., CocoRegions], tmp_path: Path
+) -> None:
+    found = opened(write(entry(1, (0, 0, 10, 10))))
+    Image.new("RGB", (30, 40)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1.png \(id 1\) has 40 x 30 .* says 30 x 40"):
+        found[0]
+
+
+def test_missing_images_are_named(write: Callable[..., CocoRegions], tmp_path: Path) -> None:
+    source = write(entry(1, (0, 0, 10, 10)))
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 .* first 1.png \(id 1\)"):
+        opened(source)
+
+
+def test_no_region_at_all_is_refused(write: Callable[..., CocoRegions]) -> None:
+    with pytest.raises(ValueError, match="no region that counts"):
+        opened(write(entry(1, (0, 0, 2, 2))))
+
+
+def test_panoptic_and_instances_are_not_mixed_up(
+    write: Callable[..., CocoRegions], tmp_path: Path
+) -> None:
+    source = write(entry(1, (0, 0, 10, 10)))
+    with pytest.raises(ValueError, match="is no panoptic file; leave segments="):
+        opened(CocoRegions(source.annotations, source.images, segments=str(tmp_path)))
+    content = json.loads(Path(source.annotations).read_text())
+    segment = {key: content["annotations"][0][key] for key in ("id", "category_id", "bbox")}
+    content["annotations"] = [
+        {"image_id": 1, "file_name": "1.png", "segments_info": [segment]},
+    ]
+    Path(source.annotations).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is a panoptic file; name the folder"):
+        opened(source)
+
+
+def test_missing_data_are_made_once_where_that_is_possible(
+    write: Callable[..., CocoRegions], tmp_path: Path
+) -> None:
+    calls = []
+
+    def make() -> None:
+        calls.append(1)
+        (tmp_path / "fresh.json").write_text((tmp_path / "instances.json").read_text())
+
+    write(entry(1, (0, 0, 10, 10)))
+    source = CocoRegions(str(tmp_path / "fresh.json"), str(tmp_path), make=make)
+    source.prepare()
+    source.prepare()
+    assert (len(calls), len(opened(source))) == (1, 1)
+
+
+def test_missing_files_are_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no annotation file .*a.json; fetch it"):
+        CocoRegions(str(tmp_path / "a.json"), str(tmp_path)).prepare()
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*segments"):
+        CocoRegions(
+            str(tmp_path / "a.json"), str(tmp_path), segments=str(tmp_path / "segments")
+        ).prepare()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*images"):
+        CocoCaptions(str(tmp_path / "a.json"), str(tmp_path / "images"), split="x").prepare()
+
+
+def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
+    """91 COCO photos with instances, 27 with panoptic segments: sizes, ids and masks fit."""
+    root = shared_dir / "data" / "coco_mini_open"
+    images, annotations = str(root / "images"), root / "annotations"
+    panoptic = CocoRegions(
+        str(annotations / "panoptic_val2017.json"),
+        images,
+        segments=str(annotations / "panoptic_val2017"),
+    )(image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert (len(panoptic), len(panoptic.names)) == (27, 133)
+    assert sum(category.is_thing for category in panoptic.categories) == 80
+    for index in range(0, 27, 4):
+        sample = panoptic[index]
+        assert (sample.masks.flatten(1).sum(1) > 0).all()
+        assert sample.boxes.min() >= 0
+        assert sample.boxes.max() <= 1.001
+        # masks lie where their boxes are, at most two cells around
+        for box, mask in zip(sample.boxes * 14, sample.masks, strict=True):
+            rows, columns = mask.nonzero().T
+            assert box[0] - 3 < columns.min() and columns.max() < box[2] + 2  # noqa: PT018
+            assert box[1] - 3 < rows.min() and rows.max() < box[3] + 2  # noqa: PT018
+    instances = CocoRegions(str(annotations / "instances_val2017.json"), images)(
+        image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    assert (len(instances), len(instances.names)) == (89, 80)
+    skipped = {"small": 12, "image without regions": 2}
+    assert instances.counts == {"images": 89, "things": 703, "stuff": 0, "skipped": skipped}
+    for index in range(0, 89, 20):
+        assert torch.isfinite(instances[index].image).all()
+
+
+def test_real_captions_open(shared_dir: Path) -> None:
+    root = shared_dir / "data" / "coco_mini_open"
+    source = CocoCaptions(
+        str(root / "annotations" / "captions_val2017.json"), str(root / "images"), split="mini"
+    )
+    pairs = source(transform=lambda image: torch.zeros(3, 4, 4), tokenizer=lambda *_, **__: None)
+    assert pairs.counts == {"images": 91, "captions": 455, "skipped": {}}
+    assert pairs[0][1][0].startswith("A big burly grizzly bear")

@@ -1,0 +1,65 @@
+"""The evaluators of conf/ build, and read the same shapes world as the training data."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gradeclip_ft.commands.build import build_evaluators
+from gradeclip_ft.commands.check import check
+from gradeclip_ft.commands.compose import compose, options
+
+SHAPES = ("shapes_regions", "shapes_retrieval")
+
+
+@pytest.mark.parametrize("name", options("evaluator"))
+def test_every_evaluator_builds_under_its_own_name(name: str) -> None:
+    cfg = compose("evaluate", [f"evaluator={name}"])
+    check(cfg, "evaluate")
+    ((key, evaluator),) = build_evaluators(cfg).items()
+    assert key == evaluator.name == name
+    assert evaluator.protocol["task"]
+
+
+def test_several_evaluators_can_be_chosen() -> None:
+    cfg = compose("evaluate", ["evaluator=[coco_regions_224,coco_retrieval]"])
+    assert list(build_evaluators(cfg)) == ["coco_regions_224", "coco_retrieval"]
+
+
+def test_the_papers_protocol_is_the_default_for_coco() -> None:
+    """Table 7: 63 templates, 224 px, boxes of at least 64 px, at most 100 segments, crowds kept."""
+    (evaluator,) = build_evaluators(compose("evaluate", ["evaluator=coco_regions_224"])).values()
+    chosen = ("image_size", "templates", "min_area", "max_regions", "crowd", "source")
+    found = {key: evaluator.protocol[key] for key in chosen}
+    assert found == {
+        "image_size": 224,
+        "templates": "vild",
+        "min_area": 64,
+        "max_regions": 100,
+        "crowd": True,
+        "source": "panoptic",
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["name=x"], ["name=x", "+exp=smoke"], ["name=x", "data.make.folder=elsewhere"]],
+    ids=["default", "smoke", "other folder"],
+)
+def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> None:
+    """Other numbers would have the world rebuilt between the two, or evaluate another one."""
+    cfg = OmegaConf.to_container(compose("train", overrides), resolve=True)
+    assert isinstance(cfg, dict)
+    for name in SHAPES:
+        data = cfg["evaluator"][name]["data"]
+        assert data["make"] == cfg["data"]["make"]
+        assert Path(data["annotations"]).is_relative_to(cfg["data"]["make"]["folder"])
+
+
+def test_evaluate_alone_makes_the_world_of_the_training_data() -> None:
+    alone = OmegaConf.to_container(compose("evaluate", []), resolve=True)
+    train = OmegaConf.to_container(compose("train", ["name=x"]), resolve=True)
+    assert isinstance(alone, dict)
+    assert isinstance(train, dict)
+    for name in SHAPES:
+        assert alone["evaluator"][name]["data"]["make"] == train["data"]["make"]

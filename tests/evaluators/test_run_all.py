@@ -1,0 +1,101 @@
+"""Several evaluators on one model: files, what is kept, what is refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradeclip_ft.evaluators.base import Track, evaluating, run_all, untracked
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.results.record import Json, Measured, read
+
+Load = Callable[..., LoadedClip]
+
+
+@dataclass
+class Counting:
+    """An evaluator that counts its calls."""
+
+    name: str = "counting"
+    protocol: dict[str, Json] = field(default_factory=lambda: {"size": 7})
+    calls: int = 0
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        self.calls += 1
+        assert not loaded.clip.training
+        return Measured({"top1": 0.5}, {**self.protocol, "classes": 3}, {"hash": "x"})
+
+
+def test_each_evaluator_writes_its_file_with_weights_and_versions(
+    load: Load, tmp_path: Path
+) -> None:
+    loaded, one, two = load(), Counting("one"), Counting("two")
+    run_all({"a": one, "b": two}, loaded, folder=tmp_path, run="r", step=30, command="c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one@30.json", "two@30.json"]
+    result = read(tmp_path / "two@30.json")
+    assert (result.metrics, result.run, result.step, result.command) == (
+        {"top1": 0.5},
+        "r",
+        30,
+        "c",
+    )
+    assert result.weights == {"name": "fake", "hash": loaded.weights_hash}
+    assert {"torch", "gradeclip_ft", "python"} <= set(result.versions)
+
+
+def test_results_of_the_same_weights_are_kept_on_request(load: Load, tmp_path: Path) -> None:
+    loaded, evaluator, seen = load(), Counting(), []
+
+    def run(again: bool) -> None:
+        run_all(
+            {"a": evaluator},
+            loaded,
+            folder=tmp_path,
+            again=again,
+            done=lambda result, fresh: seen.append(fresh),
+        )
+
+    run(again=False)
+    run(again=False)
+    run(again=True)
+    assert evaluator.calls == 2
+    assert seen == [True, False, True]
+
+
+def test_results_of_other_weights_or_settings_are_not_taken_for_these(
+    load: Load, tmp_path: Path
+) -> None:
+    """Skipping by name alone would print the numbers of another model."""
+    loaded, evaluator = load(), Counting()
+    run_all({"a": evaluator}, loaded, folder=tmp_path)
+    other = Counting(protocol={"size": 8})
+    with pytest.raises(ValueError, match=r"counting@0.json exists and differs in size; again=true"):
+        run_all({"a": other}, loaded, folder=tmp_path, again=False)
+    with torch.no_grad():
+        loaded.clip.log_scale.add_(1.0)
+    with pytest.raises(ValueError, match="differs in hash"):
+        run_all({"a": evaluator}, loaded, folder=tmp_path, again=False)
+
+
+def test_two_evaluators_of_one_name_are_refused(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="different names"):
+        run_all({"a": Counting(), "b": Counting()}, load(), folder=tmp_path)
+
+
+def test_modes_come_back_after_an_error(load: Load) -> None:
+    clip = load().clip
+    before = [module.training for module in clip.modules()]
+
+    def fail() -> None:
+        with evaluating(clip):
+            assert not any(module.training for module in clip.modules())
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    assert [module.training for module in clip.modules()] == before

@@ -1,0 +1,221 @@
+"""Runs on disk to tables: rows, groups, marks, files."""
+
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradeclip_ft.commands.compare import compare
+from gradeclip_ft.results.collect import collect
+from gradeclip_ft.results.record import Result
+from gradeclip_ft.results.render import render
+from gradeclip_ft.results.table import grouped, select, tabulate
+
+GRAD_ECLIP = {
+    "_target_": "gradeclip_ft.explain.grad_eclip.GradEclip",
+    "heads": "one",
+    "create_graph": True,
+}
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write a run: `write("name", top1, seed=0, explainer={...})`."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(
+        name: str,
+        top1: float,
+        *,
+        seed: int = 0,
+        explainer: dict[str, Any] | None = None,
+        kind: str = "focal",
+        start: float = 0.1,
+        size: int = 64,
+        steps: tuple[int, ...] = (0, 300),
+    ) -> Path:
+        folder = tmp_path / "runs" / name
+        for step in steps:
+            _result(name, "regions", {"boxes/top1": top1 if step else start}, size, step).write(
+                folder / "evaluations"
+            )
+            _result(name, "pairs", {"text_retrieval_recall@1": 0.3}, size, step).write(
+                folder / "evaluations"
+            )
+        objective: dict[str, Any] = {"_target_": "gradeclip_ft.objectives.global_only.GlobalOnly"}
+        if explainer is not None:
+            objective = {
+                "_target_": "gradeclip_ft.objectives.global_local.GlobalLocal",
+                "explainer": explainer,
+                "alignment": {"kind": kind},
+            }
+        config = {"seed": seed, "objective": objective, "optim": {"lr": 1e-3}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        command = ["__main__.py", "train", "+exp=shapes", f"name={name}", "shards=a b"]
+        (folder / "environment.json").write_text(json.dumps({"command": command}))
+        return folder
+
+    return write
+
+
+def _result(run: str, evaluator: str, metrics: dict[str, float], size: int, step: int) -> Result:
+    return Result(
+        evaluator=evaluator,
+        metrics=metrics,
+        protocol={"image_size": size},
+        data={"hash": "abc", "counts": {"images": 5}},
+        weights={"name": "tiny", "hash": run if step else "start"},
+        versions={},
+        run=run,
+        step=step,
+    )
+
+
+def test_rows_say_what_each_run_was(write: Write) -> None:
+    write("ordinary", 0.11)
+    write("eclip", 0.5, seed=2, explainer=GRAD_ECLIP, kind="contrastive")
+    table = tabulate(collect(["runs/ordinary", "runs/eclip"]))
+    named = [{key: row[key] for key in ("run", "step", *table.facts[2:])} for row in table.rows]
+    none = {"heads": None, "stop_gradient": None, "loss": None}
+    assert named == [
+        {"run": "tiny", "step": 0, "map": "untouched", **none, "seed": None},
+        {"run": "ordinary", "step": 300, "map": "ordinary", **none, "seed": 0},
+        {
+            "run": "eclip",
+            "step": 300,
+            "map": "grad_eclip",
+            "heads": "one",
+            "stop_gradient": False,
+            "loss": "contrastive",
+            "seed": 2,
+        },
+    ]
+    assert [row["boxes/top1"] for row in table.rows] == [0.1, 0.11, 0.5]
+    assert table.rows[2]["command"] == (
+        "python -m gradeclip_ft train +exp=shapes name=eclip 'shards=a b'"
+    )
+
+
+def test_groups_have_mean_and_sample_deviation_over_seeds(write: Write) -> None:
+    values = [0.50, 0.46, 0.57]
+    for seed, value in enumerate(values):
+        write(f"maps_{seed}", value, seed=seed, explainer=GRAD_ECLIP)
+    table = grouped(tabulate(collect(["runs/maps_*"])), ["map", "heads"])
+    untouched, eclip = table.rows
+    assert (untouched["rows"], eclip["rows"]) == (1, 3)
+    assert eclip["boxes/top1"] == pytest.approx(sum(values) / 3)
+    assert eclip["boxes/top1 sd"] == pytest.approx(statistics.stdev(values))
+    text = render(select(table), "text")
+    assert "51.0 ± 5.6" in text
+    assert not table.notes
+
+
+def test_groups_that_mix_settings_say_so(write: Write) -> None:
+    """A mean over one and all heads would look like a result."""
+    write("a", 0.5, explainer=GRAD_ECLIP)
+    write("b", 0.6, explainer={**GRAD_ECLIP, "heads": "all"})
+    table = grouped(tabulate(collect(["runs/a", "runs/b"])), ["map"])
+    assert table.notes == ("groups mix different heads; add it to by=",)
+
+
+def test_rows_of_another_protocol_are_marked(write: Write) -> None:
+    """Numbers at other image sizes must not stand side by side unmarked."""
+    write("a", 0.5)
+    write("b", 0.7, size=128, steps=(300,))
+    text = render(select(tabulate(collect(["runs/a", "runs/b"]))), "markdown")
+    marked = [line for line in text.splitlines() if "≠" in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("| b |")
+    assert "regions: image_size 128 instead of 64" in text
+
+
+def test_metrics_of_two_evaluators_with_one_name_stay_apart(write: Write) -> None:
+    folder = write("a", 0.5)
+    _result("a", "other", {"boxes/top1": 0.9}, 64, 300).write(folder / "evaluations")
+    table = tabulate(collect(["runs/a"], steps="last"))
+    assert table.rows[0]["regions:boxes/top1"] == 0.5
+    assert table.rows[0]["other:boxes/top1"] == 0.9
+
+
+def test_steps_choose_rows(write: Write) -> None:
+    write("a", 0.5, steps=(0, 100, 300))
+    counts = {steps: len(collect(["runs/a"], steps=steps)) for steps in ("last", "ends", "all")}
+    assert counts == {"last": 1, "ends": 2, "all": 3}
+
+
+def test_csv_holds_fractions_and_every_column(write: Write) -> None:
+    write("a", 0.123456)
+    rows = list(csv.DictReader(io.StringIO(render(tabulate(collect(["runs/a"])), "csv"))))
+    assert rows[1]["boxes/top1"] == "0.123456"
+    assert rows[1]["map"] == "ordinary"
+
+
+def test_compare_writes_markdown_and_one_json_row_per_run(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        write(f"maps_{seed}", 0.5 + seed / 100, seed=seed, explainer=GRAD_ECLIP)
+    compare("runs/maps_*", by=("map", "heads"), fields=("lr=optim.lr",), out="results/shapes_maps")
+    text = Path("results/shapes_maps.md").read_text()
+    assert (
+        "    python -m gradeclip_ft compare 'runs/maps_*' 'by=[map,heads]' "
+        "'fields=[lr=optim.lr]' out=results/shapes_maps\n"
+    ) in text
+    assert "| grad_eclip | one | 2 | 50.5 ± 0.7 | 30.0 ± 0.0 |" in text
+    assert "- regions: 64 px, 5 images, data abc." in text
+    rows = json.loads(Path("results/shapes_maps.json").read_text())
+    assert [row["seed"] for row in rows] == [None, 0, 1]
+    wanted = {"map", "heads", "stop_gradient", "loss", "seed", "boxes/top1", "command", "lr"}
+    assert wanted <= set(rows[1])
+    assert rows[1]["lr"] == 1e-3
+    assert "grad_eclip" in capsys.readouterr().out
+
+
+def test_wrong_words_are_named(write: Write) -> None:
+    write("a", 0.5)
+    with pytest.raises(FileNotFoundError, match="no folder runs/b"):
+        compare("runs/b")
+    with pytest.raises(FileNotFoundError, match="no folder to compare"):
+        compare()
+    Path("empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no result in empty"):
+        compare("empty")
+    with pytest.raises(ValueError, match="no column mapp; choose from run, step, map"):
+        compare("runs/a", by=("mapp",))
+    with pytest.raises(ValueError, match="no metric matches nothing"):
+        compare("runs/a", metrics=("nothing",))
+    with pytest.raises(ValueError, match="write column=key"):
+        compare("runs/a", fields=("lr",))
+
+
+def test_a_damaged_result_is_named(write: Write) -> None:
+    folder = write("a", 0.5)
+    (folder / "evaluations" / "regions@300.json").write_text('{"metrics": {"boxes')
+    with pytest.raises(ValueError, match=r"regions@300.json is no complete JSON"):
+        compare("runs/a")
+
+
+def test_a_folder_of_results_without_a_run_can_be_compared(write: Write) -> None:
+    _result("x", "regions", {"boxes/top1": 0.2}, 64, 0).write(Path("evaluations/tiny"))
+    (row,) = tabulate(collect(["evaluations/tiny"])).rows
+    assert (row["run"], row["map"], row["boxes/top1"]) == ("tiny", "untouched", 0.2)
+
+
+def test_comparing_does_not_import_torch(write: Write, repository: Path) -> None:
+    write("a", 0.5)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from gradeclip_ft.commands.compare import compare\n"
+        "compare('runs/a')\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(repository)], check=True, capture_output=True)
