@@ -36,9 +36,12 @@ def check(cfg: DictConfig, command: str) -> None:
     Raises:
         ConfigurationError: Naming every key that is unknown, open, or of a wrong value.
     """
-    found = [f"{key}: has no value; add {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
-    if not found:
-        found = list(problems(_resolved(cfg), schema(command)))
+    try:
+        found = [f"{key}: has no value; add {key}=..." for key in OmegaConf.missing_keys(cfg)]
+        found = sorted(found) or list(problems(_resolved(cfg), schema(command)))
+    except OmegaConfBaseException as error:
+        text = str(error).split("\n")[0]
+        raise ConfigurationError(f"{error.full_key}: {text}" if error.full_key else text) from error
     if found:
         rest = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise ConfigurationError("\n".join([*found[:SHOWN], *rest]))
@@ -109,10 +112,7 @@ def _nested(value: Any, key: str) -> Iterator[str]:
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).split("\n")[0]) from error
+    plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

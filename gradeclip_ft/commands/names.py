@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 LISTED = 12
+LIKE = 0.6  # difflib's usual bound for "similar"
+TIE = 0.1
 
 
 def close_to(name: str, names: Iterable[str]) -> list[str]:
-    """The names most like `name`, at most two; also those that it abbreviates."""
+    """The name most like `name`, and a second one if it is nearly as like; else abbreviations."""
     listed = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(name, listed, n=2, cutoff=0.6)
-    return close or [known for known in listed if name and known.startswith(name)][:2]
+    likeness = {known: SequenceMatcher(None, name, known).ratio() for known in listed}
+    ranked = sorted(listed, key=lambda known: -likeness[known])[:2]
+    best = likeness[ranked[0]] if ranked else 0.0
+    if best >= LIKE:
+        return [known for known in ranked if likeness[known] >= max(LIKE, best - TIE)]
+    return [known for known in listed if name and known.startswith(name)][:2]
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

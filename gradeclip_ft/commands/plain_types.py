@@ -70,6 +70,8 @@ def _fits_name(value: Any, annotation: ast.Name | ast.Attribute, module: str) ->
         return isinstance(value, list)
     if name in MAPPINGS:
         return isinstance(value, Mapping)
+    if name == "Callable":
+        return False  # only a node with _target_ makes one
     if isinstance(annotation, ast.Attribute):
         return True
     owner, alias = _alias(module, name)
@@ -96,7 +98,7 @@ def _fits_subscript(value: Any, outer: str, items: list[ast.expr], module: str) 
         return isinstance(value, Mapping) and all(
             fits(entry, inner, module) for entry in value.values()
         )
-    return True
+    return outer != "Callable"
 
 
 def _fits_items(value: list[Any], outer: str, items: list[ast.expr], module: str) -> bool:

@@ -1,0 +1,205 @@
+"""From a command line to a command, and to errors that help."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands.cli import Command, run
+from gradeclip_ft.commands.failures import is_meant, perform
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], DictConfig]]:
+    """What commands were started with: (sys.argv, configuration). They do nothing."""
+    calls: list[tuple[list[str], DictConfig]] = []
+
+    def record(cfg: DictConfig) -> None:
+        calls.append((list(sys.argv), cfg))
+
+    monkeypatch.setattr(Command, "function", lambda self: record)
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Message of a command line that cannot be understood."""
+    assert run(COMMANDS, list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) <= 4
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trian", "there is no command trian; did you mean train?"),
+        ("+exp=shapes", "there is no command"),
+        ("train optim.lrr=1", "no key optim.lrr; did you mean optim.optimizer.lr?"),
+        ("train lr=1", "did you mean optim.optimizer.lr?"),
+        ("train seeed=1", "did you mean seed?"),
+        ("train trainer.max_step=1", "did you mean trainer.max_steps?"),
+        ("train data.taggr=auto", "did you mean +data.tagger?"),
+        ("train data.tagger=auto", "write +data.tagger=auto"),
+        ("train optimm.optimizer.lr=1", "did you mean optim.optimizer.lr?"),
+        ("train name=a +optim.typo=1", "optim.typo: FineTuneModule takes no typo"),
+        ("train +exp=shpaes", "exp=shpaes: there is no shpaes; did you mean shapes"),
+        ("train exp=shapes", "write +exp=shapes"),
+        ("train objective=globl", "there is no globl; did you mean global_"),
+        ("train objectiv=global_only", "did you mean objective?"),
+        ("train explainer=grad_cam", "write explainer@objective.explainer=grad_cam"),
+        ("train +objective=global_only", "objective is given twice"),
+        ("train evaluator=[shapes_regoins]", "did you mean shapes_regions?"),
+        ("train seed=1,2 name=a", "--multirun"),
+        ("train x[=1", "x[=1: this is no key=value"),
+        ("train --cgf job", "--cgf"),
+        ("train --config-dir nowhere", "nowhere is no folder"),
+        ("train", "name: has no value; add name=..."),
+        ("evaluate evaluator=[shapes_region]", "did you mean shapes_regions"),
+        ("export alhpa=0.5", "did you mean alpha?"),
+        ("doctor +exp=cc3m_vitb61", "did you mean cc3m_vitb16"),
+        ("list experimnts", "did you mean experiments"),
+        ("list experiments now", "now: one word too many"),
+        ("data mkae shapes", "did you mean make?"),
+        ("compare format=txt", "did you mean text?"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    """Would catch a traceback, a page of text, or a hint that leads nowhere."""
+    assert words in fails(capsys, *line.split())
+
+
+def test_a_command_sees_its_configuration_and_a_command_line_to_repeat_it(
+    started: list[tuple[list[str], DictConfig]],
+) -> None:
+    """Would catch a second process of distributed training that starts without the command."""
+    line = ["train", "name=a", "seed=3", "+exp=smoke"]
+    assert run(COMMANDS, line) == 0
+    argv, cfg = started[0]
+    assert argv == ["prog", *line]
+    # Lightning adds these for its other processes when Hydra runs.
+    added = ['hydra.run.dir="."', "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
+    assert run(COMMANDS, [*argv[1:], *added]) == 0
+    assert started[1][1] == cfg
+
+
+def test_values_of_the_command_line_win_over_an_experiment(
+    started: list[tuple[list[str], DictConfig]],
+) -> None:
+    """Would catch an experiment that lands below cfg.exp, or that cannot be varied."""
+    run(COMMANDS, ["train", "name=a", "trainer.max_steps=7", "+exp=smoke"])
+    cfg = started[0][1]
+    assert (cfg.trainer.max_steps, cfg.data.batch_size) == (7, 16)
+    assert "exp" not in cfg
+
+
+def test_hydra_leaves_no_files(started: list[tuple[list[str], DictConfig]], tmp_path: Path) -> None:
+    """Would catch outputs/ and .hydra/ beside runs/."""
+    run(COMMANDS, ["train", "name=a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_needs_no_name(started: list[tuple[list[str], DictConfig]]) -> None:
+    """Would catch a doctor that asks for what only training needs, or overrides what is given."""
+    assert run(COMMANDS, ["doctor"]) == 0
+    assert run(COMMANDS, ["doctor", "name=b16"]) == 0
+    assert [cfg.name for _, cfg in started] == ["doctor", "b16"]
+
+
+def test_yaml_of_ones_own_is_found(
+    started: list[tuple[list[str], DictConfig]], tmp_path: Path
+) -> None:
+    """Would catch an installed package whose users cannot write experiments."""
+    (tmp_path / "mine" / "exp").mkdir(parents=True)
+    (tmp_path / "mine" / "exp" / "own.yaml").write_text("# @package _global_\nseed: 41\n")
+    line = ["train", "name=a", "--config-dir", "mine", "+exp=own"]
+    assert run(COMMANDS, line) == 0
+    argv, cfg = started[0]
+    assert cfg.seed == 41
+    assert run(COMMANDS, argv[1:]) == 0
+    assert started[1][1].seed == 41
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"]])
+def test_the_configuration_is_shown(
+    started: list[tuple[list[str], DictConfig]],
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+) -> None:
+    """Would catch the command reaching Hydra's parser, or being run when only asked about."""
+    assert run(COMMANDS, ["train", *flags, "name=a", "seed=5"]) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert (shown.name, shown.seed) == ("a", 5)
+    assert not started
+
+
+def test_help_of_the_program_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a command without a docstring, or missing from the table."""
+    assert run(COMMANDS, ["--help"]) == 0
+    page = capsys.readouterr().out
+    for name in COMMANDS:
+        line = next(line for line in page.splitlines() if line.startswith(f"  {name} "))
+        assert len(line.split(maxsplit=1)[1]) > 10
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_page(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Would catch a help that shows less than what can be set."""
+    assert run(COMMANDS, [name, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: python -m gradeclip_ft {name}")
+    if COMMANDS[name].config == "train":
+        for word in ("shapes_tiny", "global_only", "+exp", "resume: null", "--multirun"):
+            assert word in page
+
+
+def test_an_error_raised_on_purpose_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a traceback above "an existing run", or a bare message for a defect."""
+    from gradeclip_ft.commands.runs import run_dir
+
+    def defect() -> None:
+        run_dir(None)  # type: ignore[arg-type]  # fails inside, not by a raise statement
+
+    assert perform(lambda: run_dir("a/b"), full=False) == 1
+    meant = capsys.readouterr().err
+    assert meant.startswith("error: name='a/b' is no name")
+    assert "Traceback" not in meant
+    assert perform(lambda: int("x"), full=False) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert perform(lambda: run_dir("a/b"), full=True) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_a_constructor_loses_what_hydra_says_around_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Would catch "Error in call to target" in front of a message for the user."""
+    from hydra.utils import instantiate
+
+    node = {"_target_": "gradeclip_ft.commands.runs.run_dir", "name": "a/b"}
+    assert perform(lambda: instantiate(node), full=False) == 1
+    assert capsys.readouterr().err.startswith("error: name='a/b' is no name")
+
+
+def test_a_foreign_error_is_not_meant() -> None:
+    """Would catch messages of torch or numpy shown without the place they come from."""
+    caught: Any = None
+    try:
+        Path("/nowhere/at/all").read_text()
+    except OSError as error:
+        caught = error
+    assert not is_meant(caught)
+
+
+def test_a_number_that_a_command_returns_is_the_exit_code() -> None:
+    """Would catch `doctor` and `data verify` that find problems and exit with 0."""
+    assert perform(lambda: 1, full=False) == 1
+    assert perform(lambda: None, full=False) == 0

@@ -1,0 +1,89 @@
+"""doctor says whether a run could start, and finds what would stop it."""
+
+from pathlib import Path
+
+import pytest
+
+from gradeclip_ft.commands import doctor as module
+from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.data.shapes import make_shapes
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty working directory: no data, no runs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def report(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and the lines of each check."""
+    code = module.doctor(compose("train", ["name=a", "+exp=smoke", *overrides]))
+    lines: dict[str, str] = {}
+    for line in capsys.readouterr().out.splitlines()[:-1]:
+        name = line[9:26].strip()
+        lines[name] = lines.get(name, "") + line + "\n"
+    return code, lines
+
+
+def test_the_default_could_start_anywhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Would catch a doctor that makes data or claims the run's folder, or finds faults in both."""
+    code, lines = report(capsys)
+    assert code == 0
+    assert "textblob" in lines["tagger"]
+    assert "is made when training starts" in lines["training data"]
+    assert "torch" in lines["packages"]
+    assert "shapes_tiny" in lines["model"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Would catch shards that exist and cannot be read, or captions that give no phrase."""
+    make_shapes("data/shapes_smoke", train=256, val=32, seed=0, workers=1)
+    code, lines = report(capsys)
+    assert code == 0
+    assert "16 steps of 16 an epoch" in lines["training data"]
+    assert " phrases" in lines["training data"]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.tar").write_bytes(b"no tar")
+    code, lines = report(capsys, "data.shards=broken", "data.make=null")
+    assert code == 1
+    assert "no sample that can be read" in lines["training data"]
+
+
+@pytest.mark.parametrize(
+    ("override", "check", "words"),
+    [
+        ("data.make=null data.shards='a-{0..3}.tar'", "training data", "4 of 4 shards do not exist"),
+        ("evaluator=coco_regions_224", "evaluation data", "panoptic_val2017.json"),
+        ("trainer.accelerator=gpu trainer.devices=99", "device", "99 GPUs wanted"),
+        ("model.image_size=65", "model", "65 is not a multiple of the patch size 8"),
+        ("model.name=shapes_tinny", "model", "did you mean shapes_tiny"),
+        ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
+        ("init_from=nothing", "model", "neither a weights file nor a run"),
+        ("name=a/b", "run folder", "no name for a run"),
+    ],
+)
+def test_what_would_stop_the_run_is_found(
+    capsys: pytest.CaptureFixture[str], override: str, check: str, words: str
+) -> None:
+    """Would catch a doctor that is content with a run that dies in its first minute."""
+    code, lines = report(capsys, *override.split())
+    assert code == 1
+    assert words in lines[check]
+    assert "problem" in lines[check]
+    assert "ok" in lines["packages"]
+
+
+def test_a_run_of_this_name_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a doctor that forgets what `train` refuses first."""
+    cfg = compose("train", ["name=a", "+exp=smoke"])
+    runs.claim(runs.run_dir("a"), cfg)
+    code, lines = report(capsys)
+    assert code == 1
+    assert "resume=auto" in lines["run folder"]
+    code, lines = report(capsys, "resume=auto")
+    assert code == 0
+    assert "continues" in lines["run folder"]

@@ -1,0 +1,180 @@
+"""Run directories: claimed once, continued on request, never overwritten."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gradeclip_ft.commands import runs
+
+SETTINGS = {
+    "name": "a",
+    "resume": None,
+    "optim": {"lr": 1e-5, "betas": [0.9, 0.98]},
+    "trainer": {"max_steps": 8, "stop_at": None},
+    "evaluation": {"every": None},
+}
+
+
+def changed(**dotted: object) -> dict[str, object]:
+    """The settings with some values replaced; a double underscore stands for a dot."""
+    cfg = OmegaConf.create(SETTINGS)
+    for key, value in dotted.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    plain = OmegaConf.to_container(cfg)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a b", "-m", "a\n", "ä"])
+def test_a_name_that_could_leave_the_folder_is_refused(name: str) -> None:
+    """Would catch a run that writes outside of runs/, or that another system cannot copy."""
+    with pytest.raises(ValueError, match="no name for a run"):
+        runs.run_dir(name)
+
+
+def test_the_folder_depends_on_the_name_alone() -> None:
+    """Would catch a timestamp in the path, which relaunched ranks do not share."""
+    assert runs.run_dir("b16_lr=1e-5", "/x") == Path("/x/b16_lr=1e-5")
+
+
+def test_a_new_run_records_its_resolved_configuration_and_environment(tmp_path: Path) -> None:
+    """Would catch interpolations in config.yaml, which mean nothing outside of their command."""
+    cfg = OmegaConf.create({"steps": 8, "schedule": {"steps": "${steps}"}})
+    assert runs.claim(tmp_path / "a", cfg) is None
+    assert runs.read_config(tmp_path / "a").schedule == {"steps": 8}
+    assert "${" not in (tmp_path / "a" / "config.yaml").read_text()
+    environment = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert {"versions", "commit", "command", "started"} <= set(environment)
+    assert "torch" in environment["versions"]
+
+
+def test_an_existing_run_is_refused_with_the_ways_on(tmp_path: Path) -> None:
+    """Would catch a second `train name=a` that overwrites the first."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    before = (tmp_path / "a" / "environment.json").read_text()
+    with pytest.raises(FileExistsError, match=r"resume=auto.*name=.*init_from=a"):
+        runs.claim(tmp_path / "a", SETTINGS)
+    assert (tmp_path / "a" / "environment.json").read_text() == before
+
+
+@pytest.mark.parametrize("trace", ["last.ckpt", "weights.safetensors", "metrics.jsonl"])
+def test_remains_of_a_run_without_its_configuration_are_refused_too(
+    tmp_path: Path, trace: str
+) -> None:
+    """Would catch weights lost because only config.yaml was looked for."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / trace).touch()
+    with pytest.raises(FileExistsError):
+        runs.claim(tmp_path / "a", SETTINGS)
+
+
+def test_an_empty_folder_may_be_claimed(tmp_path: Path) -> None:
+    """Would catch a refusal of a folder that a scheduler made for its log."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "slurm.out").touch()
+    assert runs.claim(tmp_path / "a", SETTINGS) is None
+
+
+def test_resume_begins_a_run_that_is_not_there(tmp_path: Path) -> None:
+    """Would catch a requeued job whose first command line differs from the later ones."""
+    assert runs.claim(tmp_path / "a", SETTINGS, resume="auto") is None
+    assert (tmp_path / "a" / "config.yaml").exists()
+
+
+def test_resume_continues_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """Would catch a restart from zero, or an environment that forgets the first start."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    (tmp_path / "a" / "last.ckpt").touch()
+    again = changed(resume="auto")
+    assert runs.claim(tmp_path / "a", again, resume="auto") == tmp_path / "a" / "last.ckpt"
+    assert len(runs.read_environment(tmp_path / "a")["starts"]) == 2
+    assert runs.read_config(tmp_path / "a").resume is None
+
+
+def test_resume_refuses_another_configuration_and_shows_what_changed(tmp_path: Path) -> None:
+    """Would catch a run whose second half was trained otherwise than its record says."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    other = changed(optim__lr=1e-4, trainer__max_steps=16)
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        runs.claim(tmp_path / "a", other, resume="auto")
+    text = str(caught.value)
+    assert "optim.lr: 1e-05 -> 0.0001" in text
+    assert "trainer.max_steps: 8 -> 16" in text
+    assert "betas" not in text
+
+
+def test_resume_allows_what_the_weights_do_not_depend_on(tmp_path: Path) -> None:
+    """Would catch a refusal to stop later or to evaluate more often."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    other = changed(resume="auto", trainer__stop_at=4, evaluation__every=2, runs_dir="elsewhere")
+    runs.claim(tmp_path / "a", other, resume="auto")
+
+
+def test_other_ranks_neither_write_nor_refuse(tmp_path: Path) -> None:
+    """Would catch the second process of a job dying on the folder that the first has claimed."""
+    assert runs.claim(tmp_path / "a", SETTINGS, rank=1) is None
+    assert not (tmp_path / "a").exists()
+    runs.claim(tmp_path / "a", SETTINGS)
+    assert runs.claim(tmp_path / "a", SETTINGS, rank=1) is None
+    (tmp_path / "a" / "last.ckpt").touch()
+    assert runs.claim(tmp_path / "a", SETTINGS, resume="auto", rank=1) is not None
+
+
+def test_of_two_jobs_with_one_name_one_gets_it(tmp_path: Path) -> None:
+    """Would catch a look followed by a write, between which another job claims the folder."""
+    refused: list[Exception] = []
+    barrier = threading.Barrier(8)
+
+    def claim() -> None:
+        barrier.wait()
+        try:
+            runs.claim(tmp_path / "a", SETTINGS)
+        except FileExistsError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7
+
+
+def test_facts_are_added_to_the_record(tmp_path: Path) -> None:
+    """Would catch a tagger note that replaces the versions, or leaves a temporary file."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    runs.record(tmp_path / "a", {"data": {"tagger": "textblob"}})
+    environment = runs.read_environment(tmp_path / "a")
+    assert environment["data"] == {"tagger": "textblob"}
+    assert "versions" in environment
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.yaml", "environment.json"}
+
+
+def test_weights_are_found_by_run_name_folder_or_file(tmp_path: Path) -> None:
+    """Would catch init_from= that knows only one of the three."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    weights = tmp_path / "a" / "weights.safetensors"
+    weights.touch()
+    assert runs.resolve_weights("a", tmp_path) == weights
+    assert runs.resolve_weights(tmp_path / "a") == weights
+    assert runs.resolve_weights(str(weights)) == weights
+
+
+def test_missing_weights_name_the_likely_run(tmp_path: Path) -> None:
+    """Would catch a bare "file not found" behind a misspelt run."""
+    runs.claim(tmp_path / "grad_eclip", SETTINGS)
+    with pytest.raises(FileNotFoundError, match="did you mean grad_eclip"):
+        runs.resolve_weights("grad_elcip", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no weights.safetensors yet"):
+        runs.resolve_weights("grad_eclip", tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are no runs"):
+        runs.resolve_weights("a", tmp_path / "empty")
+
+
+def test_a_folder_without_a_run_has_no_configuration(tmp_path: Path) -> None:
+    """Would catch a traceback from the yaml reader for `evaluate run=typo`."""
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        runs.read_config(tmp_path / "a")
