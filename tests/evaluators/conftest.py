@@ -56,11 +56,11 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """30 pictures of different shapes, each cut into four rectangles of three things and stuff.
+    """18 pictures of six shapes, each cut into four rectangles of three things and stuff.
 
     Every picture has two captions, "main N" and "second N" for the labels of its first regions.
     """
-    return make_world(tmp_path_factory.mktemp("world"), pictures=30)
+    return make_world(tmp_path_factory.mktemp("world"), pictures=18)
 
 
 def make_world(folder: Path, *, pictures: int) -> World:
