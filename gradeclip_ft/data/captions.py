@@ -8,7 +8,7 @@ is no state to save, and an interrupted epoch goes on with `start`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -121,7 +121,8 @@ class CaptionShards:
             raise ValueError(f"start {start} is outside the {batches} batches of an epoch")
         place = Place(seed, epoch, rank, world_size, worker=0, workers=max(self.workers, 1))
         counts = () if self.resampled else tuple(sample_counts(urls))
-        return CaptionLoader(self, tuple(urls), counts, place, batches, start)
+        settled = replace(self, make=None)  # workers have no use for it, and it may not pickle
+        return CaptionLoader(settled, tuple(urls), counts, place, batches, start)
 
     def _epoch_size(self, urls: Sequence[str]) -> int:
         if self.resampled:
@@ -199,7 +200,7 @@ class _WorkerBatches(IterableDataset[CaptionBatch]):
         info = get_worker_info()
         # torch asks worker 0 first; the first batch wanted is that of worker start % workers
         number = ((info.id if info else 0) + epoch.start) % epoch.place.workers
-        place = Place(**{**vars(epoch.place), "worker": number})
+        place = replace(epoch.place, worker=number)
         skips = Skips()
         batches = Batches(
             tokenizer=source.tokenizer,

@@ -147,11 +147,13 @@ def test_reading_leaves_the_random_numbers_of_the_process_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_workers_start_in_every_way(shards: str, source: Source, method: str) -> None:
+def test_workers_may_be_spawned(shards: str, source: Source) -> None:
+    """Python 3.14 no longer forks by default: everything must pickle. What makes data need not."""
     forked = epoch_of(source(shards, samples_per_epoch=8, workers=1, start_method="fork"))
-    other = epoch_of(source(shards, samples_per_epoch=8, workers=1, start_method=method))
-    assert_same(forked, other)
+    other = source(
+        shards, samples_per_epoch=8, workers=1, start_method="spawn", make=lambda: shards
+    )
+    assert_same(forked, epoch_of(other))
 
 
 def test_phrases_of_the_json_are_used_if_made_the_same_way(
