@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.data import caption_batches
 from gradeclip_ft.data.captions import CaptionShards
 from gradeclip_ft.data.stream import stable_hash
 from gradeclip_ft.text import taggers
@@ -223,11 +224,17 @@ def test_broken_samples_of_every_kind_are_counted(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_broken_samples_end_with_an_error(
-    tmp_path: Path, sample: Files, write_shard: Write, source: Source, workers: int
+    tmp_path: Path,
+    write_shard: Write,
+    source: Source,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A loader that goes on looking would hang without a word."""
+    monkeypatch.setattr(caption_batches, "MOST_BAD_SAMPLES", 500)
     write_shard(tmp_path / "a.tar", [{"x.txt": b"a dog"}, {"y.txt": b"a cat"}])
     data = source(str(tmp_path), samples_per_epoch=8, workers=workers)
-    with pytest.raises(RuntimeError, match=r"10000 samples in a row .*missing_image 10000"):
+    with pytest.raises(RuntimeError, match=r"500 samples in a row .*missing_image 500"):
         epoch_of(data)
 
 

@@ -87,15 +87,15 @@ def test_a_megabyte_of_caption_takes_no_time() -> None:
 
 
 def test_real_captions_equal_the_straight_pipeline(shared_dir: Path, real_tagger: Tagger) -> None:
-    """1 500 human captions through NLTK's own functions, one after the other."""
+    """500 human captions through NLTK's own functions, one after the other."""
     phrases = Phrases(real_tagger, 5)
     tokenizer = nltk.NLTKWordTokenizer()
     different = 0
     with tarfile.open(shared_dir / "data/flickr_photos/photos-0000.tar") as shard:
         samples = [json.load(shard.extractfile(m)) for m in shard if m.name.endswith(".json")]  # type: ignore[arg-type]
-    captions = [caption for sample in samples for caption in sample["captions"]]
+    captions = [caption for sample in samples for caption in sample["captions"]][::3]
     for caption in captions:
         found = parsed_by_nltk(nltk.pos_tag(tokenizer.tokenize(caption.lower())))
         different += list(dict.fromkeys(found))[:5] != phrases(caption)
-    assert len(captions) == 1500
-    assert different <= 3  # a few captions hold quotation marks that NLTK's tagger takes for nouns
+    assert len(captions) == 500
+    assert different <= 1  # a few captions hold quotation marks that NLTK's tagger takes for nouns
