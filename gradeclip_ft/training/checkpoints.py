@@ -133,6 +133,7 @@ def step_of(weights: Path) -> int | None:
 
 
 def _flush(path: Path) -> None:
-    """Bytes on the disk before the name points to them."""
+    """Bytes on the disk before the name points to them; readable as other files of a run are."""
+    path.chmod(0o644)
     with path.open("rb+") as file:
         os.fsync(file.fileno())

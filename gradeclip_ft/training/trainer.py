@@ -105,7 +105,12 @@ def _strategy(name: str) -> str | Strategy:
 
 
 def _quieten() -> None:
-    """Lightning's notes on hardware and workers, and what it calls itself by outdated names."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in ("The .* does not have many workers", r"`isinstance\(treespec, LeafSpec\)`"):
+    """Notes on hardware, workers and names that libraries call outdated; none is for the user."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "The .* does not have many workers",
+        r"`isinstance\(treespec, LeafSpec\)`",
+        r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
+    ):
         warnings.filterwarnings("ignore", message)
