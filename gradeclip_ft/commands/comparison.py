@@ -46,6 +46,11 @@ class Finished:
     results: Mapping[int, Entry]
     lines: Sequence[Mapping[str, Any]]
 
+    @property
+    def end(self) -> Entry:
+        """Its last evaluation."""
+        return self.results[max(self.results)]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -64,7 +69,7 @@ class Comparison:
         """Last evaluation by method."""
         return {
             UNTOUCHED: self.start,
-            **{run.label: run.results[max(run.results)] for run in self.runs},
+            **{run.label: run.end for run in self.runs},
         }
 
 
@@ -102,14 +107,18 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
 
 
 def same_settings(comparison: Comparison) -> bool:
-    """Whether the runs differ in their objective alone: same data, steps, seed and optimiser."""
+    """Whether the runs differ in their objective alone: same data, steps, seed and optimiser.
+
+    A run that stopped early counts as different.
+    """
     plain = [OmegaConf.to_container(run.config, resolve=True) for run in comparison.runs]
     kept = [
         {key: value for key, value in config.items() if key not in OWN}
         for config in plain
         if isinstance(config, dict)
     ]
-    return all(config == kept[0] for config in kept)
+    ends = {run.end.step for run in comparison.runs}
+    return len(ends) == 1 and all(config == kept[0] for config in kept)
 
 
 def weights_hash(entry: Entry) -> Json:

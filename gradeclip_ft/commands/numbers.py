@@ -140,13 +140,13 @@ def _measured(run: Finished, start: Entry | None, metric: str) -> list[Point]:
 
 def _facts_of(run: Finished) -> dict[str, str]:
     chosen = {name: OmegaConf.select(run.config, key) for name, key in SETTINGS.items()}
-    final = run.results[max(run.results)]
     data = run.environment.get("data") or {}
     found = {
         **chosen,
         "tagger": data.get("tagger"),
-        "weights": weights_hash(final),
+        "step of the weights": run.end.step,
+        "weights": weights_hash(run.end),
         "commit": run.environment.get("commit"),
-        "command": final.command,
+        "command": run.environment.get("command"),
     }
     return {name: str(value) for name, value in found.items() if value is not None}

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import numbers
-from gradeclip_ft.commands.comparison import UNTOUCHED, Comparison, read_runs, same_settings
+from gradeclip_ft.commands.comparison import (
+    UNTOUCHED,
+    Comparison,
+    read_runs,
+    same_settings,
+    weights_hash,
+)
 from gradeclip_ft.commands.runs import WEIGHTS
 
 if TYPE_CHECKING:
@@ -115,9 +121,10 @@ def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -
     from gradeclip_ft.text.taggers import load_tagger, prepare_tagger
 
     models = dict(_models(comparison))
-    config = comparison.runs[-1].config
-    source = cast("CaptionShards", build_data(config, models[UNTOUCHED]))
-    parse = Phrases(load_tagger(prepare_tagger(source.tagger)), source.max_phrases)
+    last = comparison.runs[-1]
+    source = cast("CaptionShards", build_data(last.config, models[UNTOUCHED]))
+    tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
+    parse = Phrases(load_tagger(tagger), source.max_phrases)
     scenes = find_scenes(*files, parse, count)
     explainer: TraceExplainer = instantiate(map_settings(comparison), _convert_="all")
     maps = {
@@ -139,7 +146,14 @@ def _models(comparison: Comparison) -> Iterator[tuple[str, LoadedClip]]:
     for run in comparison.runs:
         weights = OmegaConf.merge(run.config, {"init_from": str(run.folder / WEIGHTS)})
         assert isinstance(weights, DictConfig)
-        yield run.label, build_clip(weights)
+        loaded = build_clip(weights)
+        if loaded.weights_hash != weights_hash(run.end):
+            raise ValueError(
+                f"{run.folder / WEIGHTS} is not what was evaluated at step {run.end.step}, so maps "
+                f"and numbers would not belong together; finish the run with resume=auto, or "
+                f"evaluate run={run.folder.name} again=true"
+            )
+        yield run.label, loaded
 
 
 def map_settings(comparison: Comparison) -> dict[str, Any]:

@@ -127,7 +127,10 @@ def to_case(scene: Scene, maps: Mapping[str, Maps]) -> Case:
         ]
         for method, made in maps.items()
     }
-    scores = {method: [f"{score:.2f}" for score in made.cosine] for method, made in maps.items()}
+    scores = {
+        method: [f"{score:.2f}".replace("-", "−") for score in made.cosine]
+        for method, made in maps.items()
+    }
     return Case(
         image=scene.image,
         phrases=scene.phrases,

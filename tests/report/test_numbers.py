@@ -46,7 +46,10 @@ def make_run(tmp_path: Path) -> MakeRun:
             del lines[0]["local"]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "glo'
         (folder / "metrics.jsonl").write_text(text)
-        environment = {"command": ["main", "train", f"name={name}"], "data": {"tagger": "nltk"}}
+        environment = {
+            "command": f"python -m gradeclip_ft train name={name}",
+            "data": {"tagger": "nltk"},
+        }
         (folder / "environment.json").write_text(json.dumps(environment))
         for step, value in boxes.items():
             Result(

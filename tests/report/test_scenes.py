@@ -128,5 +128,5 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(one.cosine, two.cosine[::-1], atol=1e-6)
     assert all(parameter.grad is None for parameter in loaded.clip.parameters())
     case = scenes.to_case(first, {"model": one})
-    assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}"
+    assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}".replace("-", "−")
     assert case.values["in the box"]["model"][1].endswith(" %")
