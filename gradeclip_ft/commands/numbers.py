@@ -12,8 +12,9 @@ from gradeclip_ft.results.collect import Entry
 from gradeclip_ft.results.fingerprint import versions
 from gradeclip_ft.results.table import differences
 
+BOXES = "boxes/top1"
 METRICS = {
-    "boxes/top1": "Boxes, top-1",
+    BOXES: "Boxes, top-1",
     "boxes/top5": "Boxes, top-5",
     "thing_masks/top1": "Masks of things, top-1",
     "thing_masks/top5": "Masks of things, top-5",
@@ -62,15 +63,14 @@ def results_table(comparison: Comparison) -> Table:
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """Losses as they were logged; accuracy and retrieval where they were measured."""
+    """Losses as they were logged; accuracy of boxes at the steps where it was measured."""
     logged = {"Global loss (nats)": "global", "Local loss": "local"}
     found = [
         Chart(title, {run.label: _logged(run, key) for run in comparison.runs})
         for title, key in logged.items()
     ]
-    for metric in ("boxes/top1", "image_retrieval_recall@1"):
-        series = {run.label: _measured(run, comparison.start, metric) for run in comparison.runs}
-        found.append(Chart(METRICS[metric], series, percent=True, markers=True))
+    measured = {run.label: _measured(run, comparison.start, BOXES) for run in comparison.runs}
+    found.append(Chart(METRICS[BOXES], measured, percent=True, markers=True))
     return [chart for chart in found if any(chart.series.values())]
 
 
