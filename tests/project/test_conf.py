@@ -1,0 +1,186 @@
+"""Every yaml of conf/ composes, passes the check and builds its object."""
+
+import inspect
+import re
+import shlex
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from gradeclip_ft.commands.check import check
+from gradeclip_ft.commands.compose import compose, groups, options, primary_groups
+from gradeclip_ft.commands.sweep import jobs
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.factory import load_clip
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENTS = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix() for path in (CONF / "exp").rglob("*.yaml")
+)
+LEAVES = [
+    (group, option)
+    for group in groups()
+    if group.split("/")[0] != "exp"
+    for option in options(group)
+]
+# Values that a leaf asks the user for.
+OPEN = {"model=open_clip": ["model.name=ViT-B-32", "model.weights=random"]}
+
+
+@cache
+def composed(group: str, option: str) -> DictConfig:
+    """A configuration in which this choice was made."""
+    package = "@objective.explainer" if group == "explainer" else ""
+    cfg = compose(
+        "train", ["name=a", f"{group}{package}={option}", *OPEN.get(f"{group}={option}", [])]
+    )
+    check(cfg, "train")
+    return cfg
+
+
+@pytest.mark.parametrize(("group", "option"), LEAVES)
+def test_every_choice_composes_and_passes_the_check(group: str, option: str) -> None:
+    """Would catch a yaml whose keys drifted from the constructor behind it."""
+    composed(group, option)
+
+
+def test_every_primary_file_composes_and_passes_the_check() -> None:
+    """Would catch a command that cannot start, or evaluators that cannot stand side by side."""
+    check(compose("export", []), "export")
+    everything = ",".join(options("evaluator"))
+    cfg = compose("evaluate", [f"evaluator=[{everything}]"])
+    check(cfg, "evaluate")
+    assert sorted(cfg.evaluator) == options("evaluator")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_a_primary_file_fits_a_screen(command: str) -> None:
+    """Would catch settings that belong into a group."""
+    text = (CONF / f"{command}.yaml").read_text()
+    assert len(text.splitlines()) <= 25
+    assert "exp" not in primary_groups(command)  # else +exp= would not work
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_check(experiment: str) -> None:
+    """Would catch a row of the paper that cannot be started any more."""
+    group, _, option = experiment.rpartition("/")
+    check(compose("train", [f"+{group}={option}", "name=a"]), "train")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_begins_with_its_command_and_what_to_expect(experiment: str) -> None:
+    """Would catch values that land below cfg.exp, and a file that does not say how to run it."""
+    header, command, expect = (CONF / f"{experiment}.yaml").read_text().splitlines()[:3]
+    assert header == "# @package _global_"
+    assert expect.startswith("# To expect")
+    words = shlex.split(command.removeprefix("# "))
+    assert words[:4] == ["python", "-m", "gradeclip_ft", "train"]
+    group, _, option = experiment.rpartition("/")
+    chosen = jobs("train", [word for word in words[4:] if word != "-m"])
+    mine = [job for job in chosen if f"+{group}={option}" in job]
+    check(compose("train", mine[0]), "train")
+
+
+def test_an_experiment_of_the_paper_has_the_paper_s_numbers() -> None:
+    """Would catch a value changed for a trial and committed."""
+    for name, model, data in (
+        ("cc3m_vitb16", "EVA02-B-16", "cc3m"),
+        ("cc3m_vitl14", "EVA02-L-14-336", "cc3m"),
+        ("coco_vitb16", "EVA02-B-16", "coco"),
+    ):
+        cfg = compose("train", [f"+exp={name}", "name=a"])
+        assert cfg.model.name == model
+        assert data in str(cfg.data.shards)
+        assert (cfg.optim.optimizer.lr, cfg.optim.optimizer.weight_decay) == (1e-5, 0.1)
+        assert cfg.trainer.devices * cfg.data.batch_size == 128
+        assert cfg.optim.schedule.steps == cfg.trainer.max_steps
+        assert cfg.objective.explainer.heads == "one"
+        assert cfg.objective.alignment.kind == "focal"
+
+
+def test_the_two_runs_of_the_shapes_world_differ_in_the_objective_alone() -> None:
+    """Would catch a comparison of runs with different steps, data or learning rate."""
+    first, second = (
+        OmegaConf.to_container(compose("train", [f"+exp={name}", "name=a"]), resolve=True)
+        for name in ("shapes", "shapes_ordinary")
+    )
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert [key for key in first if first[key] != second[key]] == ["objective"]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedClip:
+    """The packaged model."""
+    return load_clip("shapes_tiny")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [leaf for leaf in LEAVES if leaf[0] in ("explainer", "objective")]
+)
+def test_every_objective_and_explainer_is_built(group: str, option: str) -> None:
+    """Would catch a value that the constructor refuses."""
+    assert callable(instantiate(composed(group, option).objective, _convert_="all"))
+
+
+@pytest.mark.parametrize("option", options("data"))
+def test_every_data_set_is_built(option: str, loaded: LoadedClip) -> None:
+    """Would catch keyword names that yaml and build.py both give, or neither."""
+    make = instantiate(composed("data", option).data, _convert_="all")
+    source = make(tokenizer=loaded.tokenizer, transform=loaded.transform(train=True))
+    assert source.batch_size > 0
+
+
+@pytest.mark.parametrize("option", options("evaluator"))
+def test_every_evaluator_is_built_under_its_own_key(option: str) -> None:
+    """Would catch an evaluator that cannot be chosen beside another, or lacks a protocol."""
+    cfg = compose("evaluate", [f"evaluator=[{option}]"])
+    assert list(cfg.evaluator) == [option]
+    evaluator = instantiate(cfg.evaluator[option], _convert_="all")
+    assert evaluator.name
+    assert isinstance(evaluator.protocol, dict)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [leaf for leaf in LEAVES if leaf[0] in ("optim", "trainer", "logger")]
+)
+def test_what_gets_its_objects_at_run_time_binds_to_its_function(group: str, option: str) -> None:
+    """Would catch an argument that the function does not take; no GPU is needed to see that."""
+    made: Any = instantiate(composed(group, option)[group], _convert_="all")
+    assert isinstance(made, partial)
+    inspect.signature(made.func).bind_partial(**made.keywords)
+    for value in made.keywords.values():
+        if isinstance(value, partial):
+            inspect.signature(value.func).bind_partial(**value.keywords)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [name for name in options("model") if name != "eva02_l14_336"])
+def test_every_model_is_built(option: str) -> None:
+    """Would catch a model name that open_clip does not know, or towers without an adapter."""
+    random = {} if option == "shapes_tiny" else {"weights": "random"}
+    model = instantiate(composed("model", option).model, **random)
+    assert model.clip.image.width > 0
+
+
+@pytest.mark.slow
+def test_the_largest_model_has_its_name_and_size() -> None:
+    """Would catch a wrong name without building 428 million parameters."""
+    import open_clip
+
+    node = composed("model", "eva02_l14_336").model
+    assert open_clip.get_model_config(node.name)["vision_cfg"]["image_size"] == 336
+    assert node.weights in open_clip.list_pretrained_tags_by_model(node.name)
+
+
+def test_every_yaml_says_what_it_is() -> None:
+    """Would catch an entry without a word in `list`."""
+    for path in CONF.rglob("*.yaml"):
+        lines = path.read_text().splitlines()
+        first = next(line for line in lines if not line.startswith("# @"))
+        assert re.match(r"# \S", first), path

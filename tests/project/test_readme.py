@@ -1,0 +1,86 @@
+"""Every command that the documentation shows can be typed as it stands."""
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands import data
+from gradeclip_ft.commands.check import check
+from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.plain import call
+from gradeclip_ft.commands.sweep import jobs
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/*.md"))]
+PROGRAM = ["python", "-m", "gradeclip_ft"]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Command lines of a page's code blocks; a backslash continues a line."""
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            text = line.strip().removeprefix("$ ")
+            if text.startswith(("python ", "make ")):
+                yield text
+
+
+SHOWN = [
+    pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands(page)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_a_command_of_the_documentation_is_understood(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a renamed option, experiment or command that the README still shows."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+    elif words[:3] == PROGRAM:
+        understood(words[3], words[4:], monkeypatch)
+    else:
+        assert words[1] == "-m"
+        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
+
+
+def understood(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose and check, or bind to the function; nothing is executed."""
+    command = COMMANDS[name]
+    if command.config is not None:
+        overrides = [word for word in arguments if word not in ("-m", "--multirun")]
+        for job in jobs(command.config, [*command.preset, *overrides]):
+            check(compose(command.config, job), command.config)
+        return
+    for action, function in list(data.SUBCOMMANDS.items()):
+        monkeypatch.setitem(data.SUBCOMMANDS, action, bound_only(function, 0))
+    function = command.function()
+    call(function if name == "data" else bound_only(function, None), arguments)
+
+
+def bound_only(function, result):  # type: ignore[no-untyped-def]
+    """A function with the same arguments that does nothing."""
+
+    @functools.wraps(function)
+    def nothing(*args: object, **kwargs: object) -> object:
+        return result
+
+    return nothing
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    """Would catch a block that is no longer found, so that nothing is tested."""
+    shown = " ".join(commands(ROOT / "README.md"))
+    for words in ("make demo", "make test", "train +exp=", "doctor", "evaluate", "export"):
+        assert words in shown
+
+
+def test_the_readme_is_not_long() -> None:
+    """Would catch a README that nobody reads to the end."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
