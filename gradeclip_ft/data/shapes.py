@@ -31,11 +31,21 @@ import numpy as np
 from gradeclip_ft.data.coco_write import Picture, write_coco
 from gradeclip_ft.data.shapes_captions import caption_scene
 from gradeclip_ft.data.shapes_draw import Drawing, boxes_of, draw_scene, to_jpeg
-from gradeclip_ft.data.shapes_scene import TEXTURES, Scene, sample_scene, stuff_names, thing_names
+from gradeclip_ft.data.shapes_scene import (
+    COUNTS,
+    TEXTURES,
+    Scene,
+    sample_scene,
+    stuff_names,
+    thing_names,
+)
 
 Split = Literal["train", "val", "pretrain"]
 STREAMS: dict[Split, int] = {"train": 0, "val": 1, "pretrain": 2}
 """Each split has random numbers of its own; `pretrain` is what the packaged model saw."""
+
+EASY = (0.55, 0.25, 0.12, 0.08)
+"""Shares of 1 to 4 objects in `pretrain`: a small model learns shapes where one stands alone."""
 
 SHARD_SIZE = 1000
 LEAST_SHARDS = 8
@@ -120,7 +130,7 @@ def make_sample(seed: int, split: Split, index: int, image_size: int = 64) -> Sa
     """Sample number `index` of a split, the same on every machine and in any order of calls."""
     random = np.random.default_rng((seed, STREAMS[split], index))
     while True:
-        scene = sample_scene(random)
+        scene = sample_scene(random, EASY if split == "pretrain" else COUNTS)
         drawing = draw_scene(scene, image_size)
         if min(drawing.visible) >= LEAST_VISIBLE:
             break

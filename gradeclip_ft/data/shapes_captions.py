@@ -53,7 +53,7 @@ ENDINGS = (
     "with a {texture} background behind",
     "in front of a {texture} background",
 )
-JOINED = (" and ", " and ", " with ", " together with ", " next to ")
+JOINED = (" and ", " and ", " with ", " together with ")
 SIZES = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = ("near the top left corner", "at the bottom", "on the right side", "in the middle")

@@ -37,10 +37,10 @@ HELD_OUT = frozenset(
 )
 """Pairs that training scenes show but no training caption names together."""
 
-SMALL, LARGE = 0.145, 0.185
+SMALL, LARGE = 0.16, 0.2
 """Radii in image sides below and above which an object may be called small or large."""
 
-RADII = (0.115, 0.215)
+RADII = (0.13, 0.23)
 COUNTS = (0.12, 0.30, 0.33, 0.25)
 """Share of scenes with 1, 2, 3 and 4 objects."""
 
@@ -117,16 +117,20 @@ def stuff_names() -> list[str]:
     return [f"{texture} background" for texture in TEXTURES]
 
 
-def sample_scene(random: np.random.Generator) -> Scene:
+def sample_scene(random: np.random.Generator, shares: tuple[float, ...] = COUNTS) -> Scene:
     """One scene with different classes, whose objects may overlap at their rims.
 
     Centres are at least 0.72 times the sum of both radii apart, so most of each object stays
     visible as a rule.
 
+    Args:
+        random: The only source of choice.
+        shares: Share of scenes with 1, 2, ... objects.
+
     Raises:
         RuntimeError: No room was found, which the default radii and counts exclude.
     """
-    count = 1 + int(random.choice(len(COUNTS), p=COUNTS))
+    count = 1 + int(random.choice(len(shares), p=shares))
     for _ in range(MAX_TRIES):
         places = _places(random, count)
         if places is not None:
