@@ -20,8 +20,8 @@ METRICS = {
     "thing_masks/top5": "Masks of things, top-5",
     "stuff_masks/top1": "Masks of stuff, top-1",
     "stuff_masks/top5": "Masks of stuff, top-5",
-    "image_retrieval_recall@1": "Image for a text, R@1",
-    "text_retrieval_recall@1": "Text for an image, R@1",
+    "image_retrieval_recall@1": "Text to image, R@1",
+    "text_retrieval_recall@1": "Image to text, R@1",
 }
 SETTINGS = {
     "model": "model.name",

@@ -30,10 +30,10 @@ GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
 UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
 WHAT = {
     "untouched": "Untouched is the model before training.",
-    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions.",
+    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions alone.",
     "mapped": (
-        "{} is fine-tuned with that loss and a local one: each phrase of a caption is tied to the "
-        "part of the image that its heat map points at."
+        "{} is fine-tuned with the contrastive loss and a local one: each phrase of a caption is "
+        "tied to the part of the image that its heat map points at."
     ),
     "same": "Data, steps, seed and optimiser are the same.",
     "boxes": "No box and no mask was used in training.",
