@@ -30,7 +30,9 @@ GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
 UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
 WHAT = {
     "untouched": "Untouched is the model before training.",
-    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions alone.",
+    "ordinary": (
+        "Ordinary is fine-tuned with the contrastive loss of whole images and captions alone."
+    ),
     "mapped": (
         "{} is fine-tuned with the contrastive loss and a local one: each phrase of a caption is "
         "tied to the part of the image that its heat map points at."
