@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Where launchers say which of a job's processes this is.
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+TERMINATED = 143  # exit code of a program that ended on SIGTERM
 
 
 def train(cfg: DictConfig) -> None:
@@ -41,7 +42,13 @@ def train(cfg: DictConfig) -> None:
         job = build(cfg, folder, command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}")
         if rank == 0:
             job.data.on_prepared = lambda facts: runs.record(folder, {"data": facts})
-        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            job.trainer.fit(
+                job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True
+            )
+        except SystemExit as end:  # Lightning's answer to a signal, after all is saved
+            print(f"interrupted behind step {job.trainer.global_step}; resume=auto goes on")
+            raise SystemExit(end.code or TERMINATED) from end
         if rank == 0:
             _finish(job, cfg, folder)
 

@@ -66,7 +66,8 @@ class ClassMeanAccuracy(Metric):
     tied: Tensor
 
     def __init__(self, classes: int, topk: Sequence[int] = (1, 5)) -> None:
-        super().__init__()
+        # One process evaluates while the others wait: a sum over processes would wait for ever.
+        super().__init__(sync_on_compute=False)
         self.topk = tuple(topk)
         zeros = torch.zeros(len(self.topk), classes, dtype=torch.float64)
         self.add_state("correct", zeros, dist_reduce_fx="sum")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -32,7 +33,7 @@ def make_trainer(
     *,
     max_steps: int,
     stop_at: int | None = None,
-    accelerator: str = "cpu",
+    accelerator: Literal["cpu", "gpu", "auto"] = "cpu",
     devices: int | str = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
@@ -52,7 +53,7 @@ def make_trainer(
         callbacks: Further callbacks, evaluation for example.
         max_steps: Optimiser steps of the whole run.
         stop_at: Stop behind this step; the run can be resumed.
-        accelerator: "cpu", "gpu", or another of Lightning's.
+        accelerator: Where to compute; "auto" takes a GPU if there is one.
         devices: Processes per machine.
         num_nodes: Machines.
         strategy: Of Lightning; "ddp" for several processes.
@@ -65,7 +66,8 @@ def make_trainer(
         extra: Further arguments of `lightning.Trainer`, as they are.
 
     Raises:
-        ValueError: If a number of steps is below 1.
+        ValueError: If a number of steps is below 1, or Lightning cannot serve the request on this
+            machine.
     """
     if max_steps < 1 or (stop_at is not None and stop_at < 1):
         raise ValueError(
@@ -78,7 +80,7 @@ def make_trainer(
     guard = StopOnNonFinite(checkpoints)
     record = Record(guard, every=log_every)
     shown = progress(record)
-    return pl.Trainer(
+    arguments: dict[str, Any] = dict(
         max_steps=max_steps if stop_at is None else min(stop_at, max_steps),
         max_epochs=-1,
         accelerator=accelerator,
@@ -98,6 +100,13 @@ def make_trainer(
         enable_progress_bar=isinstance(shown, ProgressBar),
         **(extra or {}),
     )
+    try:
+        return pl.Trainer(**arguments)
+    except MisconfigurationException as error:
+        raise ValueError(
+            f"accelerator={accelerator} devices={devices} strategy={strategy}: {error} "
+            "trainer=cpu works on every machine"
+        ) from error
 
 
 def _strategy(name: str) -> str | Strategy:

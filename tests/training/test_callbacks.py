@@ -128,8 +128,17 @@ def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch)
     assert run.lines[-1]["samples_per_second"] == pytest.approx(6 / 3)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"log_every": 0}, "log_every is 0")])
-def test_a_step_of_zero_is_refused(small_run, options, message) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_every": 0}, "log_every is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"stop_at": 0}, "stop_at 0"),
+        ({"devices": 2, "strategy": "auto", "accelerator": "gpu"}, "trainer=cpu works"),
+    ],
+)
+def test_a_trainer_that_cannot_be_is_refused(small_run, options, message, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         small_run().train(**options)
 

@@ -1,0 +1,223 @@
+"""`train` from the command line, on the experiment `smoke`."""
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands.cli import run
+from gradeclip_ft.commands.train import process_rank
+from gradeclip_ft.training.callbacks import Record
+from gradeclip_ft.training.loggers import read_lines
+
+SMOKE = ("train", "+exp=smoke", "data.workers=0")
+QUIET = ("evaluation.before=false", "evaluation.after=false")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory whose shapes world is made by the first run."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def train(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs `train +exp=smoke` with overrides; the exit code."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("sys.argv", ["gradeclip_ft"])
+    return lambda *overrides: run(COMMANDS, [*SMOKE, *overrides])
+
+
+@pytest.fixture(scope="module")
+def origin(home: Path) -> Path:
+    """A finished run called `origin`, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr("sys.argv", ["gradeclip_ft"])
+        assert run(COMMANDS, [*SMOKE, "name=origin", *QUIET]) == 0
+    return home / "runs" / "origin"
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = read_lines(folder / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_leaves_the_files_that_others_rely_on(train, home, capsys) -> None:
+    """The names of the interface, and what stands in them."""
+    assert train("name=whole") == 0
+    folder = home / "runs" / "whole"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "environment.json",
+        "evaluations",
+        "last.ckpt",
+        "metrics.csv",
+        "metrics.jsonl",
+        "weights.safetensors",
+    ]
+    assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [
+        "shapes_regions@0.json",
+        "shapes_regions@4.json",
+        "shapes_retrieval@0.json",
+        "shapes_retrieval@4.json",
+    ]
+    result = json.loads((folder / "evaluations" / "shapes_regions@4.json").read_text())
+    assert {"metrics", "protocol", "data", "weights", "versions"} <= result.keys()
+    assert result["run"] == "whole"
+    assert "train +exp=smoke" in result["command"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["data"]["tagger"] == "textblob"
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4"]
+    shown = capsys.readouterr().out
+    assert "shapes_regions/boxes/top1" in shown
+    assert "before" in shown
+    assert "after" in shown
+
+
+def test_an_existing_run_is_never_overwritten(train, origin, capsys) -> None:
+    before = (origin / "last.ckpt").read_bytes()
+    assert train("name=origin", *QUIET) == 1
+    assert "already holds a run; continue it with resume=auto" in capsys.readouterr().err
+    assert (origin / "last.ckpt").read_bytes() == before
+
+
+def test_two_halves_give_the_losses_of_the_whole(train, home) -> None:
+    """4 + 4 steps equal 8, in the middle of an epoch of 3 batches, with the real data."""
+    eight = ("trainer.max_steps=8", "data.samples_per_epoch=48", *QUIET)
+    assert train("name=eight", *eight) == 0
+    assert train("name=halves", *eight, "trainer.stop_at=4") == 0
+    assert train("name=halves", *eight, "resume=auto") == 0
+    assert list(losses(home / "runs" / "halves")) == list(range(1, 9))
+    assert losses(home / "runs" / "halves") == losses(home / "runs" / "eight")
+
+
+def test_a_resumed_run_that_missed_its_last_evaluation_makes_it_up(train, home, capsys) -> None:
+    """A crash in the evaluation after training must not cost the result."""
+    assert train("name=missed", *QUIET) == 0
+    capsys.readouterr()
+    assert (
+        train("name=missed", "resume=auto", "evaluation.before=false", "evaluator=shapes_retrieval")
+        == 0
+    )
+    assert (home / "runs" / "missed" / "evaluations" / "shapes_retrieval@4.json").exists()
+    assert "step 4/4" not in capsys.readouterr().out
+
+
+def test_init_from_takes_the_weights_of_a_run_and_nothing_else(train, home, origin) -> None:
+    assert train("name=next", "init_from=origin", "optim.optimizer.lr=0", *QUIET) == 0
+    before, after = (
+        load_file(folder / "weights.safetensors") for folder in (origin, home / "runs" / "next")
+    )
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert read_lines(home / "runs" / "next" / "metrics.jsonl")[0]["step"] == 1
+
+
+def test_a_start_that_fails_leaves_no_run_behind(train, home, capsys) -> None:
+    """Else the name is taken, and a second try with the mistake corrected is refused."""
+    assert train("name=typo", "model.weights=/nowhere.pt") == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert not (home / "runs" / "typo").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(train, home, capsys) -> None:
+    assert (
+        train("name=broken", "optim.optimizer.lr=1e30", "trainer.gradient_clip=null", *QUIET) == 1
+    )
+    message = capsys.readouterr().err
+    assert "is not finite, training stopped before the update" in message
+    assert "last good checkpoint: runs/broken/last.ckpt" in message
+    assert "Traceback" not in message
+    saved = load_file(home / "runs" / "broken" / "weights.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_a_terminated_run_says_how_to_go_on(train, home, capsys, monkeypatch) -> None:
+    """A cluster that takes the node away must not read an exit code of 0."""
+    record = Record.on_train_batch_end
+
+    def terminate(self, trainer, *rest) -> None:
+        record(self, trainer, *rest)
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Record, "on_train_batch_end", terminate)
+    with pytest.raises(SystemExit) as ended:
+        train("name=terminated", *QUIET)
+    assert ended.value.code == 143
+    assert "interrupted behind step 3; resume=auto goes on" in capsys.readouterr().out
+    monkeypatch.setattr(Record, "on_train_batch_end", record)
+    assert train("name=terminated", "resume=auto", *QUIET) == 0
+    assert list(losses(home / "runs" / "terminated")) == [1, 2, 3, 4]
+
+
+def test_each_job_of_a_sweep_has_its_run(train, home) -> None:
+    assert train("-m", "seed=0,1", "name=sweep_${seed}", *QUIET) == 0
+    first, second = (losses(home / "runs" / f"sweep_{seed}") for seed in (0, 1))
+    assert first.keys() == second.keys() == {1, 2, 3, 4}
+    assert first[1] != second[1]
+
+
+def test_export_of_a_run_loads_in_open_clip(train, home, origin, capsys) -> None:
+    assert run(COMMANDS, ["export", "run=origin"]) == 0
+    assert "loads again, embeddings equal" in capsys.readouterr().out
+    model = open_clip.create_model(f"local-dir:{home / 'exports' / 'origin'}")
+    weights = load_file(origin / "weights.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_half_of_the_way_back_to_the_start(train, home, origin) -> None:
+    for alpha in ("0.0", "0.5"):
+        assert run(COMMANDS, ["export", "run=origin", f"alpha={alpha}"]) == 0
+    start, half = (
+        load_file(home / "exports" / f"origin-alpha{alpha}" / "open_clip_model.safetensors")
+        for alpha in ("0", "0.5")
+    )
+    tuned = load_file(origin / "weights.safetensors")
+    name = "visual.proj"
+    torch.testing.assert_close(half[name], (start[name] + tuned[name]) / 2)
+    assert not torch.equal(start[name], tuned[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["run=a", "to=[openclip,onnx]"], "there is openclip"),
+        ([], "give either run=NAME or weights=FILE"),
+        (["run=nobody"], "neither a weights file nor a run"),
+    ],
+)
+def test_an_export_that_cannot_be_says_why(train, capsys, options, message) -> None:
+    assert run(COMMANDS, ["export", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
+        ({"RANK": "4", "LOCAL_RANK": "0", "NODE_RANK": "1"}, 4),
+        ({"SLURM_PROCID": "2"}, 2),
+        ({"NODE_RANK": "1"}, 1),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_only_one_process_of_a_job_is_the_first(monkeypatch, environment, rank) -> None:
+    """A6: two processes that both write the run's files spoil them."""
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert process_rank() == rank
