@@ -3,11 +3,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := $(BIN)/python -m gradeclip_ft
 
 .PHONY: demo test results clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m tools.demo
+	rm -rf runs/demo_ordinary runs/demo_gradeclip
+	$(RUN) train +exp=shapes_ordinary name=demo_ordinary trainer.log_every=5 evaluation.every=50
+	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
+	$(RUN) report runs/demo_ordinary runs/demo_gradeclip
+
+# The tables of results/: eleven maps and three seeds, two runs at a time.
+results: $(VENV)/installed-dev
+	rm -rf runs/maps_*
+	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(RUN) compare 'runs/maps_*' by=[map,heads,stop_gradient,loss] out=results/shapes_maps
+	$(RUN) compare 'runs/maps_ordinary_*' 'runs/maps_grad_eclip_all_stopped_[0-9]' by=[map,heads,stop_gradient,loss] out=results/shapes_demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
