@@ -56,7 +56,11 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
 @pytest.mark.parametrize(
     ("override", "check", "words"),
     [
-        ("data.make=null data.shards='a-{0..3}.tar'", "training data", "4 of 4 shards do not exist"),
+        (
+            "data.make=null data.shards='a-{0..3}.tar'",
+            "training data",
+            "4 of 4 shards do not exist",
+        ),
         ("evaluator=coco_regions_224", "evaluation data", "panoptic_val2017.json"),
         ("trainer.accelerator=gpu trainer.devices=99", "device", "99 GPUs wanted"),
         ("model.image_size=65", "model", "65 is not a multiple of the patch size 8"),
