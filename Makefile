@@ -16,7 +16,8 @@ demo: $(VENV)/installed
 # The tables of results/: eleven maps and three seeds, two runs at a time.
 results: $(VENV)/installed-dev
 	rm -rf runs/maps_*
-	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(RUN) data make shapes
+	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 +data.start_method=fork hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(RUN) compare 'runs/maps_*' by=[map,heads,stop_gradient,loss] out=results/shapes_maps
 	$(RUN) compare 'runs/maps_ordinary_*' 'runs/maps_grad_eclip_all_stopped_[0-9]' by=[map,heads,stop_gradient,loss] out=results/shapes_demo
 
