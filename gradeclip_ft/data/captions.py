@@ -7,6 +7,7 @@ is no state to save, and an interrupted epoch goes on with `start`.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -182,10 +183,16 @@ class CaptionLoader:
             batch_size=None,
             num_workers=source.workers,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=source.start_method if source.workers else None,
+            multiprocessing_context=_start_method(source) if source.workers else None,
             generator=torch.Generator(),  # the loader's own draws leave the run's numbers alone
         )
         return iter(loader)
+
+
+def _start_method(source: CaptionShards) -> StartMethod | None:
+    """As set; inside a job of a joblib sweep, whose own method serves no loader, by fork."""
+    foreign = multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods()
+    return source.start_method or ("fork" if foreign else None)
 
 
 class _WorkerBatches(IterableDataset[CaptionBatch]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +180,5 @@ def _at(config: Mapping[str, Any], key: str) -> Json:
 
 
 def _command_line(environment: Mapping[str, Any]) -> str | None:
-    words = environment.get("command")
-    if not isinstance(words, list) or not words:
-        return None
-    return "python -m gradeclip_ft " + shlex.join(str(word) for word in words[1:])
+    command = environment.get("command")
+    return command if isinstance(command, str) and command else None

@@ -60,7 +60,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             }
         config = {"seed": seed, "objective": objective, "optim": {"lr": 1e-3}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        command = ["__main__.py", "train", "+exp=shapes", f"name={name}", "shards=a b"]
+        command = f"python -m gradeclip_ft train +exp=shapes name={name} 'shards=a b'"
         (folder / "environment.json").write_text(json.dumps({"command": command}))
         return folder
 
