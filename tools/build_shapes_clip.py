@@ -4,7 +4,7 @@
 
 draws the scenes, trains, measures, and writes shapes_tiny.safetensors (half precision, open_clip's
 own names) and shapes_tiny.json. The json's `built` entry holds the settings and what was measured.
-Equal settings give an equal model on the same machine. With one thread it takes about 12 minutes.
+Equal settings give an equal model on the same machine. With one thread it takes about 15 minutes.
 """
 
 from __future__ import annotations
@@ -13,39 +13,24 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save
+from shapes_memory import PREPROCESSING, World, draw_world, measure
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradeclip_ft.data.shapes import Sample, Split, make_sample
-from gradeclip_ft.data.shapes_captions import PROMPT, vocabulary
-from gradeclip_ft.data.shapes_draw import boxes_of
-from gradeclip_ft.data.shapes_scene import COLOURS, thing_names
-from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.data.shapes_captions import vocabulary
 from gradeclip_ft.models.tokenizer import WordTokenizer
-from gradeclip_ft.ops.pooling import pool_boxes
-from gradeclip_ft.ops.similarity import unit
 
-ASSETS = Path(__file__).resolve().parents[1] / "gradeclip_ft" / "assets"
 CONTEXT = 32
-PAINTERS = 2
-PREPROCESSING: dict[str, Any] = {
-    "mean": [0.68, 0.66, 0.65],
-    "std": [0.22, 0.22, 0.22],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
+ASSETS = Path(__file__).resolve().parents[1] / "gradeclip_ft" / "assets"
 
 
 @dataclass(frozen=True)
@@ -65,33 +50,6 @@ class Settings:
     threads: int = 1
 
 
-@dataclass(frozen=True)
-class World:
-    """Scenes in memory.
-
-    Attributes:
-        images: uint8 (N, 3, 64, 64).
-        captions: Token ids (N, K, L): K sentences per scene.
-        boxes: xyxy in [0, 1] of all objects, (R, 4).
-        labels: Class of each object.
-        owner: Scene of each object.
-        colours: Number of the first object's colour, by scene.
-    """
-
-    images: Tensor
-    captions: Tensor
-    boxes: Tensor
-    labels: Tensor
-    owner: Tensor
-    colours: Tensor
-
-    def pixels(self, rows: Tensor | slice) -> Tensor:
-        """Normalised images."""
-        mean, std = (torch.tensor(PREPROCESSING[key]).view(3, 1, 1) for key in ("mean", "std"))
-        normal: Tensor = (self.images[rows].float() / 255 - mean) / std
-        return normal
-
-
 def main() -> None:
     """Reads the settings from the command line and builds the asset."""
     parser = argparse.ArgumentParser(
@@ -107,6 +65,7 @@ def main() -> None:
 
 def build(settings: Settings, out: Path) -> None:
     """Draws, trains, measures, saves."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     words = vocabulary()
@@ -114,8 +73,8 @@ def build(settings: Settings, out: Path) -> None:
     architecture = model_config(settings, len(words) + 4)
     model: open_clip.CLIP = open_clip.CLIP(**architecture)
     start = time.perf_counter()
-    judge = partial(measure, model, draw_world("val", 500, settings, tokenizer), tokenizer)
-    train(model, draw_world("pretrain", settings.scenes, settings, tokenizer), settings, judge)
+    judge = partial(measure, model, draw_world("val", 500, settings.seed, tokenizer), tokenizer)
+    train(model, draw_world("pretrain", settings.scenes, settings.seed, tokenizer), settings, judge)
     minutes = (time.perf_counter() - start) / 60
     halve(model)
     measured = judge()
@@ -159,25 +118,6 @@ def model_config(settings: Settings, vocabulary_size: int) -> dict[str, Any]:
             "layers": settings.text_layers,
         },
     }
-
-
-def draw_world(split: Split, count: int, settings: Settings, tokenizer: WordTokenizer) -> World:
-    """Scenes 0 to count - 1 of a split, drawn by several processes."""
-    sample = partial(make_sample, settings.seed, split)
-    with ProcessPoolExecutor(PAINTERS, mp_context=get_context("spawn")) as pool:
-        samples = list(pool.map(sample, range(count), chunksize=100))
-    names, colours = thing_names(), list(COLOURS)
-    pictures = np.stack([np.asarray(each.drawing.image) for each in samples])
-    captions = [tokenizer(each.captions) for each in samples]
-    regions = [(row, *region) for row, each in enumerate(samples) for region in _regions(each)]
-    return World(
-        images=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
-        captions=torch.stack(captions),
-        boxes=torch.tensor([box for _, box, _ in regions]) / 64,
-        labels=torch.tensor([names.index(name) for _, _, name in regions]),
-        owner=torch.tensor([row for row, _, _ in regions]),
-        colours=torch.tensor([colours.index(each.scene.things[0].colour) for each in samples]),
-    )
 
 
 def train(
@@ -241,50 +181,11 @@ def rate_share(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-@torch.no_grad()
-def measure(model: nn.Module, world: World, tokenizer: WordTokenizer) -> dict[str, float]:
-    """Retrieval with all captions, and the classes of ground-truth boxes from dense features."""
-    clip = Clip(model)
-    traces = [
-        clip.image.trace(world.pixels(slice(k, k + 100))) for k in range(0, len(world.images), 100)
-    ]
-    images = unit(torch.cat([trace.embedding for trace in traces]))
-    texts = unit(clip.text.encode(world.captions.flatten(0, 1)))
-    classes = unit(clip.text.encode(tokenizer([PROMPT.format(name) for name in thing_names()])))
-    dense = torch.cat([trace.dense() for trace in traces])
-    regions = pool_boxes(dense, world.boxes, world.owner)
-    scores = regions @ classes.T
-    result = {f"boxes/top{k}": hits(scores, world.labels, k) for k in (1, 5)}
-    owner = torch.arange(len(images)).repeat_interleave(world.captions.shape[1])
-    similarity = images @ texts.T
-    for k in (1, 5, 10):
-        result[f"image_retrieval_recall@{k}"] = hits(similarity.T, owner, k)
-        best = owner[similarity.topk(k, dim=1).indices]
-        found = (best == torch.arange(len(images))[:, None]).any(1)
-        result[f"text_retrieval_recall@{k}"] = round(found.float().mean().item(), 4)
-    return result
-
-
-def hits(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share of rows whose label is among the k highest scores."""
-    return round((scores.topk(k, dim=1).indices == labels[:, None]).any(1).float().mean().item(), 4)
-
-
 def halve(model: nn.Module) -> None:
     """Rounds the weights to half precision, which is what is saved and measured."""
     with torch.no_grad():
         for value in model.parameters():
             value.copy_(value.half())
-
-
-def _regions(sample: Sample) -> list[tuple[Sequence[int], str]]:
-    """(xyxy in pixels, class name) of every object."""
-    things = sample.scene.things
-    boxes = boxes_of(sample.drawing.owner, len(things))
-    return [
-        ((x, y, x + width, y + height), thing.name)
-        for (x, y, width, height), thing in zip(boxes, things, strict=True)
-    ]
 
 
 if __name__ == "__main__":
