@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,15 +18,19 @@ from torch import Tensor
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.library import CONFIG_NAME, describe, is_registered
 
-Format = Literal["safetensors", "pt"]
-FILES: dict[Format, str] = {
+FILES = {
     "safetensors": "open_clip_model.safetensors",
     "pt": "open_clip_model.pt",
 }
 
 
-def write_openclip(loaded: LoadedClip, folder: Path, *, form: Format = "safetensors") -> Path:
+def write_openclip(loaded: LoadedClip, folder: Path, *, form: str = "safetensors") -> Path:
     """Write the model's weights and description into `folder`, each replaced in one step.
+
+    Args:
+        loaded: The model.
+        folder: Made if absent.
+        form: "safetensors" or "pt".
 
     Returns:
         The weights file.

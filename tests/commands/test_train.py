@@ -115,7 +115,7 @@ def test_a_resumed_run_that_missed_its_last_evaluation_makes_it_up(train, home, 
 
 
 def test_init_from_takes_the_weights_of_a_run_and_nothing_else(train, home, origin) -> None:
-    assert train("name=next", "init_from=origin", "optim.optimizer.lr=0", *QUIET) == 0
+    assert train("name=next", "init_from=origin", "optim.optimizer.lr=0.0", *QUIET) == 0
     before, after = (
         load_file(folder / "weights.safetensors") for folder in (origin, home / "runs" / "next")
     )
