@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.guard import StopOnNonFinite, gather
 from gradeclip_ft.training.loggers import FileLogger
+
+logger = logging.getLogger(__name__)
 
 
 class Record(pl.Callback):
@@ -50,9 +53,9 @@ class Record(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run writes the lines behind its checkpoint again."""
-        for logger in trainer.loggers:
-            if isinstance(logger, FileLogger):
-                logger.forget_after(trainer.global_step)
+        for receiver in trainer.loggers:
+            if isinstance(receiver, FileLogger):
+                receiver.forget_after(trainer.global_step)
 
     def on_train_batch_start(
         self,
@@ -209,6 +212,8 @@ class Evaluate(pl.Callback):
                 command=self._command,
             )
             for result in results:
+                place = f"{result.evaluator} at step {result.step}"
+                logger.info("evaluated %s in %.1f s", place, result.seconds)
                 numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
                 log(trainer, numbers)
         trainer.strategy.barrier("evaluate")
@@ -216,5 +221,5 @@ class Evaluate(pl.Callback):
 
 def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Hand metrics of the current step to every logger; loggers write on the first process only."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
+    for receiver in trainer.loggers:
+        receiver.log_metrics(dict(metrics), step=trainer.global_step)

@@ -80,28 +80,29 @@ def make_trainer(
     guard = StopOnNonFinite(checkpoints)
     record = Record(guard, every=log_every)
     shown = progress(record)
-    arguments: dict[str, Any] = dict(
-        max_steps=max_steps if stop_at is None else min(stop_at, max_steps),
-        max_epochs=-1,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=_strategy(strategy),
-        precision=precision,
-        gradient_clip_val=gradient_clip,
-        accumulate_grad_batches=accumulate,
-        logger=list(loggers),
-        callbacks=[guard, record, shown, *callbacks, checkpoints],
-        log_every_n_steps=log_every,
-        default_root_dir=folder,
-        inference_mode=False,  # explanations need gradients, also in evaluation
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=isinstance(shown, ProgressBar),
-        **(extra or {}),
-    )
+    arguments: dict[str, Any] = {
+        "max_steps": max_steps if stop_at is None else min(stop_at, max_steps),
+        "max_epochs": -1,
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": _strategy(strategy),
+        "precision": precision,
+        "gradient_clip_val": gradient_clip,
+        "accumulate_grad_batches": accumulate,
+        "logger": list(loggers),
+        "callbacks": [guard, record, shown, *callbacks, checkpoints],
+        "log_every_n_steps": log_every,
+        "default_root_dir": folder,
+        "inference_mode": False,  # explanations need gradients, also in evaluation
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": isinstance(shown, ProgressBar),
+    }
+    if taken := sorted(arguments.keys() & (extra or {}).keys()):
+        raise ValueError(f"trainer.extra holds {', '.join(taken)}, which the trainer sets itself")
     try:
-        return pl.Trainer(**arguments)
+        return pl.Trainer(**arguments, **(extra or {}))
     except MisconfigurationException as error:
         raise ValueError(
             f"accelerator={accelerator} devices={devices} strategy={strategy}: {error} "

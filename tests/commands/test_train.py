@@ -123,6 +123,13 @@ def test_init_from_takes_the_weights_of_a_run_and_nothing_else(train, home, orig
     assert read_lines(home / "runs" / "next" / "metrics.jsonl")[0]["step"] == 1
 
 
+def test_one_step_of_an_experiment_to_see_whether_it_fits(train, home) -> None:
+    """The experiment is laid over the option and must not undo it."""
+    assert train("name=fits", "debug=one_step") == 0
+    assert list(losses(home / "runs" / "fits")) == [1]
+    assert not (home / "runs" / "fits" / "evaluations").exists()
+
+
 def test_a_start_that_fails_leaves_no_run_behind(train, home, capsys) -> None:
     """Else the name is taken, and a second try with the mistake corrected is refused."""
     assert train("name=typo", "model.weights=/nowhere.pt") == 1

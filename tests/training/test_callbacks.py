@@ -134,6 +134,7 @@ def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch)
         ({"log_every": 0}, "log_every is 0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"stop_at": 0}, "stop_at 0"),
+        ({"extra": {"max_epochs": 3}}, "trainer.extra holds max_epochs"),
         ({"devices": 2, "strategy": "auto", "accelerator": "gpu"}, "trainer=cpu works"),
     ],
 )

@@ -34,6 +34,16 @@ def test_a_frozen_text_tower_does_not_move(small_run, small_clip) -> None:
     assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)
 
 
+def test_a_frozen_image_tower_does_not_move(small_run, small_clip) -> None:
+    """The maps still need gradients inside the frozen tower; its weights need none."""
+    before = small_clip().model.state_dict()
+    trainer = small_run(steps=3).train(parts={"train_image": False})
+    after = trainer.lightning_module.clip.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any(name.startswith("visual.") for name in moved)
+
+
 def test_checkpointed_activations_give_the_same_losses(small_run) -> None:
     """D1: the gradient inside the forward must survive the recomputation."""
     plain, checkpointed = small_run("plain", steps=3), small_run("checkpointed", steps=3)
