@@ -46,7 +46,10 @@ def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None
     Raises:
         ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
     """
-    tensors = dict(state)
+    # Half precision has no bicubic interpolation; the model's own precision stays.
+    tensors = {
+        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+    }
     if "positional_embedding" in tensors and hasattr(model, "text"):
         raise ValueError(
             f"{source} holds a model of another architecture (its text tower is not nested under "
