@@ -55,9 +55,11 @@ class ImageTransform:
     def _resize(self, image: Image.Image) -> Image.Image:
         height, width = self.size
         if self.preprocessing.resize == "shortest":
-            scale = max(height / image.height, width / image.width)
-            height = max(height, round(image.height * scale))
-            width = max(width, round(image.width * scale))
+            # The longer side is cut to whole pixels as torchvision's Resize does.
+            if height * image.width >= width * image.height:
+                width = max(width, height * image.width // image.height)
+            else:
+                height = max(height, width * image.height // image.width)
         if (image.height, image.width) == (height, width):
             return image
         mode = InterpolationMode(self.preprocessing.interpolation)

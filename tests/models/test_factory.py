@@ -55,9 +55,10 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         load_clip("ViT-B-32", tmp_path / "rn50.pt")
 
 
-def test_evaluation_transform_equals_open_clips() -> None:
-    """The same picture through both pipelines."""
-    picture = Image.effect_mandelbrot((90, 70), (-2, -1.5, 1, 1.5), 60).convert("RGB")
+@pytest.mark.parametrize("size", [(90, 70), (320, 240), (240, 320), (33, 47), (64, 64)])
+def test_evaluation_transform_equals_open_clips(size: tuple[int, int]) -> None:
+    """The same picture through both pipelines, also where the longer side is no whole number."""
+    picture = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 60).convert("RGB")
     expected = open_clip.image_transform(32, is_train=False)(picture)
     got = ImageTransform((32, 32), Preprocessing())(picture)
     # open_clip resizes the picture with PIL as well; crops agree to the pixel
