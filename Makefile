@@ -11,9 +11,9 @@ demo: $(VENV)/installed
 	rm -rf runs/demo_ordinary runs/demo_gradeclip
 	$(RUN) train +exp=shapes_ordinary name=demo_ordinary trainer.log_every=5 evaluation.every=50
 	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
-	$(RUN) report runs/demo_ordinary runs/demo_gradeclip
+	$(RUN) report runs/demo_ordinary runs/demo_gradeclip explainer=maskclip
 
-# The tables of results/: twelve rows and three seeds, two runs at a time; 40 minutes on two cores.
+# The tables of results/: twelve rows and three seeds, two runs at a time; about 40 minutes on two cores.
 results: $(VENV)/installed-dev
 	rm -rf runs/maps_*
 	$(RUN) data make shapes

@@ -54,10 +54,15 @@ class Finished:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs from the same start, and the start itself where it was evaluated."""
+    """Runs from the same start, and the start itself where it was evaluated.
+
+    Attributes:
+        explainer: Name in conf/explainer of the maps to show; None for that of the last run.
+    """
 
     runs: Sequence[Finished]
     start: Entry | None
+    explainer: str | None = None
 
     @property
     def methods(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ from gradeclip_ft.commands.comparison import (
     same_settings,
     weights_hash,
 )
+from gradeclip_ft.commands.compose import conf_dir, options
 from gradeclip_ft.commands.runs import WEIGHTS
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def report(
     out: str | None = None,
     scenes: int = 6,
     picture: str | None = None,
+    explainer: str | None = None,
     images: Path = SHAPES / "images_val",
     captions: Path = SHAPES / "annotations/captions_val.json",
     instances: Path = SHAPES / "annotations/instances_val.json",
@@ -60,6 +63,7 @@ def report(
     out=runs/demo/report.html   default: report.html in the folder of the last run
     scenes=6                    pictures: the first whose caption names at least two true objects
     picture=docs/maps.png       also a still picture of the maps
+    explainer=maskclip          whose maps to show, see `list explainers`; default: the last run's
     images= captions= instances=  COCO files to take pictures from; default: the shapes world
     """
     folders = [Path(run) for run in runs]
@@ -67,7 +71,7 @@ def report(
         raise ValueError("no run given; write report runs/NAME, or several to compare")
     if scenes < 0:
         raise ValueError(f"scenes={scenes}; give a number of pictures, 0 for none")
-    comparison = read_runs(folders)
+    comparison = replace(read_runs(folders), explainer=explainer)
     table = numbers.results_table(comparison)
     cases: Sequence[Case] = ()
     if scenes or picture:
@@ -159,7 +163,13 @@ def _models(comparison: Comparison) -> Iterator[tuple[str, LoadedClip]]:
 
 
 def map_settings(comparison: Comparison) -> dict[str, Any]:
-    """The explainer of the last run that trained with maps, else Grad-ECLIP's defaults."""
+    """The explainer asked for, else that of the last run with maps, else Grad-ECLIP's defaults."""
+    if comparison.explainer is not None:
+        if comparison.explainer not in options("explainer"):
+            known = ", ".join(options("explainer"))
+            raise ValueError(f"explainer={comparison.explainer}: there is {known}")
+        chosen = OmegaConf.load(conf_dir() / "explainer" / f"{comparison.explainer}.yaml")
+        return cast("dict[str, Any]", OmegaConf.to_container(chosen, resolve=True))
     for run in reversed(comparison.runs):
         node = OmegaConf.select(run.config, "objective.explainer")
         if node is not None and not node["_target_"].endswith(UNIFORM):
