@@ -99,7 +99,9 @@ def test_two_halves_give_the_losses_of_the_whole(train, home) -> None:
     assert train("name=halves", *eight, "trainer.stop_at=4") == 0
     assert train("name=halves", *eight, "resume=auto") == 0
     assert list(losses(home / "runs" / "halves")) == list(range(1, 9))
-    assert losses(home / "runs" / "halves") == losses(home / "runs" / "eight")
+    # Equal to the last bit with one thread; several threads may add in another order.
+    expected = pytest.approx(losses(home / "runs" / "eight"), rel=1e-5)
+    assert losses(home / "runs" / "halves") == expected
 
 
 def test_a_resumed_run_that_missed_its_last_evaluation_makes_it_up(train, home, capsys) -> None:
