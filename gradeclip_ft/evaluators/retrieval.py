@@ -169,9 +169,9 @@ def _encode_images(
 
 
 def _encode_texts(
-    loaded: LoadedClip, tokens: Sequence[Int[Tensor, "M L"]], size: int, track: Track, name: str
-) -> Float[Tensor, "T D"]:
-    """Unit embeddings of all captions; equal captions are encoded once, so that they tie exactly.
+    loaded: LoadedClip, tokens: Sequence[Tensor], size: int, track: Track, name: str
+) -> Tensor:
+    """Unit embeddings of all captions (T, D); equal captions are encoded once: they tie exactly.
 
     Sorted by length and cut behind the longest of a batch, where that is exact.
     """
