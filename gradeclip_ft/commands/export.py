@@ -66,7 +66,7 @@ def _folder(cfg: DictConfig) -> Path:
 def _openclip(cfg: DictConfig, loaded: LoadedClip, folder: Path) -> None:
     from gradeclip_ft.export.openclip import write_openclip
     from gradeclip_ft.export.verify import verify_openclip
-    from gradeclip_ft.models.library import is_registered
+    from gradeclip_ft.models.openclip import is_registered
 
     file = write_openclip(loaded, folder, form=cfg.format)
     difference = verify_openclip(loaded, file)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.library import CONFIG_NAME, describe, is_registered
+from gradeclip_ft.models.openclip import CONFIG_NAME, describe, is_registered
 
 FILES = {
     "safetensors": "open_clip_model.safetensors",

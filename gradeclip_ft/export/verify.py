@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.library import is_registered, open_file, open_folder
+from gradeclip_ft.models.openclip import is_registered, open_file, open_folder
 from gradeclip_ft.ops.similarity import unit
 
 TOLERANCE = 1e-5  # largest difference of unit embeddings; fp32 on one machine gives about 1e-7

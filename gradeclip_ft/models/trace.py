@@ -121,6 +121,49 @@ class Trace:
         )
 
 
+def trace_layer(
+    tokens: Float[Tensor, "B N C"],
+    query: Int[Tensor, " B"],
+    *,
+    attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    finish: Finish,
+    project: Rows,
+    heads: int,
+    explained: Bool[Tensor, "B N"],
+    grid: tuple[int, int] | None = None,
+    mask: Float[Tensor, "B N"] | None = None,
+) -> Trace:
+    """The trace of a last layer from its input; see `Trace` for the arguments."""
+    q, k, v = attend(tokens, query)
+    o = attend_row(q, k, v, heads=heads, mask=mask)
+    return Trace(
+        tokens=tokens,
+        query=query,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        embedding=finish(query_rows(tokens, query), o),
+        heads=heads,
+        mask=mask,
+        explained=explained,
+        grid=grid,
+        finish=finish,
+        attend=attend,
+        project=project,
+    )
+
+
+def class_token_query(
+    tokens: Float[Tensor, "B N C"],
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, "B N"]]:
+    """Query row and explained tokens of an image tower whose first token is the class token."""
+    query = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    explained = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    explained[:, 0] = False
+    return query, explained
+
+
 def query_rows(tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
     """One row of every sequence."""
     return tokens[torch.arange(len(tokens), device=tokens.device), query]

@@ -16,7 +16,7 @@ from gradeclip_ft.export.verify import (
     verify_openclip,
 )
 from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.library import open_folder
+from gradeclip_ft.models.openclip import open_folder
 
 ARCHITECTURE = {
     "embed_dim": 16,

@@ -15,8 +15,7 @@ from torch.nn.functional import linear
 
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers.block import run_blocks
-from gradeclip_ft.models.trace import Trace, query_rows
-from gradeclip_ft.ops.attention import attend_row
+from gradeclip_ft.models.trace import Trace, class_token_query, query_rows, trace_layer
 
 
 class EvaTower:
@@ -60,26 +59,16 @@ class EvaTower:
             step,
             checkpointed=trunk.grad_checkpointing,
         )
-        query = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        q, k, v = attend(tokens, query)
-        o = attend_row(q, k, v, heads=self.heads)
-        explained = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        explained[:, 0] = False
-        return Trace(
-            tokens=tokens,
-            query=query,
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            embedding=self._finish(query_rows(tokens, query), o),
+        query, explained = class_token_query(tokens)
+        return trace_layer(
+            tokens,
+            query,
+            attend=attend,
+            finish=self._finish,
+            project=self._last.attn.proj,
             heads=self.heads,
-            mask=None,
             explained=explained,
             grid=self.grid,
-            finish=self._finish,
-            attend=attend,
-            project=self._last.attn.proj,
         )
 
     def _finish(self, x: Tensor, o: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers import block as parts
-from gradeclip_ft.models.trace import Trace, query_rows
-from gradeclip_ft.ops.attention import attend_row
+from gradeclip_ft.models.trace import Trace, trace_layer
 
 
 class TextTower:
@@ -58,25 +57,16 @@ class TextTower:
             checkpointed=text.transformer.grad_checkpointing,
         )
         query = self._query(x)
-        row_mask = mask[query]
-        q, k, v = self._attend(tokens, query)
-        o = attend_row(q, k, v, heads=self.heads, mask=row_mask)
         position = torch.arange(length, device=x.device)
-        return Trace(
-            tokens=tokens,
-            query=query,
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            embedding=self._finish(query_rows(tokens, query), o),
-            heads=self.heads,
-            mask=row_mask,
-            explained=(position > 0) & (position < query.unsqueeze(1)),
-            grid=None,
-            finish=self._finish,
+        return trace_layer(
+            tokens,
+            query,
             attend=self._attend,
+            finish=self._finish,
             project=self._last.attn.out_proj,
+            heads=self.heads,
+            explained=(position > 0) & (position < query.unsqueeze(1)),
+            mask=mask[query],
         )
 
     def _query(self, ids: Tensor) -> Tensor:

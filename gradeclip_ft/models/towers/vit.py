@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers import block as parts
-from gradeclip_ft.models.trace import Trace, query_rows
-from gradeclip_ft.ops.attention import attend_row
+from gradeclip_ft.models.trace import Trace, class_token_query, trace_layer
 
 
 class VitTower:
@@ -39,26 +37,16 @@ class VitTower:
             _step,
             checkpointed=transformer.grad_checkpointing,
         )
-        query = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        q, k, v = self._attend(tokens, query)
-        o = attend_row(q, k, v, heads=self.heads)
-        explained = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        explained[:, 0] = False
-        return Trace(
-            tokens=tokens,
-            query=query,
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            embedding=self._finish(query_rows(tokens, query), o),
+        query, explained = class_token_query(tokens)
+        return trace_layer(
+            tokens,
+            query,
+            attend=self._attend,
+            finish=self._finish,
+            project=self._last.attn.out_proj,
             heads=self.heads,
-            mask=None,
             explained=explained,
             grid=self.grid,
-            finish=self._finish,
-            attend=self._attend,
-            project=self._last.attn.out_proj,
         )
 
     def _attend(self, tokens: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
