@@ -59,10 +59,15 @@ def data(
     """
     given = {key: value for key, value in locals().items() if key not in ("action", "words")}
     options = {key: value for key, value in given.items() if value is not None}
-    function = SUBCOMMANDS[action]
-    known = inspect.signature(function).parameters
+    _bind(action, words, options)
+    return SUBCOMMANDS[action](**options)
+
+
+def _bind(action: Action, words: tuple[str, ...], options: dict[str, object]) -> None:
+    """Add the shards to the options, and refuse what the sub-command does not take."""
+    known = inspect.signature(SUBCOMMANDS[action]).parameters
     if "shards" in known and words:
-        if shards is not None:
+        if "shards" in options:
             raise ConfigurationError(f"{words[0]}: shards stand here or as shards=, not both")
         options["shards"] = list(words)
     elif words != (("shapes",) if action == "make" else ()):
@@ -74,7 +79,6 @@ def data(
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ConfigurationError(f"data {action}: {key}=... is missing; see data --help")
-    return function(**options)
 
 
 SUBCOMMANDS: dict[str, Callable[..., int]] = {

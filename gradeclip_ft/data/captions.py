@@ -7,7 +7,6 @@ is no state to save, and an interrupted epoch goes on with `start`.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.data.caption_batches import Batches, Tokenize, Transform
 from gradeclip_ft.data.order import Place, once, resampled, slice_of
+from gradeclip_ft.data.processes import in_foreign_worker
 from gradeclip_ft.data.samples import CaptionChoice
 from gradeclip_ft.data.sizes import fingerprint, sample_counts
 from gradeclip_ft.data.stream import RawSample, Skips, expand_shards
@@ -191,8 +191,7 @@ class CaptionLoader:
 
 def _start_method(source: CaptionShards) -> StartMethod | None:
     """As set; inside a job of a joblib sweep, whose own method serves no loader, by fork."""
-    foreign = multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods()
-    return source.start_method or ("fork" if foreign else None)
+    return source.start_method or ("fork" if in_foreign_worker() else None)
 
 
 class _WorkerBatches(IterableDataset[CaptionBatch]):

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gradeclip_ft.data.coco_write import Picture, write_coco
+from gradeclip_ft.data.processes import in_foreign_worker
 from gradeclip_ft.data.shapes_captions import caption_scene
 from gradeclip_ft.data.shapes_draw import Drawing, boxes_of, draw_scene, to_jpeg
 from gradeclip_ft.data.shapes_scene import (
@@ -156,7 +157,7 @@ def _write_shards(
         for number, indices in enumerate(shard_ranges(count)):
             jobs.append((folder / split / f"shapes-{split}-{number:04d}.tar", split, indices))
     write = partial(_write_shard, seed=seed, image_size=size)
-    if workers == 1:
+    if workers == 1 or in_foreign_worker():
         list(map(write, *zip(*jobs, strict=True)))
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -99,15 +99,17 @@ def make_trainer(
         "enable_model_summary": False,
         "enable_progress_bar": isinstance(shown, ProgressBar),
     }
-    if taken := sorted(arguments.keys() & (extra or {}).keys()):
+    return _start(arguments, extra or {}, f"{accelerator=!s} {devices=!s} {strategy=!s}")
+
+
+def _start(arguments: dict[str, Any], extra: Mapping[str, Any], asked: str) -> pl.Trainer:
+    """The trainer, or in words what this machine cannot do."""
+    if taken := sorted(arguments.keys() & extra.keys()):
         raise ValueError(f"trainer.extra holds {', '.join(taken)}, which the trainer sets itself")
     try:
-        return pl.Trainer(**arguments, **(extra or {}))
+        return pl.Trainer(**arguments, **extra)
     except MisconfigurationException as error:
-        raise ValueError(
-            f"accelerator={accelerator} devices={devices} strategy={strategy}: {error} "
-            "trainer=cpu works on every machine"
-        ) from error
+        raise ValueError(f"{asked}: {error} trainer=cpu works on every machine") from error
 
 
 def _strategy(name: str) -> str | Strategy:

@@ -87,20 +87,8 @@ def compare(
     models: list[nn.Module], data: tuple, part: slice, scale: Tensor, options: object
 ) -> float:
     """Negatives of all processes: two processes equal one on the joined batch."""
-
-    def run(rows: slice) -> Tensor:
-        regions, phrases, identity, weight = (x[rows] for x in data)
-        return alignment_loss(
-            models[0](regions),
-            models[1](phrases),
-            identity=identity,
-            weight=weight,
-            scale=scale,
-            options=options,
-        ).loss
-
-    loss = run(part)
-    joined = alone(lambda: run(slice(None)))
+    loss = local(models, data, part, scale, options)
+    joined = alone(lambda: local(models, data, slice(None), scale, options))
     return error(loss, gradients(loss, models), (joined, gradients(joined, models)))
 
 
@@ -110,21 +98,24 @@ def compare_per_rank(
     """Negatives per process: the mean of the two halves, each alone."""
     options = AlignmentOptions(negatives="rank")
     halves = [slice(0, counts[0]), slice(counts[0], None)]
-
-    def run(rows: slice) -> Tensor:
-        regions, phrases, identity, weight = (x[rows] for x in data)
-        return alignment_loss(
-            models[0](regions),
-            models[1](phrases),
-            identity=identity,
-            weight=weight,
-            scale=scale,
-            options=options,
-        ).loss
-
-    loss = run(halves[rank])
-    joined = alone(lambda: (run(halves[0]) + run(halves[1])) / 2)
+    loss = local(models, data, halves[rank], scale, options)
+    joined = alone(lambda: sum(local(models, data, rows, scale, options) for rows in halves) / 2)
     return error(loss, gradients(loss, models), (joined, gradients(joined, models)))
+
+
+def local(
+    models: list[nn.Module], data: tuple, rows: slice, scale: Tensor, options: object
+) -> Tensor:
+    """The local loss of some rows of the joined batch."""
+    regions, phrases, identity, weight = (x[rows] for x in data)
+    return alignment_loss(
+        models[0](regions),
+        models[1](phrases),
+        identity=identity,
+        weight=weight,
+        scale=scale,
+        options=options,
+    ).loss
 
 
 if __name__ == "__main__":
