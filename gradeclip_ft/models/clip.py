@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
+from gradeclip_ft.models.tower import Foreign, ImageTower, UnsupportedTowerError
 from gradeclip_ft.models.towers.eva import EvaTower
 from gradeclip_ft.models.towers.text import TextTower
 from gradeclip_ft.models.towers.vit import VitTower
@@ -103,7 +103,7 @@ class LoadedClip:
         return ImageTransform(size=target, preprocessing=self.preprocessing, train=train)
 
 
-def _image_tower(visual: Foreign) -> VitTower | EvaTower:
+def _image_tower(visual: Foreign) -> ImageTower:
     if isinstance(visual, VisionTransformer):
         return VitTower(visual)
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, Eva):

@@ -36,5 +36,16 @@ class Tower(Protocol):
         ...
 
 
+@runtime_checkable
+class ImageTower(Tower, Protocol):
+    """The encoder of images.
+
+    Attributes:
+        patch: Side of a patch in pixels.
+    """
+
+    patch: int
+
+
 class UnsupportedTowerError(ValueError):
     """The model has a part that the adapters do not reproduce exactly."""
