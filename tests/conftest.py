@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-from open_clip.timm_model import TimmModel
-from timm.models.eva import Eva
-from torch import nn
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.clip import Clip
+from tests.tiny import CLASS_TOKEN, FAMILIES, TEXTS, make_tiny_clip, make_tiny_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FAMILIES = ("vit", "vit_layer_scale", "eva02", "eva02_fused")
-TEXT = {"context_length": 24, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +27,22 @@ def shared_dir() -> Path:
     return folder
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=CLASS_TOKEN)
 def tiny_clip(request: pytest.FixtureRequest) -> Clip:
-    """Two layers of width 32 on a 4 x 4 grid, one per tower family, in evaluation mode."""
+    """The class-token families of the papers, in evaluation mode."""
     return make_tiny_clip(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def any_clip(request: pytest.FixtureRequest) -> Clip:
+    """Every family of image towers."""
+    return make_tiny_clip(request.param)
+
+
+@pytest.fixture(params=list(TEXTS))
+def text_clip(request: pytest.FixtureRequest) -> Clip:
+    """Every family of text towers, beside a plain ViT."""
+    return make_tiny_text(request.param)
 
 
 @pytest.fixture
@@ -48,23 +55,6 @@ def tiny_vit() -> Clip:
 def tiny_batch() -> CaptionBatch:
     """Three images, five phrases of four kinds; the second image has none."""
     return make_tiny_batch()
-
-
-def make_tiny_clip(family: str, seed: int = 0) -> Clip:
-    """A small random model; biases and norms are random too, so that a forgotten one shows."""
-    torch.manual_seed(seed)
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
-    if family == "vit_layer_scale":
-        vision["ls_init_value"] = 0.5
-    if family.startswith("eva02"):
-        model = open_clip.CustomTextCLIP(16, vision, TEXT)
-        model.visual = _tiny_eva(fused=family.endswith("fused"))
-    else:
-        model = open_clip.CLIP(16, vision, TEXT, quick_gelu=family == "vit_layer_scale")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return Clip(model).eval()
 
 
 def make_tiny_batch(seed: int = 1) -> CaptionBatch:
@@ -85,27 +75,3 @@ def make_tiny_batch(seed: int = 1) -> CaptionBatch:
         owner=torch.tensor([0, 0, 0, 2, 2]),
         keys=("a", "b", "c"),
     )
-
-
-def _tiny_eva(*, fused: bool) -> TimmModel:
-    visual = TimmModel.__new__(TimmModel)
-    nn.Module.__init__(visual)
-    visual.image_size = (32, 32)
-    visual.trunk = Eva(
-        img_size=32,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        mlp_ratio=2.0,
-        qkv_fused=fused,
-        swiglu_mlp=True,
-        scale_mlp=True,
-        scale_attn_inner=not fused,
-        use_rot_pos_emb=True,
-        ref_feat_shape=(16, 16),
-        num_classes=16,
-        global_pool="token",
-    )
-    visual.head = nn.Sequential()
-    return visual

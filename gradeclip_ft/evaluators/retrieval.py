@@ -177,10 +177,14 @@ def _encode_texts(
     """
     device, _ = placement(loaded.clip)
     width = max(ids.shape[1] for ids in tokens)
-    ids = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in tokens])
+    pad = loaded.tokenizer.pad
+    ids = torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in tokens]
+    )
     distinct, row = torch.unique(ids, dim=0, return_inverse=True)
-    length = distinct.argmax(1) + 1  # the end of the text has the largest id
-    parts = length.argsort(stable=True).split(size)
+    length = loaded.tokenizer.lengths(distinct)
+    order = length.argsort(stable=True)
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
     embedded: Tensor | None = None
     for part in track(parts, f"{name}: captions", len(parts)):
         cut = int(length[part].max()) if loaded.tokenizer.exact_cut else width

@@ -37,6 +37,11 @@ class MaskClip:
 
 
 def _key_factor(trace: Trace) -> Float[Tensor, "B N"]:
+    if trace.query is None:
+        raise ValueError(
+            "key_factor compares with the key of the query token, but this tower's query is "
+            "learned and has none; set key_factor to false"
+        )
     keys = trace.project(trace.k)
     own = keys[torch.arange(len(keys), device=keys.device), trace.query]
     batch, tokens, width = keys.shape

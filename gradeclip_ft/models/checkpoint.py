@@ -5,39 +5,90 @@ Never executes code: safetensors, or torch files read with `weights_only`.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from open_clip.factory import resize_pos_embed
+from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gradeclip_ft.models.closest import closest_names
+from gradeclip_ft.models.evaclip import from_evaclip, is_evaclip
+from gradeclip_ft.models.huggingface import from_huggingface
+from gradeclip_ft.models.sizes import pair
 from gradeclip_ft.models.tower import Foreign
+from gradeclip_ft.ops.positions import resample_positions
 
 PREFIXES = ("module.", "model.", "_orig_mod.", "clip.")
 SHOWN = 5
+TRANSFORMERS_MARK = "vision_model.embeddings.class_embedding"
+# In order of preference, as open_clip chooses.
+FOLDER_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_model.pt",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+# Buffers and settings that some files carry and no model needs; by name, never by pattern.
+OMITTED = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "text.attn_mask",
+    "text.transformer.embeddings.position_ids",
+)
+TEXT_PARTS = (
+    "text_projection",
+    "positional_embedding",
+    "token_embedding.",
+    "transformer.",
+    "ln_final.",
+)
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in a folder.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    found = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no weights, expected {FOLDER_FILES[0]}")
+    return found
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.pt`, `.pth` or Lightning `.ckpt` file under open_clip's keys.
+    """Tensors of a weights file or folder under open_clip's keys.
+
+    Files: `.safetensors`, `.pt`, `.pth`, `.bin`, Lightning's `.ckpt`; folders of open_clip and of
+    Hugging Face's `CLIPModel`. Names of EVA-CLIP and of `CLIPModel` are recognised.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: Not a weights file, or one that needs to execute code.
     """
     file = Path(path)
+    if file.is_dir():
+        file = weights_file(file)
     if not file.is_file():
         raise FileNotFoundError(
             f"weights file {file} does not exist; give a .safetensors or .pt file, a tag of "
             "`open_clip.list_pretrained()`, or `random`"
         )
     state = _unwrap(_read(file), file)
+    if TRANSFORMERS_MARK in state:
+        return from_huggingface(state)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return from_evaclip(state) if is_evaclip(state) else state
 
 
 def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None:
@@ -46,19 +97,57 @@ def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None
     Raises:
         ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
     """
+    expected = model.state_dict()
     # Half precision has no bicubic interpolation; the model's own precision stays.
     tensors = {
-        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+        key: value.float() if value.is_floating_point() else value
+        for key, value in _nested(state, expected).items()
+        if key in expected or key not in OMITTED
     }
-    if "positional_embedding" in tensors and hasattr(model, "text"):
-        raise ValueError(
-            f"{source} holds a model of another architecture (its text tower is not nested under "
-            "`text.`); name the architecture that it was trained with"
-        )
-    if getattr(model.visual, "positional_embedding", None) is not None:
-        resize_pos_embed(tensors, model, interpolation="bicubic", antialias=True)
-    _compare(model.state_dict(), tensors, source)
+    for key in ("logit_scale", "logit_bias"):  # a number, or a vector of one
+        if key in tensors and key in expected and tensors[key].numel() == 1:
+            tensors[key] = tensors[key].reshape(expected[key].shape)
+    _resize(model, tensors, expected)
+    _compare(expected, tensors, source)
     model.load_state_dict(tensors, strict=True)
+
+
+def _nested(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """OpenAI's flat names of the text tower, below `text.` where the model has it there."""
+    flat = "positional_embedding" in state and "text.positional_embedding" in expected
+    if not flat:
+        return state
+    return {
+        f"text.{key}" if key.startswith(TEXT_PARTS) else key: value for key, value in state.items()
+    }
+
+
+def _resize(model: Foreign, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Position embeddings of a square grid at the model's own grid."""
+    visual = model.visual
+    if isinstance(visual, VisionTransformer):
+        key, grid, first = "visual.positional_embedding", tuple(visual.grid_size), 1
+    elif hasattr(visual, "attnpool"):
+        side = pair(visual.image_size)
+        key, grid, first = "visual.attnpool.positional_embedding", (side[0] // 32, side[1] // 32), 1
+    elif getattr(getattr(visual, "trunk", None), "pos_embed", None) is not None:
+        trunk = visual.trunk
+        key, grid = "visual.trunk.pos_embed", tuple(trunk.patch_embed.grid_size)
+        first = trunk.pos_embed.shape[1] - grid[0] * grid[1]
+    else:
+        return
+    table = tensors.get(key)
+    if (
+        table is None
+        or table.shape == expected[key].shape
+        or table.shape[-1:] != (expected[key].shape[-1:])
+    ):
+        return
+    flat = table.reshape(-1, table.shape[-1])
+    root = math.isqrt(len(flat) - first)
+    if root * root == len(flat) - first:
+        resized = resample_positions(flat, (root, root), grid)
+        tensors[key] = resized.reshape(expected[key].shape)
 
 
 def _read(file: Path) -> object:
@@ -72,6 +161,11 @@ def _read(file: Path) -> object:
             "for a .safetensors file, or one with plain tensors only"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{file} is a TorchScript archive, which carries code; it is refused. For OpenAI's "
+                "weights take the tag `openai`, or a .safetensors file"
+            ) from error
         raise ValueError(f"{file} is not a readable weights file, or truncated: {error}") from error
 
 
@@ -90,32 +184,35 @@ def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
 
 
 def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str) -> None:
-    missing = [key for key in expected if key not in got]
-    unexpected = [key for key in got if key not in expected]
-    shapes = [
-        f"{key}: got {tuple(got[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in got and got[key].shape != value.shape
-    ]
+    misfits = {
+        "missing": [key for key in expected if key not in got],
+        "unexpected": [key for key in got if key not in expected],
+        "of another shape": [
+            f"{key}: got {tuple(got[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in got and got[key].shape != value.shape
+        ],
+    }
     broken = [
         key
         for key, value in got.items()
         if value.is_floating_point() and not value.isfinite().all()
     ]
-    problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shapes,
-        "not finite": broken,
-    }
     lines = [
         f"  {len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in problems.items()
+        for what, names in {**misfits, "not finite": broken}.items()
         if names
     ]
-    if lines:
-        report = "\n".join(lines)
-        raise ValueError(
-            f"{source} ({len(got)} tensors) does not fit the model ({len(expected)} tensors):\n"
-            f"{report}\nname the architecture that the file was trained with (model.name=...)"
-        )
+    if not lines:
+        return
+    report = "\n".join(lines)
+    if any(misfits.values()):
+        close = closest_names(got)
+        hint = f"; by its shapes it is {' or '.join(close)}" if close else ""
+        remedy = f"name the architecture that the file was trained with (model.name=...){hint}"
+    else:
+        remedy = "its training diverged; take an earlier checkpoint"
+    raise ValueError(
+        f"{source} ({len(got)} tensors) does not fit the model ({len(expected)} tensors):\n"
+        f"{report}\n{remedy}"
+    )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from timm.models.eva import Eva
+from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
+from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import Foreign, ImageTower, UnsupportedTowerError
-from gradeclip_ft.models.towers.eva import EvaTower
-from gradeclip_ft.models.towers.text import TextTower
-from gradeclip_ft.models.towers.vit import VitTower
+from gradeclip_ft.models.tower import Foreign
+from gradeclip_ft.models.towers.select import image_tower, text_tower
 from gradeclip_ft.models.transform import ImageTransform, Preprocessing
+from gradeclip_ft.ops.similarity import unit
+
+Item = TypeVar("Item")
 
 
 class Clip(nn.Module):
@@ -29,15 +33,10 @@ class Clip(nn.Module):
     """
 
     def __init__(self, model: Foreign) -> None:
-        """Choose the adapters.
-
-        Raises:
-            UnsupportedTowerError: No adapter reproduces a tower exactly.
-        """
         super().__init__()
         self.model: Foreign = model
-        self.image = _image_tower(model.visual)
-        self.text = TextTower(model if hasattr(model, "token_embedding") else model.text)
+        self.image = image_tower(model.visual)
+        self.text = text_tower(model)
 
     @property
     def log_scale(self) -> Tensor:
@@ -59,14 +58,21 @@ class LoadedClip:
         tokenizer: Texts to token ids.
         preprocessing: Pixel statistics and resizing of the model.
         image_size: (height, width) in pixels.
-        name: Name of the architecture.
+        architecture: What the model is made of.
+        weights: Where its weights came from: a tag, a file, `random`; None for a model's own.
     """
 
     clip: Clip
     tokenizer: Tokenizer
     preprocessing: Preprocessing
     image_size: tuple[int, int]
-    name: str
+    architecture: Architecture
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture."""
+        return self.architecture.name
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -102,14 +108,46 @@ class LoadedClip:
         target = self.image_size if size is None else (size, size)
         return ImageTransform(size=target, preprocessing=self.preprocessing, train=train)
 
+    @torch.no_grad()
+    def encode_images(
+        self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 32
+    ) -> Float[Tensor, "B D"]:
+        """Unit embeddings of pictures, on the CPU, in fp32.
 
-def _image_tower(visual: Foreign) -> ImageTower:
-    if isinstance(visual, VisionTransformer):
-        return VitTower(visual)
-    if isinstance(visual, TimmModel) and isinstance(visual.trunk, Eva):
-        return EvaTower(visual)
-    found = type(visual.trunk if isinstance(visual, TimmModel) else visual).__name__
-    raise UnsupportedTowerError(
-        f"image tower is {found}, expected open_clip's VisionTransformer or timm's Eva; choose "
-        "ViT-B-16, ViT-L-14, EVA02-B-16 or EVA02-L-14-336, for example"
-    )
+        Args:
+            images: Pictures or their files.
+            batch_size: Pictures at a time; bounds memory, not the result.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        transform, device = self.transform(), self.clip.log_scale.device
+        parts = []
+        for some in _chunks(list(images), batch_size):
+            pixels = torch.stack([transform(_picture(image)) for image in some])
+            parts.append(unit(self.clip.image.encode(pixels.to(device))).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "M D"]:
+        """Unit embeddings of texts, on the CPU, in fp32.
+
+        Args:
+            texts: Sentences.
+            batch_size: Texts at a time; bounds memory, not the result.
+        """
+        device = self.clip.log_scale.device
+        parts = [
+            unit(self.clip.text.encode(self.tokenizer(some, trim=True).to(device))).cpu()
+            for some in _chunks(list(texts), batch_size)
+        ]
+        return torch.cat(parts)
+
+
+def _picture(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.open(image)
+
+
+def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -2,159 +2,176 @@
 
 from __future__ import annotations
 
-import difflib
-import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from gradeclip_ft.models.checkpoint import load_state, read_state
+from gradeclip_ft.models.architecture import Architecture, find_architecture
+from gradeclip_ft.models.checkpoint import load_state, read_state, weights_file
 from gradeclip_ft.models.clip import Clip, LoadedClip
+from gradeclip_ft.models.sizes import pair, set_image_size
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.models.tower import Foreign
 from gradeclip_ft.models.transform import Preprocessing
 
-PACKAGED = ("shapes_tiny",)
+RANDOM = "random"
 
 
 def load_clip(
-    name: str, weights: str | Path | None = None, *, image_size: int | None = None
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    image_size: int | Sequence[int] | None = None,
 ) -> LoadedClip:
     """A CLIP with its tokenizer and preprocessing.
 
     Args:
-        name: A model name of open_clip, or `shapes_tiny`, the small CLIP of this package.
-        weights: A tag of open_clip for this model, a weights file, or `random`. May be left out
-            only for a packaged model.
-        image_size: Side in pixels where it is not the model's own.
+        name: A model name of open_clip; a folder in open_clip's layout (also `local-dir:FOLDER`,
+            `hf-hub:OWNER/NAME`); or `shapes_tiny`, the small CLIP of this package.
+        weights: A tag of open_clip for this model, a file, a folder of Hugging Face's
+            `CLIPModel`, or `random`. May be left out for a folder and for the packaged model,
+            which have their own.
+        image_size: Side in pixels, or (height, width), where it is not the model's own. Position
+            embeddings are interpolated.
 
     Raises:
         ValueError: Unknown name or tag, weights that do not fit, or a size that is no multiple of
             the patch.
-        FileNotFoundError: No such weights file.
-        UnsupportedTowerError: No adapter for a tower of this model.
+        FileNotFoundError: No such file or folder.
     """
-    if name in PACKAGED:
-        return _load_packaged(name, weights, image_size)
-    _check_name(name, PACKAGED)
-    if weights is None:
-        raise ValueError(
-            f"no weights given for {name}; choose a tag ({_tags(name)}), a file, or `random`"
-        )
-    _check_size(name, open_clip.get_model_config(name), image_size)
-    model = _build(name, str(weights), image_size)
+    architecture = find_architecture(name)
+    chosen = weights if weights is not None else _own_weights(architecture)
+    model, preprocess = _build(architecture, chosen, image_size)
     clip = Clip(model)
-    how = model.visual.preprocess_cfg
-    tokenizer = open_clip.get_tokenizer(name)
     return LoadedClip(
         clip=clip.eval(),
-        tokenizer=Tokenizer(
-            tokenize=tokenizer,
-            context_length=clip.text.context_length,
-            exact_cut=isinstance(tokenizer, SimpleTokenizer),
-        ),
-        preprocessing=Preprocessing(
-            mean=tuple(how["mean"]),
-            std=tuple(how["std"]),
-            interpolation=how["interpolation"],
-            resize="squash" if how["resize_mode"] == "squash" else "shortest",
-        ),
-        image_size=_pair(model.visual.image_size),
-        name=name,
+        tokenizer=_tokenizer(architecture, clip),
+        preprocessing=_preprocessing(preprocess),
+        image_size=_image_size(clip, architecture, image_size),
+        architecture=architecture,
+        weights=str(chosen) if weights is not None else None,
     )
 
 
-def packaged_config(name: str) -> dict[str, Any]:
-    """Architecture, vocabulary and history of a packaged model."""
-    text = resources.files("gradeclip_ft").joinpath("assets", f"{name}.json").read_text("utf-8")
-    config: dict[str, Any] = json.loads(text)
-    return config
+def _own_weights(architecture: Architecture) -> str | Path:
+    """The weights that come with a folder or a packaged model."""
+    if architecture.folder is not None:
+        return weights_file(architecture.folder)
+    if architecture.registered:
+        raise ValueError(
+            f"no weights given for {architecture.name}; choose a tag "
+            f"({_tags(architecture.name)}), a file, or `random`"
+        )
+    asset = resources.files("gradeclip_ft").joinpath("assets", f"{architecture.name}.safetensors")
+    with resources.as_file(asset) as packaged:
+        return packaged
 
 
-def _load_packaged(name: str, weights: str | Path | None, image_size: int | None) -> LoadedClip:
-    config = packaged_config(name)
-    architecture = config["model_cfg"]
-    if image_size is not None:
-        _check_size(name, architecture, image_size)
-        architecture["vision_cfg"]["image_size"] = image_size
-    model = open_clip.CLIP(**architecture)
-    if weights != "random":
-        with resources.as_file(
-            resources.files("gradeclip_ft").joinpath("assets", f"{name}.safetensors")
-        ) as packaged:
-            source = packaged if weights is None else Path(weights)
-            load_state(model, read_state(source), str(source))
-    length = architecture["text_cfg"]["context_length"]
-    how = config["preprocess_cfg"]
-    return LoadedClip(
-        clip=Clip(model).eval(),
-        tokenizer=Tokenizer(WordTokenizer(tuple(config["vocabulary"]), length), length),
-        preprocessing=Preprocessing(
-            mean=tuple(how["mean"]), std=tuple(how["std"]), interpolation=how["interpolation"]
-        ),
-        image_size=_pair(architecture["vision_cfg"]["image_size"]),
-        name=name,
+def _build(
+    architecture: Architecture, weights: str | Path, image_size: int | Sequence[int] | None
+) -> tuple[Foreign, Mapping[str, Any]]:
+    """The open_clip module with its weights at the wanted size, and how its pixels are made."""
+    name, spec = architecture.name, str(weights)
+    if architecture.registered and spec in open_clip.list_pretrained_tags_by_model(name):
+        model = _fetch(name, spec)
+        set_image_size(model, image_size)
+        return model, model.visual.preprocess_cfg
+    if spec != RANDOM and not Path(spec).exists() and not Path(spec).suffix:
+        raise ValueError(
+            f"{name} has no weights tag {spec!r}; choose a tag ({_tags(name)}), a file, or `random`"
+        )
+    model = architecture.build()
+    set_image_size(model, image_size)
+    if spec != RANDOM:
+        load_state(model, read_state(weights), spec)
+    return model, architecture.preprocess_cfg or _published_preprocess(name)
+
+
+def _fetch(name: str, tag: str) -> Foreign:
+    try:
+        return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"weights {tag!r} of {name} cannot be fetched: {error}. Download them where there is "
+            "a network and give the file as weights="
+        ) from error
+
+
+def _published_preprocess(name: str) -> Mapping[str, Any]:
+    """Preprocessing that all published weights of a name agree on; empty where they do not."""
+    found = [
+        open_clip.get_pretrained_cfg(name, tag)
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    ]
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    kept = [{key: one[key] for key in keys if one.get(key)} for one in found]
+    return kept[0] if kept and all(one == kept[0] for one in kept) else {}
+
+
+def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
+    default = Preprocessing()
+    resize = how.get("resize_mode") or "shortest"
+    if resize not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode is {resize!r}, expected shortest or squash")
+    return Preprocessing(
+        mean=tuple(how.get("mean") or default.mean),
+        std=tuple(how.get("std") or default.std),
+        interpolation=how.get("interpolation") or "bicubic",
+        resize="squash" if resize == "squash" else "shortest",
     )
 
 
-def _build(name: str, weights: str, image_size: int | None) -> Foreign:
-    """The open_clip module with its weights, at the wanted size."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights in tags:
-        try:
-            return open_clip.create_model(
-                name, pretrained=weights, force_image_size=image_size, require_pretrained=True
-            )
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"weights {weights!r} of {name} cannot be fetched: {error}. Download them where "
-                "there is a network and give the file as weights="
-            ) from error
-    if weights != "random" and not Path(weights).exists() and not Path(weights).suffix:
+def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
+    text = architecture.model_cfg["text_cfg"]
+    length = int(text.get("context_length") or clip.text.context_length)
+    if architecture.vocabulary is not None:
+        return Tokenizer(WordTokenizer(architecture.vocabulary, length), length)
+    source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    extra = dict(text.get("tokenizer_kwargs") or {})
+    if source is None:
+        tokenize = SimpleTokenizer(context_length=length, **extra)
+    else:
+        tokenize = _fetch_tokenizer(str(source), length, extra)
+    own = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None)
+    pad = clip.text.pad if own is None else int(own)
+    return Tokenizer(tokenize, length, exact_cut=clip.text.cuts_exactly, pad=pad)
+
+
+def _fetch_tokenizer(source: str, length: int, extra: dict[str, Any]) -> Any:
+    try:
+        return HFTokenizer(source, context_length=length, **extra)
+    except ImportError as error:
         raise ValueError(
-            f"{name} has no weights tag {weights!r}; choose a tag ({_tags(name)}), a file, or "
-            "`random`"
-        )
-    resized_after = "timm_model_name" in open_clip.get_model_config(name)["vision_cfg"]
-    model = open_clip.create_model(name, force_image_size=None if resized_after else image_size)
-    if weights != "random":
-        load_state(model, read_state(weights), weights)
-    if resized_after and image_size is not None:
-        model.visual.set_input_size(image_size)
-    return model
-
-
-def _check_name(name: str, packaged: tuple[str, ...]) -> None:
-    known = [*packaged, *open_clip.list_models()]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            f"the tokenizer {source} needs transformers; pip install 'gradeclip_ft[huggingface]'"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"unknown model {name!r}; did you mean {', '.join(close) or 'ViT-B-16'}? "
-            "`open_clip.list_models()` lists all"
-        )
+            f"the tokenizer {source} cannot be fetched ({str(error).splitlines()[0]}); download "
+            "its folder where there is a network, and name it as text_cfg.hf_tokenizer_name in an "
+            "open_clip_config.json beside the weights"
+        ) from error
 
 
-def _check_size(name: str, architecture: dict[str, Any], image_size: int | None) -> None:
-    patch = architecture["vision_cfg"].get("patch_size")
-    if patch is None and "patch" in (
-        trunk := architecture["vision_cfg"].get("timm_model_name", "")
-    ):
-        digits = trunk.split("patch", 1)[1].split("_", 1)[0]
-        patch = int(digits) if digits.isdigit() else None
-    if image_size is not None and patch and image_size % patch:
-        below = image_size // patch * patch
+def _image_size(
+    clip: Clip, architecture: Architecture, wanted: int | Sequence[int] | None
+) -> tuple[int, int]:
+    """Size of the images that this model gets, checked against its patches."""
+    own = architecture.model_cfg["vision_cfg"].get("image_size", 224)
+    height, width = size = pair(own if wanted is None else wanted)
+    patch = clip.image.patch
+    if patch and (height % patch or width % patch):
+        wrong = height if height % patch else width
+        below = wrong // patch * patch
         raise ValueError(
-            f"image size {image_size} is not a multiple of the patch size {patch} of {name}; use "
-            f"{below} or {below + patch}"
+            f"image size {wrong} is not a multiple of the patch size {patch} of "
+            f"{architecture.name}; use {below or patch} or {below + patch}"
         )
+    return size
 
 
 def _tags(name: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
-
-
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

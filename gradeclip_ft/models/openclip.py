@@ -6,31 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from gradeclip_ft.models.architecture import CONFIG_NAME
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import PACKAGED, packaged_config
 
-CONFIG_NAME = "open_clip_config.json"
+__all__ = ["CONFIG_NAME", "describe", "is_registered", "open_file", "open_folder"]
 
 
 def is_registered(loaded: LoadedClip) -> bool:
     """Whether open_clip knows the architecture by name."""
-    return loaded.name not in PACKAGED
+    return loaded.architecture.registered
 
 
 def describe(loaded: LoadedClip) -> dict[str, Any]:
-    """Content of an `open_clip_config.json`: architecture and preprocessing."""
-    model = (
-        open_clip.get_model_config(loaded.name)
-        if is_registered(loaded)
-        else packaged_config(loaded.name)["model_cfg"]
-    )
-    height, width = loaded.image_size
-    size = height if height == width else [height, width]
+    """Content of an `open_clip_config.json`: architecture and preprocessing.
+
+    The image size is the one that open_clip can build: that of the model for open_clip's own ViT,
+    the architecture's for others (`models/sizes.py`).
+    """
+    model = dict(loaded.architecture.model_cfg)
+    if isinstance(loaded.clip.model.visual, VisionTransformer):
+        height, width = loaded.image_size
+        size = height if height == width else [height, width]
+        model["vision_cfg"] = {**model["vision_cfg"], "image_size": size}
     how = loaded.preprocessing
     return {
-        "model_cfg": {**model, "vision_cfg": {**model["vision_cfg"], "image_size": size}},
+        "model_cfg": model,
         "preprocess_cfg": {
             "mean": list(how.mean),
             "std": list(how.std),

@@ -1,7 +1,8 @@
 """Texts to token ids: open_clip's tokenizers, and the word tokenizer of the shapes world.
 
-Cutting the context behind the longest text of a call is exact for causal towers that pool at the
-end of the text, and saves most of the cost of short phrases (traps: E10).
+Cutting the padding behind the longest text of a call saves most of the cost of short phrases. It is
+exact for causal towers that pool at the end of the text, and for towers that mask their padding
+(traps: E10).
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ class Tokenizer:
     """One tokenizer behind one call.
 
     Attributes:
-        tokenize: Texts to ids at the full context; the end of the text has the largest id.
+        tokenize: Texts to ids at the full context, padded behind the end of the text.
         context_length: L of the text tower.
         exact_cut: Whether the tower's result survives a shorter context.
+        pad: Id of the padding.
     """
 
     tokenize: Callable[[list[str]], Tensor]
     context_length: int
     exact_cut: bool = True
+    pad: int = 0
 
     def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
         """Token ids; texts that are too long keep their end-of-text token last.
@@ -40,13 +43,18 @@ class Tokenizer:
         """
         if not texts:
             length = min(MULTIPLE, self.context_length) if trim else self.context_length
-            return torch.zeros((0, length), dtype=torch.long)
+            return torch.full((0, length), self.pad, dtype=torch.long)
         ids = self.tokenize(list(texts)).long()
         if not (trim and self.exact_cut):
             return ids
-        longest = int(ids.argmax(dim=1).max()) + 1
+        longest = int(self.lengths(ids).max())
         length = -(-longest // MULTIPLE) * MULTIPLE
         return ids[:, : min(length, ids.shape[1])]
+
+    def lengths(self, ids: Int[Tensor, "M L"]) -> Int[Tensor, " M"]:
+        """Tokens of every text up to its end; at least one."""
+        position = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        return (position * (ids != self.pad)).amax(1).clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,29 @@ class Tower(Protocol):
     """One encoder of an open_clip model, image or text; owns no parameters.
 
     Attributes:
-        width: Channels of a token.
-        heads: Attention heads of the last layer.
-        depth: Number of layers.
+        width: Channels of a token; 0 where unknown.
+        heads: Attention heads of the explained layer; 0 where there is none.
+        depth: Number of blocks; 0 where unknown.
+        pooling: What becomes the embedding, in words.
+        unexplained: Why this tower has no trace; None where it has one.
     """
 
     width: int
     heads: int
     depth: int
+    pooling: str
+    unexplained: str | None
 
     def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         """Embeddings, not normalised, equal to those of the library."""
         ...
 
     def trace(self, x: Shaped[Tensor, "B ..."]) -> Trace:
-        """The last layer of this forward pass."""
+        """The last layer of this forward pass.
+
+        Raises:
+            UnsupportedTowerError: The tower has none that could be explained.
+        """
         ...
 
 
@@ -41,10 +49,43 @@ class ImageTower(Tower, Protocol):
     """The encoder of images.
 
     Attributes:
-        patch: Side of a patch in pixels.
+        patch: Side of a patch, or of a cell of the feature map, in pixels; 0 where unknown.
+        any_size: Whether images of any multiple of the patch are accepted.
     """
 
     patch: int
+    any_size: bool
+
+
+@runtime_checkable
+class TextTower(Tower, Protocol):
+    """The encoder of texts.
+
+    Attributes:
+        context_length: Tokens at most.
+        pad: Id of the padding.
+        cuts_exactly: Whether padding may be cut off without changing the embedding.
+    """
+
+    context_length: int
+    pad: int
+    cuts_exactly: bool
+
+
+def image_grid(images: Shaped[Tensor, "B 3 H W"], patch: int) -> tuple[int, int]:
+    """Patches of these images as (h, w).
+
+    Raises:
+        ValueError: A side is no multiple of the patch.
+    """
+    height, width = images.shape[2:]
+    if height % patch or width % patch or not height or not width:
+        near = [max(1, round(side / patch)) * patch for side in (height, width)]
+        raise ValueError(
+            f"images are {height}x{width} pixels, expected multiples of the patch size {patch}; "
+            f"resize them to {near[0]}x{near[1]}, for example"
+        )
+    return height // patch, width // patch
 
 
 class UnsupportedTowerError(ValueError):

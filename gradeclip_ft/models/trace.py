@@ -20,6 +20,7 @@ from gradeclip_ft.ops.attention import attend_row
 Heads: TypeAlias = Literal["one", "all"]
 Rows: TypeAlias = Callable[[Tensor], Tensor]
 Finish: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Attend: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Trace:
 
     Attributes:
         tokens: Input of the last layer.
-        query: Row whose output becomes the embedding: the class token, or the end of the text.
+        query: Row whose output becomes the embedding: the class token, or the end of the text. None
+            where the query is learned (attention pools); `finish` then reads o alone.
         q: Query of that row, heads joined.
         k: Keys, heads joined, positions applied.
         v: Values, heads joined.
@@ -40,12 +42,12 @@ class Trace:
         explained: Tokens that a map speaks of: patches, or words.
         grid: (h, w) of the patches; None for texts.
         finish: (x, o) -> embedding, row by row: everything behind attention.
-        attend: tokens -> (q of every row, k, v): everything before attention.
+        attend: (tokens, query) -> (q of the query, k, v): everything before attention.
         project: Output projection of the attention layer, on rows of the width of o.
     """
 
-    tokens: Float[Tensor, "B N C"]
-    query: Int[Tensor, " B"]
+    tokens: Float[Tensor, "B N W"]
+    query: Int[Tensor, " B"] | None
     q: Float[Tensor, "B C"]
     k: Float[Tensor, "B N C"]
     v: Float[Tensor, "B N C"]
@@ -56,11 +58,11 @@ class Trace:
     explained: Bool[Tensor, "B N"]
     grid: tuple[int, int] | None
     finish: Finish
-    attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    attend: Attend
     project: Rows
 
     @property
-    def query_tokens(self) -> Float[Tensor, "B C"]:
+    def query_tokens(self) -> Float[Tensor, "B W"]:
         """Input row of the query."""
         return query_rows(self.tokens, self.query)
 
@@ -87,7 +89,7 @@ class Trace:
         )
 
     def replay(
-        self, tokens: Float[Tensor, "R N C"], owner: Int[Tensor, " R"]
+        self, tokens: Float[Tensor, "R N W"], owner: Int[Tensor, " R"]
     ) -> Float[Tensor, "R D"]:
         """Embeddings from other inputs of the last layer, with the model's own heads.
 
@@ -95,7 +97,7 @@ class Trace:
             tokens: Inputs of the last layer.
             owner: Row of this trace whose query position and mask each of them takes.
         """
-        query = self.query[owner]
+        query = None if self.query is None else self.query[owner]
         q, k, v = self.attend(tokens, query)
         mask = None if self.mask is None else self.mask[owner]
         o = attend_row(q, k, v, heads=self.heads, mask=mask)
@@ -122,10 +124,10 @@ class Trace:
 
 
 def trace_layer(
-    tokens: Float[Tensor, "B N C"],
-    query: Int[Tensor, " B"],
+    tokens: Float[Tensor, "B N W"],
+    query: Int[Tensor, " B"] | None,
     *,
-    attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    attend: Attend,
     finish: Finish,
     project: Rows,
     heads: int,
@@ -155,15 +157,23 @@ def trace_layer(
 
 
 def class_token_query(
-    tokens: Float[Tensor, "B N C"],
+    tokens: Float[Tensor, "B N W"], grid: tuple[int, int]
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, "B N"]]:
     """Query row and explained tokens of an image tower whose first token is the class token."""
-    query = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    explained = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    explained[:, 0] = False
-    return query, explained
+    return tokens.new_zeros(len(tokens), dtype=torch.long), patch_tokens(tokens, grid)
 
 
-def query_rows(tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
-    """One row of every sequence."""
+def patch_tokens(tokens: Float[Tensor, "B N W"], grid: tuple[int, int]) -> Bool[Tensor, "B N"]:
+    """The patches among the tokens: the last h·w, behind class token and registers."""
+    batch, count, _ = tokens.shape
+    position = torch.arange(count, device=tokens.device)
+    return (position >= count - grid[0] * grid[1]).expand(batch, count)
+
+
+def query_rows(
+    tokens: Float[Tensor, "B N W"], query: Int[Tensor, " B"] | None
+) -> Float[Tensor, "B W"]:
+    """One row of every sequence: the query's; the first where the query is none of them."""
+    if query is None:
+        return tokens[:, 0]
     return tokens[torch.arange(len(tokens), device=tokens.device), query]

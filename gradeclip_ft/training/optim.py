@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 TEMPERATURE = ("logit_scale", "logit_bias")
+UNUSED = ("logit_bias", "text_decoder.")  # SigLIP's bias, CoCa's captioner: no loss here reads them
 BLOCK = re.compile(r"\b(?:resblocks|blocks)\.(\d+)\.")
 TAIL = re.compile(r"^visual\.(?:ln_post|proj\b|head|trunk\.(?:norm|fc_norm|head))")
 
@@ -45,7 +46,9 @@ def freeze(
     """
     kept = _image_names(model, image_blocks) if train_image else set()
     for name, parameter in model.named_parameters():
-        if name.startswith("visual."):
+        if name.startswith(UNUSED):
+            parameter.requires_grad = False
+        elif name.startswith("visual."):
             parameter.requires_grad = name in kept
         elif name.split(".")[-1] in TEMPERATURE:
             parameter.requires_grad = train_temperature

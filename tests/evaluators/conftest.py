@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.transform import Preprocessing
@@ -209,7 +210,7 @@ def load() -> Load:
             tokenizer=Tokenizer(number_in, 6),
             preprocessing=Preprocessing(resize="squash"),
             image_size=(size, size),
-            name="fake",
+            architecture=Architecture("fake", {}, {}),
         )
 
     return build

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.models.transform import Preprocessing
@@ -39,7 +40,7 @@ def evaluation(small_clip, tmp_path):
     def make(**options: object) -> tuple:
         clip = small_clip()
         words = Tokenizer(WordTokenizer(("a",), 8), 8)
-        loaded = LoadedClip(clip, words, Preprocessing(), (16, 16), "tiny")
+        loaded = LoadedClip(clip, words, Preprocessing(), (16, 16), Architecture("tiny", {}, {}))
         watch = Watch()
         folder = tmp_path / "run" / "evaluations"
         callback = Evaluate({"watch": watch}, loaded, folder=folder, run="run", **options)

@@ -26,8 +26,7 @@ def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
         if not plain or not block.attn.batch_first:
             raise UnsupportedTowerError(
                 f"{tower}: block {index} is {type(block).__name__}, expected open_clip's "
-                "ResidualAttentionBlock; choose a model with plain attention blocks, "
-                "ViT-B-16 for example"
+                "ResidualAttentionBlock"
             )
 
 
@@ -47,8 +46,14 @@ def run_blocks(
     return x
 
 
+def plain_step(block: Foreign, x: Tensor) -> Tensor:
+    """A block that takes nothing but its rows."""
+    result: Tensor = block(x)
+    return result
+
+
 def query_key_value(
-    block: Foreign, tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"]
+    block: Foreign, tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"] | None
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
     """Query of one row, keys and values of all, heads joined."""
     y = block.ln_1(tokens)

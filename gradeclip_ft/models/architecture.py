@@ -1,0 +1,168 @@
+"""What a model is made of, without its weights: names of open_clip, folders, the packaged CLIP."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from gradeclip_ft.models.tower import Foreign
+
+PACKAGED = ("shapes_tiny",)
+CONFIG_NAME = "open_clip_config.json"
+WORDS_NAME = "vocabulary.json"
+FOLDER, HUB = "local-dir:", "hf-hub:"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Constructor arguments of an open_clip model.
+
+    Attributes:
+        name: As the user wrote it.
+        model_cfg: In open_clip's form; paths are absolute.
+        preprocess_cfg: Pixels in open_clip's form; empty for open_clip's defaults.
+        vocabulary: Of a model whose tokens are words; None for others.
+        folder: That holds description, weights and tokenizer; None where there is none.
+        registered: Whether open_clip knows the name.
+    """
+
+    name: str
+    model_cfg: Mapping[str, Any]
+    preprocess_cfg: Mapping[str, Any]
+    vocabulary: tuple[str, ...] | None = None
+    folder: Path | None = None
+    registered: bool = False
+
+    def build(self) -> Foreign:
+        """The open_clip module with random weights; nothing is fetched.
+
+        Raises:
+            ValueError: A part of it is described at the model hub, which cannot be reached.
+        """
+        cfg = deepcopy(dict(self.model_cfg))
+        cfg["text_cfg"] = {**cfg["text_cfg"]}
+        nested = cfg.pop("custom_text", False)
+        if "hf_model_name" in cfg["text_cfg"]:
+            cfg["text_cfg"]["hf_model_pretrained"], nested = False, True
+        kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP
+        try:
+            return kind(**cfg) if nested else open_clip.CLIP(**cfg)
+        except OSError as error:
+            raise ValueError(
+                f"a part of {self.name} is described at the model hub, which cannot be reached "
+                f"({str(error).splitlines()[0]}); load the model once where there is a network, "
+                "save it as a folder (export to=[huggingface]) and give that folder as the name"
+            ) from error
+
+
+def find_architecture(name: str) -> Architecture:
+    """The architecture behind a name of open_clip, a packaged model, a folder or a hub repository.
+
+    Raises:
+        ValueError: Unknown name, or a folder without description.
+        FileNotFoundError: No such folder.
+    """
+    if name in PACKAGED:
+        return _packaged(name)
+    if name.startswith(HUB):
+        return _from_folder(name, _fetch(name.removeprefix(HUB)))
+    if name.startswith(FOLDER) or Path(name).is_dir():
+        return _from_folder(name, Path(name.removeprefix(FOLDER)))
+    if "/" in name:
+        raise FileNotFoundError(
+            f"no folder {name}; give a folder with {CONFIG_NAME}, or a name such as ViT-B-16"
+        )
+    config = open_clip.get_model_config(name)
+    if config is None:
+        known = [*PACKAGED, *open_clip.list_models()]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise ValueError(
+            f"unknown model {name!r}; did you mean {', '.join(close) or 'ViT-B-16'}? "
+            "`open_clip.list_models()` lists all; a folder with "
+            f"{CONFIG_NAME} is a model too"
+        )
+    return Architecture(name, config, {}, registered=True)
+
+
+def packaged_config(name: str) -> dict[str, Any]:
+    """Architecture, vocabulary and history of a packaged model."""
+    text = resources.files("gradeclip_ft").joinpath("assets", f"{name}.json").read_text("utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def _packaged(name: str) -> Architecture:
+    config = packaged_config(name)
+    words = tuple(config["vocabulary"])
+    return Architecture(name, config["model_cfg"], config["preprocess_cfg"], vocabulary=words)
+
+
+def _from_folder(name: str, folder: Path) -> Architecture:
+    """A folder in open_clip's layout; paths inside of it are relative to it."""
+    folder = folder.expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; give one that holds {CONFIG_NAME}")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        inside = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME} (it holds {inside}), expected open_clip's folder "
+            "layout; to take only weights from it, name the architecture and give the folder as "
+            "weights="
+        )
+    config = _read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ValueError(f"{path} has no model_cfg; write it with open_clip, or export again")
+    words = folder / WORDS_NAME
+    return Architecture(
+        name,
+        _absolute(config["model_cfg"], folder),
+        config.get("preprocess_cfg") or {},
+        vocabulary=tuple(_read_json(words)) if words.is_file() else None,
+        folder=folder,
+    )
+
+
+def _absolute(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Names of parts that are folders beside the description, as paths from anywhere."""
+    vision, text = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
+    trunk = vision.get("timm_model_name")
+    if isinstance(trunk, str) and trunk.startswith(FOLDER):
+        vision["timm_model_name"] = f"{FOLDER}{folder / trunk.removeprefix(FOLDER)}"
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        part = text.get(key)
+        if isinstance(part, str):
+            inside = part.removeprefix(FOLDER)
+            if inside and (folder / inside).is_dir():
+                text[key] = str(folder / inside)
+    return {**model_cfg, "vision_cfg": vision, "text_cfg": text}
+
+
+def _fetch(repository: str) -> Path:
+    """A repository of the model hub, as a folder."""
+    from huggingface_hub import snapshot_download
+
+    kept = ["*.json", "*.safetensors", "*.txt", "*.model", "open_clip_pytorch_model.bin"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=kept))
+    except Exception as error:  # whatever the network says, the remedy is the same
+        raise ValueError(
+            f"{HUB}{repository} cannot be fetched ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); download the repository where there is a network and "
+            "give its folder as the name"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no complete JSON ({error}); write it again") from error

@@ -1,0 +1,50 @@
+"""Models at another image size than they were made for.
+
+Towers interpolate their positions to the images they get. open_clip's own ViT is changed for good,
+because open_clip builds it at any size, so that an export at this size is exact; trunks of timm and
+ResNets keep their table, because open_clip can load no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from gradeclip_ft.models.tower import Foreign
+from gradeclip_ft.ops.positions import resample_positions
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a side or of two.
+
+    Raises:
+        ValueError: Neither one nor two positive numbers.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"image size is {size}, expected a side or (height, width) in pixels")
+    return sides[0], sides[1]
+
+
+def set_image_size(model: Foreign, size: int | Sequence[int] | None) -> None:
+    """Resize a native ViT's table of positions; tell trunks without one what to expect.
+
+    Sides that are no multiple of the patch are left to the caller's check.
+    """
+    visual = model.visual
+    if size is None:
+        return
+    height, width = pair(size)
+    if isinstance(visual, VisionTransformer):
+        grid = (height // visual.patch_size[0], width // visual.patch_size[1])
+        if min(grid) < 1:
+            return
+        table = visual.positional_embedding
+        rows = resample_positions(table.data, tuple(visual.grid_size), grid)
+        visual.positional_embedding = nn.Parameter(rows, requires_grad=table.requires_grad)
+        visual.grid_size, visual.image_size = grid, (height, width)
+    elif isinstance(visual, TimmModel) and not hasattr(visual.trunk, "pos_embed"):
+        visual.set_input_size((height, width))

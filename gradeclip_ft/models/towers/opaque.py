@@ -1,0 +1,71 @@
+"""Towers that only encode: nothing in them can be explained, everything else works."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
+
+EXPLAINED = "ViT-B-16, EVA02-B-16, RN50, ViT-B-16-SigLIP or coca_ViT-B-32"
+
+
+class OpaqueTower:
+    """What every tower can: embeddings, as the library computes them."""
+
+    width = 0
+    heads = 0
+    depth = 0
+    pooling = "as the library does"
+
+    def __init__(self, encoder: Foreign, reason: str) -> None:
+        self._encoder = encoder
+        self.unexplained: str | None = reason
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Embeddings, not normalised."""
+        result = self._encoder(x)
+        embedding: Tensor = result[0] if isinstance(result, tuple) else result
+        return embedding
+
+    def trace(self, x: Tensor) -> NoReturn:
+        """Nothing to explain here.
+
+        Raises:
+            UnsupportedTowerError: Always; with the reason, and towers that do work.
+        """
+        raise UnsupportedTowerError(
+            f"{self.unexplained}: it encodes, but has no heat maps and no dense features; choose "
+            f"{EXPLAINED}, for example"
+        )
+
+
+class OpaqueImageTower(OpaqueTower):
+    """An image tower without a trace: ConvNeXt, average pooling, ..."""
+
+    patch = 0
+    any_size = False
+
+
+class OpaqueTextTower(OpaqueTower):
+    """A text tower without a trace.
+
+    Attributes:
+        context_length: Tokens at most.
+        pad: Id of the padding.
+        cuts_exactly: Whether padding may be cut off without changing the embedding.
+    """
+
+    def __init__(
+        self, encoder: Foreign, reason: str, *, context_length: int, pad: int, cuts_exactly: bool
+    ) -> None:
+        super().__init__(encoder, reason)
+        self.context_length = context_length
+        self.pad = pad
+        self.cuts_exactly = cuts_exactly
+
+
+def library_text(model: Foreign) -> Any:
+    """The text encoder of an open_clip model, nested or not, as a function of token ids."""
+    return model.text if hasattr(model, "text") else model.encode_text
