@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,29 +10,44 @@ from omegaconf import DictConfig, OmegaConf
 from gradeclip_ft.commands import runs
 
 if TYPE_CHECKING:
+    from gradeclip_ft.export.origin import Origin
     from gradeclip_ft.models.clip import LoadedClip
+
+TARGETS = ("openclip", "huggingface", "evaclip", "class_embed")
 
 
 def export(cfg: DictConfig) -> None:
     """Write a run's weights for other programs, and check them by loading them again.
 
-    python -m gradeclip_ft export run=NAME                      safetensors, into exports/NAME
+    python -m gradeclip_ft export run=NAME                      for open_clip, into exports/NAME
+    python -m gradeclip_ft export run=NAME to=[evaclip]         for F-ViT, with its class vectors
+    python -m gradeclip_ft export run=NAME to=[huggingface]     a folder for the hub, with a card
+    python -m gradeclip_ft export run=NAME to=[class_embed]     COCO class vectors alone
     python -m gradeclip_ft export run=NAME out=DIR format=pt    a file as torch saves it
     python -m gradeclip_ft export run=NAME alpha=0.7            mixed with the start weights
+    python -m gradeclip_ft export run=NAME half=true            rounded to fp16
+    python -m gradeclip_ft export run=NAME pixels=FOLDER        compared on your photos
     python -m gradeclip_ft export weights=FILE model=eva02_b16  weights without a run
     """
     _check(cfg)
     start, weights = _origin(cfg)
-    from gradeclip_ft.commands.build import build_clip
-    from gradeclip_ft.export.interpolate import mix
+    loaded = _load(start, weights, cfg.alpha)
+    from gradeclip_ft.export.write import write_export
 
-    tuned = build_clip(OmegaConf.create({**start, "init_from": str(weights)}))
-    if cfg.alpha != 1.0:
-        origin = build_clip(start).clip.model.state_dict()
-        model = tuned.clip.model
-        model.load_state_dict(mix(origin, model.state_dict(), cfg.alpha))
+    origin = _facts(cfg, start, weights)
     for target in cfg.to:
-        TARGETS[target](cfg, tuned, _folder(cfg))
+        folder = _folder(cfg, target)
+        written = write_export(
+            loaded,
+            target,
+            folder,
+            origin,
+            form=cfg.format,
+            half=cfg.half,
+            pixels=None if cfg.pixels is None else Path(cfg.pixels),
+        )
+        print(folder, *written.checks, sep="\n  ")
+        print(f"\n{written.usage}\n")
 
 
 def _check(cfg: DictConfig) -> None:
@@ -56,27 +70,62 @@ def _origin(cfg: DictConfig) -> tuple[DictConfig, Path]:
     return OmegaConf.create({key: record.get(key) for key in keys}), weights
 
 
-def _folder(cfg: DictConfig) -> Path:
-    if cfg.out is not None:
-        return Path(cfg.out)
-    share = "" if cfg.alpha == 1.0 else f"-alpha{cfg.alpha:g}"
-    return Path("exports") / f"{Path(cfg.run or cfg.weights).stem}{share}"
+def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
+    """The model with the weights to export, mixed with those before training."""
+    from gradeclip_ft.commands.build import build_clip
+    from gradeclip_ft.export.interpolate import mix
+
+    tuned = build_clip(OmegaConf.create({**start, "init_from": str(weights)}))
+    if alpha == 1.0:
+        return tuned
+    if start.get("init_from") is None and start.model.get("weights") == "random":
+        raise ValueError(
+            f"alpha={alpha} mixes with the weights before training, which were drawn at random; "
+            "export with alpha=1"
+        )
+    origin = build_clip(start).clip.model.state_dict()
+    model = tuned.clip.model
+    model.load_state_dict(mix(origin, model.state_dict(), alpha))
+    return tuned
 
 
-def _openclip(cfg: DictConfig, loaded: LoadedClip, folder: Path) -> None:
-    from gradeclip_ft.export.openclip import write_openclip
-    from gradeclip_ft.export.verify import verify_openclip
-    from gradeclip_ft.models.openclip import is_registered
+def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
+    from gradeclip_ft.export.origin import Origin, scores_of
+    from gradeclip_ft.results.fingerprint import hash_json
+    from gradeclip_ft.training.checkpoints import step_of
 
-    file = write_openclip(loaded, folder, form=cfg.format)
-    difference = verify_openclip(loaded, file)
-    call = (
-        f'"{loaded.name}", pretrained="{file}"'
-        if is_registered(loaded)
-        else f'"local-dir:{folder}"'
+    before = _start_weights(start)
+    if cfg.run is None:
+        return Origin(start=before, alpha=cfg.alpha)
+    home = weights.parent
+    settings = OmegaConf.to_container(runs.read_config(home), resolve=True)
+    assert isinstance(settings, dict)
+    return Origin(
+        start=before,
+        alpha=cfg.alpha,
+        run=home.absolute().name,
+        step=step_of(weights),
+        config_hash=hash_json({str(key): value for key, value in settings.items()}),
+        scores=scores_of(home),
     )
-    print(f"{file}: loads again, embeddings equal to {difference:.0e}")
-    print(f"  open_clip.create_model({call})")
 
 
-TARGETS: dict[str, Callable[[DictConfig, LoadedClip, Path], None]] = {"openclip": _openclip}
+def _start_weights(start: DictConfig) -> str:
+    """Weights that the first of a chain of runs began with."""
+    earlier = start.get("init_from")
+    if earlier is None:
+        return str(start.model.get("weights") or "packaged")
+    file = runs.resolve_weights(earlier, start.runs_dir)
+    if file.name == runs.WEIGHTS and (file.parent / runs.CONFIG).exists():
+        return _start_weights(runs.read_config(file.parent))
+    return str(file)
+
+
+def _folder(cfg: DictConfig, target: str) -> Path:
+    """A folder per format: none replaces another."""
+    if cfg.out is not None:
+        return Path(cfg.out) if len(cfg.to) == 1 else Path(cfg.out) / target
+    kind = "" if target == "openclip" else f"-{target}"
+    share = "" if cfg.alpha == 1.0 else f"-alpha{cfg.alpha:g}"
+    half = "-half" if cfg.half else ""
+    return Path("exports") / f"{Path(cfg.run or cfg.weights).stem}{share}{half}{kind}"

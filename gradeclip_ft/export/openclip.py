@@ -6,17 +6,20 @@ goes into `open_clip.create_model("local-dir:FOLDER")`, which needs no registere
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.openclip import CONFIG_NAME, describe, is_registered
+from gradeclip_ft.export.job import Job, Written
+from gradeclip_ft.export.origin import as_strings
+from gradeclip_ft.export.parts import write_description
+from gradeclip_ft.export.staging import save_state
+from gradeclip_ft.export.verify import check_embeddings, check_tensors
+from gradeclip_ft.models.openclip import describe, is_registered, open_file, open_folder
+from gradeclip_ft.models.sizes import pair
 
 FILES = {
     "safetensors": "open_clip_model.safetensors",
@@ -24,48 +27,86 @@ FILES = {
 }
 
 
-def write_openclip(loaded: LoadedClip, folder: Path, *, form: str = "safetensors") -> Path:
-    """Write the model's weights and description into `folder`, each replaced in one step.
+def write_openclip(job: Job, stage: Path) -> Written:
+    """Weights and description; read back by `open_clip.create_model`.
 
     Args:
-        loaded: The model.
-        folder: Made if absent.
-        form: "safetensors" or "pt".
-
-    Returns:
-        The weights file.
+        job: What to write.
+        stage: Folder to write into.
 
     Raises:
         ValueError: If the form is unknown, or does not suit an architecture without a registered
             name.
+        ExportError: Read back, it is another model.
     """
-    if form not in FILES:
-        raise ValueError(f"format={form} is unknown; use {' or '.join(FILES)}")
-    if form != "safetensors" and not is_registered(loaded):
+    loaded = job.loaded
+    if job.form not in FILES:
+        raise ValueError(f"format={job.form} is unknown; use {' or '.join(FILES)}")
+    registered = is_registered(loaded)
+    if job.form != "safetensors" and not registered:
         raise ValueError(
             f"open_clip knows no architecture {loaded.name}, so its export is a folder with a "
             "description, whose weights are safetensors; use format=safetensors"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILES[form]
-    save_state(loaded.clip.model.state_dict(), path)
-    description = json.dumps(describe(loaded), indent=2) + "\n"
-    aside = folder / f".{CONFIG_NAME}.{os.getpid()}"
-    aside.write_text(description, encoding="utf-8")
-    aside.replace(folder / CONFIG_NAME)
-    return path
+    parts = write_description(loaded, stage)
+    file = stage / FILES[job.form]
+    save_state(job.state, file, as_strings(job.facts))
+    check_tensors(job.state, read_tensors(file), file.name)
+    checks = [f"{file.name}: {len(job.state)} tensors read back bit-equal"]
+    calls = []
+    if registered:
+        size = pair(describe(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
+        again = open_file(loaded.name, file, size)
+        difference = check_embeddings(loaded, again, job.inputs, half=job.half)
+        calls.append(
+            f'open_clip.create_model("{loaded.name}", pretrained="{job.folder / file.name}")'
+        )
+        checks.append(f"open_clip by name: loads again, embeddings equal to {difference:.0e}")
+    if job.form == "safetensors":
+        difference = check_folder(job, stage, parts=parts)
+        calls.append(folder_call(job.folder, parts=parts))
+        checks.append(
+            f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}"
+        )
+    return Written(tuple(checks), code("import open_clip", *calls))
 
 
-def save_state(state: Mapping[str, Tensor], path: Path) -> None:
-    """A plain dict of tensors as .safetensors or .pt, complete before it has its name."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(tensors, aside, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, aside)
-        aside.chmod(0o644)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def check_folder(job: Job, stage: Path, *, parts: bool) -> float:
+    """Load the folder with open_clip and compare embeddings.
+
+    Args:
+        job: What was written.
+        stage: The folder.
+        parts: Whether the description names parts in the folder, which open_clip takes relative to
+            the working directory.
+
+    Returns:
+        Largest difference of unit embeddings.
+    """
+    again: nn.Module
+    if parts:
+        with chdir(stage):
+            again = open_folder(Path())
+    else:
+        again = open_folder(stage)
+    return check_embeddings(job.loaded, again, job.inputs, half=job.half)
+
+
+def folder_call(folder: Path, *, parts: bool) -> str:
+    """How open_clip loads the folder, as code."""
+    if parts:
+        return f'open_clip.create_model_and_transforms("local-dir:.")  # from inside {folder}'
+    return f'open_clip.create_model_and_transforms("local-dir:{folder}")'
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file as they are stored."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
+
+
+def code(*lines: str) -> str:
+    """A block of Python in Markdown."""
+    return "\n".join(["```python", *lines, "```"])

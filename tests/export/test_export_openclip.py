@@ -7,132 +7,149 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from gradeclip_ft.export.openclip import save_state, write_openclip
-from gradeclip_ft.export.verify import (
-    ExportError,
-    largest_difference,
-    pictures,
-    verify_openclip,
-)
+from gradeclip_ft.export.staging import NOTE, save_state
+from gradeclip_ft.export.verify import ExportError, Inputs, largest_difference, pictures
+from gradeclip_ft.export.write import write_export
 from gradeclip_ft.models.factory import load_clip
 from gradeclip_ft.models.openclip import open_folder
-
-ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32,
-        "layers": 2,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 16,
-        "heads": 2,
-        "layers": 1,
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def registered(tmp_path_factory):
-    """A small architecture that open_clip knows by name, with random weights."""
-    path = tmp_path_factory.mktemp("architecture") / "tiny-test-export.json"
-    path.write_text(json.dumps(ARCHITECTURE))
-    open_clip.add_model_config(path)
-    torch.manual_seed(0)
-    return load_clip("tiny-test-export", "random")
-
-
-@pytest.fixture(scope="module")
-def packaged():
-    """The packaged CLIP, which open_clip knows no name for."""
-    return load_clip("shapes_tiny")
+from tests.export.small import ORIGIN, names_in
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
-def test_the_file_loads_by_name_with_equal_embeddings(registered, tmp_path, form) -> None:
+def test_the_file_loads_by_name_with_equal_embeddings(vit, tmp_path, form) -> None:
     """G4: prefixes or a wrapping key make open_clip refuse, or ignore, the file."""
-    file = write_openclip(registered, tmp_path, form=form)
-    assert file.suffix == f".{form}"
-    model = open_clip.create_model("tiny-test-export", pretrained=str(file)).eval()
-    images, texts = torch.randn(2, 3, 32, 32), registered.tokenizer(["a dog", "two red cars"])
-    own = registered.clip.model
+    write_export(vit, "openclip", tmp_path / "out", ORIGIN, form=form)
+    file = tmp_path / "out" / f"open_clip_model.{form}"
+    model, _, _ = open_clip.create_model_and_transforms("tiny-test-export", pretrained=str(file))
+    images, texts = torch.randn(2, 3, 32, 32), vit.tokenizer(["a dog", "two red cars"])
+    own, model = vit.clip.model, model.eval()
     assert torch.equal(model.encode_image(images), own.encode_image(images))
     assert torch.equal(model.encode_text(texts), own.encode_text(texts))
-    assert verify_openclip(registered, file) == 0
 
 
-@pytest.mark.parametrize("which", ["registered", "packaged"])
+@pytest.mark.parametrize("which", ["vit", "nested", "eva02", "packaged"])
 def test_the_folder_loads_without_a_name_with_its_preprocessing(which, request, tmp_path) -> None:
     """G5: open_clip's own writer stops before the description."""
     loaded = request.getfixturevalue(which)
-    write_openclip(loaded, tmp_path)
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    write_export(loaded, "openclip", tmp_path / "out", ORIGIN)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     for picture in pictures():
         pixels = preprocess(picture)
         torch.testing.assert_close(pixels, loaded.transform()(picture), rtol=0, atol=1e-6)
-    assert largest_difference(loaded, model) == 0
+    assert largest_difference(loaded, model, Inputs.of(loaded)) == 0
 
 
-def test_another_image_size_by_name(registered, tmp_path) -> None:
-    file = tmp_path / "weights.pt"
-    save_state(registered.clip.model.state_dict(), file)
-    larger = load_clip("tiny-test-export", file, image_size=48)
-    assert verify_openclip(larger, write_openclip(larger, tmp_path)) == 0
+@pytest.mark.parametrize("which", ["vit", "eva02", "packaged"])
+def test_our_own_reader_takes_the_folder_with_its_words(which, request, tmp_path) -> None:
+    """Without the vocabulary, a model of words would get byte pairs behind its table."""
+    loaded = request.getfixturevalue(which)
+    write_export(loaded, "openclip", tmp_path / "out", ORIGIN)
+    again = load_clip(str(tmp_path / "out"))
+    texts = ["a red circle above two dogs"]
+    assert torch.equal(again.tokenizer(texts), loaded.tokenizer(texts))
+    assert again.weights_hash == loaded.weights_hash
 
 
-def test_other_weights_in_the_file_are_noticed(registered, tmp_path) -> None:
-    """A check that compares nothing would let this pass."""
-    file = write_openclip(registered, tmp_path)
-    state = dict(registered.clip.model.state_dict())
-    state["visual.proj"] = state["visual.proj"].roll(1, 0)
-    save_state(state, file)
-    with pytest.raises(ExportError, match="differ by"):
-        verify_openclip(registered, file)
+@pytest.mark.parametrize("which", ["tiny-test-export", "tiny-test-eva02"])
+def test_another_image_size_by_name(small, tmp_path, which) -> None:
+    """open_clip builds its own ViT at any size, trunks of timm at their own alone."""
+    save_state(small[which].clip.model.state_dict(), tmp_path / "weights.pt")
+    larger = load_clip(which, tmp_path / "weights.pt", image_size=48)
+    written = write_export(larger, "openclip", tmp_path / "out", ORIGIN)
+    assert "by name: loads again, embeddings equal to 0e+00" in written.checks[1]
 
 
-def test_one_changed_text_weight_is_noticed(packaged, tmp_path) -> None:
-    write_openclip(packaged, tmp_path)
-    model = open_folder(tmp_path)
-    with torch.no_grad():
-        model.ln_final.bias.add_(0.1)
-    assert largest_difference(packaged, model) > 1e-3
+def test_half_precision_is_the_rounded_state_and_close(vit, tmp_path) -> None:
+    """Without rounding the file is no smaller; rounding something else would be far away."""
+    write_export(vit, "openclip", tmp_path / "out", ORIGIN, half=True)
+    stored = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    state = vit.clip.model.state_dict()
+    assert all(torch.equal(stored[key], value.half()) for key, value in state.items())
+    difference = largest_difference(vit, open_folder(tmp_path / "out"), Inputs.of(vit))
+    assert 0 < difference < 1e-2
 
 
-def test_a_failing_write_leaves_the_previous_export(registered, tmp_path, monkeypatch) -> None:
-    file = write_openclip(registered, tmp_path)
-    before = file.read_bytes()
+def test_the_header_says_where_the_weights_come_from(vit, tmp_path) -> None:
+    origin = replace(ORIGIN, run="mine", step=7, alpha=0.5, config_hash="abc")
+    write_export(vit, "openclip", tmp_path / "out", origin)
+    with safe_open(tmp_path / "out" / "open_clip_model.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["format"] == "pt"
+    assert (header["run"], header["step"], header["alpha"]) == ("mine", "7", "0.5")
+    note = json.loads((tmp_path / "out" / NOTE).read_text())
+    assert note["weights_hash"] == header["weights_hash"] == vit.weights_hash
+    assert note["files"] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
 
-    def half(tensors: dict, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr("gradeclip_ft.export.openclip.save_file", half)
-    with pytest.raises(OSError, match="no space"):
-        write_openclip(registered, tmp_path)
-    assert file.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "open_clip_config.json",
-        "open_clip_model.safetensors",
-    ]
+def test_other_weights_in_the_file_are_noticed(vit, tmp_path, monkeypatch) -> None:
+    """A check that compares nothing would let this pass; nothing may be left behind."""
+
+    def spoiled(state: dict, path: Path, note: object = None) -> None:
+        changed = {**state, "visual.proj": state["visual.proj"].roll(1, 0)}
+        save_state(changed, path)
+
+    monkeypatch.setattr("gradeclip_ft.export.openclip.save_state", spoiled)
+    with pytest.raises(ExportError, match=r"1 changed: visual\.proj"):
+        write_export(vit, "openclip", tmp_path / "out", ORIGIN)
+    assert names_in(tmp_path) == []
+
+
+def test_a_library_that_computes_something_else_is_noticed(vit, tmp_path, monkeypatch) -> None:
+    """Equal tensors in a differently built model: only embeddings tell."""
+
+    def other(folder: Path) -> torch.nn.Module:
+        model = open_folder(folder)
+        with torch.no_grad():
+            model.ln_final.bias.add_(0.1)
+        return model
+
+    monkeypatch.setattr("gradeclip_ft.export.openclip.open_folder", other)
+    with pytest.raises(ExportError, match="they differ by"):
+        write_export(vit, "openclip", tmp_path / "out", ORIGIN)
+    assert names_in(tmp_path) == []
+
+
+def test_photos_of_a_folder_are_what_is_compared(vit, tmp_path) -> None:
+    for index, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"{index}.png")
+    shown = Inputs.of(vit, tmp_path)
+    assert torch.equal(shown.pixels, Inputs.of(vit).pixels)
+    with pytest.raises(FileNotFoundError, match="no photo in pixels="):
+        Inputs.of(vit, tmp_path / "none")
 
 
 def test_a_single_file_of_an_unregistered_architecture_is_refused(packaged, tmp_path) -> None:
     with pytest.raises(ValueError, match="use format=safetensors"):
-        write_openclip(packaged, tmp_path, form="pt")
+        write_export(packaged, "openclip", tmp_path / "out", ORIGIN, form="pt")
 
 
-def test_an_unknown_form_names_the_known_ones(registered, tmp_path) -> None:
+def test_unknown_forms_and_targets_name_the_known_ones(vit, tmp_path) -> None:
     with pytest.raises(ValueError, match="use safetensors or pt"):
-        write_openclip(registered, tmp_path, form="onnx")
+        write_export(vit, "openclip", tmp_path / "out", ORIGIN, form="onnx")
+    with pytest.raises(ValueError, match="there is openclip, huggingface, evaclip, class_embed"):
+        write_export(vit, "onnx", tmp_path / "out", ORIGIN)
 
 
-def test_a_name_taken_for_another_architecture_is_an_error(packaged, registered, tmp_path) -> None:
+def test_weights_that_are_not_finite_are_refused(small, tmp_path) -> None:
+    """A diverged run must not become a file that others load."""
+    loaded = load_clip("tiny-test-export", "random")
+    weight = loaded.clip.model.ln_final.weight
+    with torch.no_grad():
+        weight[0] = 1e5
+    with pytest.raises(ValueError, match=r"fp16 cannot hold, in ln_final\.weight.*half=false"):
+        write_export(loaded, "openclip", tmp_path / "out", ORIGIN, half=True)
+    with torch.no_grad():
+        weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite in 1 tensors \(ln_final\.weight\)"):
+        write_export(loaded, "openclip", tmp_path / "out", ORIGIN)
+    assert names_in(tmp_path) == []
+
+
+def test_a_name_taken_for_another_architecture_is_an_error(packaged, vit, tmp_path) -> None:
     """Wrong weights under a right name must not load silently."""
-    file = write_openclip(packaged, tmp_path)
     with pytest.raises((RuntimeError, AssertionError)):  # open_clip asserts some shapes
-        verify_openclip(replace(registered, clip=packaged.clip), file)
+        write_export(replace(vit, clip=packaged.clip), "openclip", tmp_path / "out", ORIGIN)
+    assert names_in(tmp_path) == []
