@@ -100,7 +100,13 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model; its weights are looked for, not read."""
+    from gradeclip_ft.commands.build import build_objective
+    from gradeclip_ft.models.structure import image_sentence, text_sentence
+
     loaded = structure(cfg)
+    yield Finding("ok", f"image tower: {image_sentence(loaded)}")
+    yield Finding("ok", f"text tower: {text_sentence(loaded)}")
+    build_objective(cfg).check(loaded.clip)
     size = sum(parameter.numel() for parameter in loaded.clip.parameters())
     height, width = loaded.image_size
     yield Finding("ok", f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels")

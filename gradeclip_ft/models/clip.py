@@ -44,6 +44,20 @@ class Clip(nn.Module):
         scale: Tensor = self.model.logit_scale
         return scale.reshape(())
 
+    def train(self, mode: bool = True) -> Clip:
+        """Training mode, except where it would add noise and teach nothing.
+
+        Batch norms keep their statistics, which small batches would spoil, and towers without a
+        parameter to learn keep their dropout off.
+        """
+        super().train(mode)
+        for part in self.model.modules():
+            learning = [parameter.requires_grad for parameter in part.parameters()]
+            frozen = bool(learning) and not any(learning)
+            if frozen or isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+        return self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of all blocks but the last again in the backward pass."""
         self.model.set_grad_checkpointing(enable)

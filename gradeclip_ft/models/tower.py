@@ -12,6 +12,9 @@ from gradeclip_ft.models.trace import Trace
 Foreign: TypeAlias = Any
 """A module of open_clip or timm, whose attributes the adapters check by hand."""
 
+EXPLAINED = "ViT-B-16, EVA02-B-16, RN50, ViT-B-16-SigLIP or coca_ViT-B-32"
+"""Models with a trace, one of each kind, for error messages."""
+
 
 @runtime_checkable
 class Tower(Protocol):

@@ -30,6 +30,14 @@ class LossTerms:
 class Objective(Protocol):
     """Loss of one batch; the whole of it runs inside the training step, so DDP sees one forward."""
 
+    def check(self, clip: Clip) -> None:
+        """Refuse a model that this objective cannot train; called before anything else.
+
+        Raises:
+            UnsupportedTowerError: A tower lacks what the loss needs.
+        """
+        ...
+
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
         """Loss terms of this batch."""
         ...

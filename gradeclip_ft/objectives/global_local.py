@@ -14,6 +14,7 @@ from gradeclip_ft.explain.base import TraceExplainer, heat_from_trace
 from gradeclip_ft.losses.alignment import AlignmentOptions, AlignmentTerms, alignment_loss
 from gradeclip_ft.losses.contrastive import contrastive_loss
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.tower import EXPLAINED, UnsupportedTowerError
 from gradeclip_ft.objectives.base import LossTerms
 from gradeclip_ft.ops.pooling import pool_heatmap
 
@@ -36,6 +37,18 @@ class GlobalLocal:
     local_weight: float = 1.0
     phrase_weight: Literal["max", "none"] = "max"
     normalize_tokens: bool = True
+
+    def check(self, clip: Clip) -> None:
+        """Heat maps and dense features need an image tower that can be traced.
+
+        Raises:
+            UnsupportedTowerError: It cannot.
+        """
+        if clip.image.unexplained is not None:
+            raise UnsupportedTowerError(
+                f"{clip.image.unexplained}: no heat maps, so no local loss; choose "
+                f"objective=global_only, or a model such as {EXPLAINED}"
+            )
 
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
         """Loss terms of this batch: one image forward, two short text forwards, one gradient."""

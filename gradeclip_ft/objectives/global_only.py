@@ -16,6 +16,9 @@ from gradeclip_ft.objectives.base import LossTerms
 class GlobalOnly:
     """Symmetric contrast of images and captions (eq. 21)."""
 
+    def check(self, clip: Clip) -> None:
+        """Every model that encodes can be trained."""
+
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
         """Loss terms of this batch."""
         images = clip.image.encode(batch.images)

@@ -56,6 +56,7 @@ class FineTuneModule(pl.LightningModule):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        objective.check(clip)
         self.clip = clip
         self.objective = objective
         self.seed = seed

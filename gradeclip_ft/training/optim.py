@@ -19,7 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 TEMPERATURE = ("logit_scale", "logit_bias")
 UNUSED = ("logit_bias", "text_decoder.")  # SigLIP's bias, CoCa's captioner: no loss here reads them
 BLOCK = re.compile(r"\b(?:resblocks|blocks)\.(\d+)\.")
-TAIL = re.compile(r"^visual\.(?:ln_post|proj\b|head|trunk\.(?:norm|fc_norm|head))")
+TAIL = re.compile(
+    r"^visual\.(?:ln_post|proj\b|head|attnpool|attn_pool|trunk\.(?:norm|fc_norm|head|attn_pool))"
+)
 
 
 def freeze(

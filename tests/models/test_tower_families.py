@@ -201,3 +201,25 @@ def test_a_tower_without_query_still_encodes() -> None:
     assert tower.unexplained == "image tower pools by 'avg'"
     with pytest.raises(UnsupportedTowerError, match=r"'avg': it encodes, .* choose ViT-B-16"):
         tower.trace(pixels)
+
+
+def test_training_mode_spares_batch_norms_and_frozen_parts() -> None:
+    """Statistics of small batches would spoil a ResNet, dropout a tower that does not learn."""
+    clip = make_tiny_clip("resnet")
+    clip.train()
+    before = clip.model.visual.bn1.running_mean.clone()
+    clip.image.encode(images(clip, 2))
+    assert torch.equal(clip.model.visual.bn1.running_mean, before)
+    assert clip.model.text.transformer.training
+    for parameter in clip.model.text.parameters():
+        parameter.requires_grad = False
+    clip.train()
+    assert clip.model.visual.training
+    assert not any(part.training for part in clip.model.text.modules())
+    assert not any(part.training for part in clip.eval().modules())
+
+
+def test_dropout_of_a_learning_tower_stays_on() -> None:
+    clip = make_tiny_clip("dinov2")
+    clip.train()
+    assert clip.model.visual.trunk.pos_drop.training

@@ -6,9 +6,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
-
-EXPLAINED = "ViT-B-16, EVA02-B-16, RN50, ViT-B-16-SigLIP or coca_ViT-B-32"
+from gradeclip_ft.models.tower import EXPLAINED, Foreign, UnsupportedTowerError
 
 
 class OpaqueTower:
