@@ -1,0 +1,309 @@
+"""Where models come from: folders, Hugging Face, OpenAI's and EVA-CLIP's names, other sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gradeclip_ft.models.architecture import find_architecture
+from gradeclip_ft.models.checkpoint import read_state
+from gradeclip_ft.models.evaclip import to_evaclip
+from gradeclip_ft.models.factory import load_clip
+from tests.tiny import DIM, TEXT, VISION, make_tiny_clip
+
+TINY = {
+    "embed_dim": DIM,
+    "vision_cfg": VISION,
+    "text_cfg": {**TEXT, "context_length": 77, "vocab_size": 49408},
+}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small architecture that open_clip knows by name."""
+    path = tmp_path_factory.mktemp("architecture") / "tiny-test-sources.json"
+    path.write_text(json.dumps(TINY))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model in open_clip's layout whose trunk and text encoder are folders inside of it."""
+    return write_folder(tmp_path / "model")
+
+
+def write_folder(folder: Path) -> Path:
+    """Timm's DINOv2 layout and a BERT, with tokenizer; all paths relative to the folder."""
+    from transformers import BertConfig, BertTokenizerFast
+
+    (folder / "trunk").mkdir(parents=True)
+    text = folder / "text"
+    text.mkdir()
+    trunk = {"img_size": 56, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    description = {"architecture": "vit_small_patch14_dinov2", "num_classes": 0}
+    (folder / "trunk" / "config.json").write_text(
+        json.dumps({**description, "model_args": trunk, "pretrained_cfg": {"num_classes": 0}})
+    )
+    BertConfig(
+        vocab_size=9,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        pad_token_id=0,
+    ).save_pretrained(text)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "red", "car"]
+    (text / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(text / "vocab.txt")).save_pretrained(text)
+    config = {
+        "embed_dim": DIM,
+        "vision_cfg": {
+            "image_size": 56,
+            "timm_model_name": "local-dir:trunk",
+            "timm_pool": "token",
+            "timm_proj": "linear",
+        },
+        "text_cfg": {
+            "hf_model_name": "text",
+            "hf_tokenizer_name": "text",
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "linear",
+            "context_length": 16,
+        },
+    }
+    how = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": how})
+    )
+    torch.manual_seed(4)
+    save_file(
+        find_architecture(str(folder)).build().state_dict(), folder / "open_clip_model.safetensors"
+    )
+    return folder
+
+
+def test_a_folder_loads_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative parts belong to the folder, not to the working directory as in open_clip."""
+    monkeypatch.chdir(tmp_path)
+    loaded = load_clip("model")
+    assert loaded.image_size == (56, 56)
+    assert loaded.preprocessing.resize == "squash"
+    assert loaded.mean == (0.5, 0.4, 0.3)
+    ids = loaded.tokenizer(["a red dog", "a car"], trim=True)
+    assert ids.shape == (2, 8)  # cut, because BERT masks its padding
+    assert ids[0, :5].tolist() == [2, 5, 7, 6, 3]
+    with torch.no_grad():
+        whole = loaded.clip.model.encode_text(loaded.tokenizer(["a red dog", "a car"]))
+        torch.testing.assert_close(loaded.clip.text.encode(ids), whole, **CLOSE)
+    for name in (str(folder), f"local-dir:{folder}"):
+        assert load_clip(name).weights_hash == loaded.weights_hash
+
+
+def test_one_object_encodes_pictures_and_texts(folder: Path) -> None:
+    """The four lines of a notebook."""
+    from PIL import Image
+
+    clip = load_clip(str(folder))
+    pictures = [Image.new("RGB", (90, 60), color) for color in ("red", "blue", "white")]
+    found = clip.encode_images(pictures, batch_size=2)
+    assert found.shape == (3, DIM)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    again = clip.encode_images([pictures[2]])
+    torch.testing.assert_close(again, found[2:], **CLOSE)
+    texts = clip.encode_texts(["a dog", "a red car", "a car"], batch_size=2)
+    torch.testing.assert_close(texts[2:], clip.encode_texts(["a car"]), **CLOSE)
+
+
+def test_weights_of_a_folder_may_be_replaced(folder: Path) -> None:
+    other = load_clip(str(folder), "random")
+    assert other.weights_hash != load_clip(str(folder)).weights_hash
+    assert other.weights == "random"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "open_clip_config.json").unlink(), "has no open_clip_config.json"),
+        (lambda f: (f / "open_clip_config.json").write_text('{"model'), "no complete JSON"),
+        (lambda f: (f / "open_clip_config.json").write_text("{}"), "has no model_cfg"),
+        (lambda f: (f / "open_clip_model.safetensors").unlink(), "holds no weights"),
+    ],
+)
+def test_a_broken_folder_says_what_is_missing(folder: Path, break_it, message: str) -> None:
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_clip(str(folder))
+
+
+def test_no_such_folder_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="no folder nowhere/here"):
+        load_clip("nowhere/here")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_transformers_clip_gives_its_features(
+    file: str, tiny_name: str, tmp_path: Path
+) -> None:
+    """Transformers itself is the oracle: its CLIPModel, written by its own save_pretrained."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(3)
+    vision = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+    }
+    text = {
+        "vocab_size": 49408,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "eos_token_id": 49407,
+    }
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
+    theirs.eval().save_pretrained(tmp_path)
+    if file.endswith("bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / file)
+    ours = load_clip(tiny_name, tmp_path)
+    pixels, ids = torch.randn(2, 3, 32, 32), ours.tokenizer(["a dog", "two red cars"])
+    with torch.no_grad():
+        image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+        words = theirs.text_projection(theirs.text_model(ids).pooler_output)
+        torch.testing.assert_close(ours.clip.image.encode(pixels), image, **CLOSE)
+        torch.testing.assert_close(ours.clip.text.encode(ids), words, **CLOSE)
+
+
+def test_flat_names_and_settings_of_openai_are_read(tmp_path: Path) -> None:
+    """The file holds three numbers beside the weights, and the text tower without prefix."""
+    clip = make_tiny_clip("eva02")
+    state = {key.removeprefix("text."): value for key, value in clip.model.state_dict().items()} | {
+        name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")
+    }
+    from gradeclip_ft.models.checkpoint import load_state
+
+    other = make_tiny_clip("eva02", seed=5)
+    load_state(other.model, state, "openai.pt")
+    for key, value in clip.model.state_dict().items():
+        assert other.model.state_dict()[key].equal(value)
+
+
+def test_eva_clips_names_are_recognised(tmp_path: Path) -> None:
+    state = make_tiny_clip("eva02").model.state_dict()
+    torch.save({"module": to_evaclip(state)}, tmp_path / "eva.pt")
+    got = read_state(tmp_path / "eva.pt")
+    assert got.keys() == state.keys()
+    assert all(got[key].equal(value) for key, value in state.items())
+
+
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    """OpenAI's own files are of this kind: loading them runs code."""
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "openai.pt"))
+    with pytest.raises(ValueError, match="TorchScript archive, which carries code"):
+        read_state(tmp_path / "openai.pt")
+
+
+def test_a_wrong_architecture_is_told_by_its_shapes() -> None:
+    state = find_architecture("ViT-B-32").build().state_dict()
+    from gradeclip_ft.models.checkpoint import load_state
+
+    with pytest.raises(ValueError, match=r"by its shapes it is ViT-B-32"):
+        load_state(make_tiny_clip("vit").model, state, "file.pt")
+
+
+def test_diverged_weights_are_told_from_another_architecture() -> None:
+    from gradeclip_ft.models.checkpoint import load_state
+
+    clip = make_tiny_clip("vit")
+    state = {key: value.clone() for key, value in clip.model.state_dict().items()}
+    state["visual.proj"][0, 0] = torch.inf
+    with pytest.raises(ValueError, match="its training diverged"):
+        load_state(clip.model, state, "file.pt")
+
+
+def test_rectangles_and_other_sizes(tiny_name: str) -> None:
+    """(height, width): the grid has the same order, and the transform makes such pixels."""
+    from PIL import Image
+
+    loaded = load_clip(tiny_name, "random", image_size=[48, 72])
+    pixels = loaded.transform()(Image.new("RGB", (100, 100)))[None]
+    assert pixels.shape == (1, 3, 48, 72)
+    assert loaded.clip.image.trace(pixels).grid == (6, 9)
+    with torch.no_grad():
+        expected = loaded.clip.model.encode_image(pixels)
+        torch.testing.assert_close(loaded.clip.image.encode(pixels), expected, **CLOSE)
+    with pytest.raises(ValueError, match="expected a side or"):
+        load_clip(tiny_name, "random", image_size=[48, 72, 3])
+    with pytest.raises(ValueError, match="73 is not a multiple of the patch size 8"):
+        load_clip(tiny_name, "random", image_size=[48, 73])
+
+
+def test_weights_saved_at_another_size_fit(tiny_name: str, tmp_path: Path) -> None:
+    """A run at 48 pixels goes on at 48 exactly, and back at 32 with its positions interpolated."""
+    larger = load_clip(tiny_name, "random", image_size=48)
+    save_file(larger.clip.model.state_dict(), tmp_path / "w.safetensors")
+    again = load_clip(tiny_name, tmp_path / "w.safetensors", image_size=48)
+    assert again.weights_hash == larger.weights_hash
+    small = load_clip(tiny_name, tmp_path / "w.safetensors")
+    assert small.clip.model.visual.positional_embedding.shape == (17, 32)
+
+
+def test_what_the_hub_holds_needs_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ValueError, match=r"cannot be fetched .*no route to host.* give its folder"):
+        load_clip("hf-hub:owner/name")
+
+
+def test_a_hub_repository_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert load_clip("hf-hub:owner/name").weights_hash == load_clip(str(folder)).weights_hash
+
+
+def test_pixels_follow_the_published_weights_of_a_name() -> None:
+    """SigLIP's are squashed to -1..1; a fine-tuned file of it must not get CLIP's statistics."""
+    from gradeclip_ft.models.factory import _published_preprocess
+
+    assert _published_preprocess("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
+    assert _published_preprocess("ViT-B-16-SigLIP")["resize_mode"] == "squash"
+    assert _published_preprocess("no-such-model") == {}
+
+
+@pytest.mark.slow
+def test_the_photo_encoder_loads_from_its_folder(shared_dir: Path) -> None:
+    """A DINOv2 trunk through timm, MiniLM through Hugging Face: matches photos and captions."""
+    source = shared_dir / "models" / "photo_encoder"
+    if not source.is_dir():
+        pytest.skip("no photo_encoder")
+    loaded = load_clip(str(source))
+    coco = shared_dir / "data" / "coco_mini_open"
+    content = json.loads((coco / "annotations" / "captions_val2017.json").read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"][:20]}
+    captions = {item["image_id"]: item["caption"] for item in content["annotations"]}
+    images = loaded.encode_images([coco / "images" / name for name in names.values()])
+    texts = loaded.encode_texts([captions[key] for key in names])
+    right = (images @ texts.T).argmax(1) == torch.arange(len(names))
+    assert right.float().mean() > 0.5  # chance is 0.05
