@@ -151,8 +151,8 @@ class RegionEvaluator:
 
         Raises:
             FileNotFoundError: Data are missing.
-            ValueError: The model has another image size, the data are damaged, or the features
-                are not finite.
+            ValueError: The model has no dense features, the size does not suit its patches, the
+                data are damaged, or the features are not finite.
         """
         size = self._size(loaded)
         regions = self.data(image_size=size, patch=loaded.patch, mean=loaded.mean, std=loaded.std)
@@ -190,12 +190,23 @@ class RegionEvaluator:
         )
 
     def _size(self, loaded: LoadedClip) -> int:
+        """Side of the square; towers interpolate their positions to it."""
         height, width = loaded.image_size
-        wanted = height if self.image_size is None else self.image_size
-        if (height, width) != (wanted, wanted):
+        tower = loaded.clip.image
+        if tower.unexplained is not None:
+            raise ValueError(f"{self.name} needs dense features, but {tower.unexplained}")
+        if self.image_size is None and height != width:
             raise ValueError(
-                f"{self.name} needs {wanted} x {wanted} pixels, the model takes {height} x "
-                f"{width}; load it with model.image_size={wanted}"
+                f"{self.name} pads photos to squares, the model takes {height} x {width}; set "
+                "the evaluator's image_size"
+            )
+        wanted = height if self.image_size is None else self.image_size
+        if wanted % tower.patch:
+            below = wanted // tower.patch * tower.patch
+            raise ValueError(
+                f"{self.name} asks for {wanted} pixels, no multiple of the model's patch size "
+                f"{tower.patch}; set the evaluator's image_size to {below or tower.patch} or "
+                f"{below + tower.patch}"
             )
         return wanted
 

@@ -53,11 +53,9 @@ class ImageTower(Tower, Protocol):
 
     Attributes:
         patch: Side of a patch, or of a cell of the feature map, in pixels; 0 where unknown.
-        any_size: Whether images of any multiple of the patch are accepted.
     """
 
     patch: int
-    any_size: bool
 
 
 @runtime_checkable

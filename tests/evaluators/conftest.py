@@ -120,6 +120,8 @@ class Reader:
     A token holds, for each class, the share of its pixels in that colour.
     """
 
+    unexplained = None
+
     def __init__(self, patch: int, *, blind: bool = False, shift: int = 0) -> None:
         self.patch = patch
         self.blind = blind

@@ -146,9 +146,14 @@ def test_protocol_and_data_name_every_choice(world: Any, load: Load) -> None:
     json.dumps([dict(measured.protocol), dict(measured.data), dict(measured.details)])
 
 
-def test_another_image_size_is_refused_with_the_remedy(world: Any, load: Load) -> None:
-    with pytest.raises(ValueError, match=r"needs 224 x 224 .* model.image_size=224"):
-        evaluator(world, image_size=224)(load(336, 14))
+def test_the_evaluator_s_own_size_is_used_and_recorded(world: Any, load: Load) -> None:
+    """The literature's 336 and 1024 pixels, whatever the model was made for."""
+    measured = evaluator(world, image_size=448)(load(224, 16))
+    assert measured.protocol["image_size"] == 448
+    assert measured.protocol["grid"] == 28
+    assert measured.metrics["boxes/top1"] == 1.0
+    with pytest.raises(ValueError, match=r"no multiple of the model's patch size 14; set .* 322"):
+        evaluator(world, image_size=330)(load(336, 14))
 
 
 def test_templates_without_a_place_for_the_name_are_refused(world: Any) -> None:

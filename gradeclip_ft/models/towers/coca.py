@@ -21,7 +21,6 @@ class CocaTower:
 
     pooling = "attention pool with learned queries"
     unexplained: str | None = None
-    any_size = True
 
     def __init__(self, visual: Foreign) -> None:
         _check(visual)

@@ -24,7 +24,6 @@ class EvaTower:
 
     pooling = "class token"
     unexplained: str | None = None
-    any_size = True
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk

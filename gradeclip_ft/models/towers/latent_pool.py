@@ -21,7 +21,6 @@ class LatentPoolTower:
 
     pooling = "attention pool with a learned query"
     unexplained: str | None = None
-    any_size = True
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk

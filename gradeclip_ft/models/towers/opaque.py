@@ -43,7 +43,6 @@ class OpaqueImageTower(OpaqueTower):
     """An image tower without a trace: ConvNeXt, average pooling, ..."""
 
     patch = 0
-    any_size = False
 
 
 class OpaqueTextTower(OpaqueTower):

@@ -22,7 +22,6 @@ class ResNetTower:
 
     pooling = "attention pool over the feature map's mean"
     unexplained: str | None = None
-    any_size = True
     depth = 4
 
     def __init__(self, visual: Foreign) -> None:

@@ -22,7 +22,6 @@ class TimmVitTower:
 
     pooling = "class token"
     unexplained: str | None = None
-    any_size = True
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk

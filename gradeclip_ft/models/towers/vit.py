@@ -17,7 +17,6 @@ class VitTower:
 
     pooling = "class token"
     unexplained: str | None = None
-    any_size = True
 
     def __init__(self, visual: Foreign) -> None:
         _check(visual)
