@@ -122,6 +122,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "The .* does not have many workers",
+        r"Found \d+ module\(s\) in eval mode",  # models are loaded so, frozen parts stay so
         r"`isinstance\(treespec, LeafSpec\)`",
         r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
     ):
