@@ -7,6 +7,7 @@ open_clip reads `open_clip_config.json` and `open_clip_model.safetensors`; `CLIP
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gradeclip_ft.export.origin import as_strings
 from gradeclip_ft.export.parts import write_clip_tokenizer, write_description
 from gradeclip_ft.export.staging import save_state, write_json
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
+from gradeclip_ft.models.architecture import CONFIG_NAME
 from gradeclip_ft.models.huggingface import from_huggingface, to_huggingface
 from gradeclip_ft.models.huggingface_config import clip_config, misfit
 from gradeclip_ft.models.openclip import describe
@@ -68,7 +70,8 @@ def write_huggingface(job: Job, stage: Path) -> Written:
         f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}",
     ]
     usage = code("import open_clip", folder_call(job.folder, parts=parts))
-    reason = misfit(describe(job.loaded)["model_cfg"])
+    description = json.loads((stage / CONFIG_NAME).read_text(encoding="utf-8"))
+    reason = misfit(description["model_cfg"])
     if reason is not None:
         checks.append(f"no files for transformers: its CLIPModel has no {reason}")
         return Written(tuple(checks), usage)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradeclip_ft.export.licences import licence_of
+from gradeclip_ft.models.architecture import HUB
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.results.collect import open_place
 from gradeclip_ft.results.fingerprint import PACKAGES, versions
@@ -62,12 +63,14 @@ def scores_of(folder: Path) -> dict[str, Scores]:
 
 
 def facts(loaded: LoadedClip, origin: Origin, *, target: str, half: bool) -> dict[str, Json]:
-    """Everything that a user of the export may ask, as JSON."""
-    licence = licence_of(loaded.name, origin.start)
+    """Everything that a user of the export may ask, as JSON; files by name, without folders."""
+    name = loaded.name if loaded.name.startswith(HUB) else Path(loaded.name).name
+    start = Path(origin.start).name
+    licence = licence_of(name, start)
     weights = loaded.weights_hash
     return {
         "target": target,
-        "model": loaded.name,
+        "model": name,
         "image_size": list(loaded.image_size),
         "run": origin.run,
         "step": origin.step,
@@ -75,7 +78,7 @@ def facts(loaded: LoadedClip, origin: Origin, *, target: str, half: bool) -> dic
         "weights_hash": weights,
         "alpha": origin.alpha,
         "precision": "float16" if half else "float32",
-        "start_weights": origin.start,
+        "start_weights": start,
         "start_weights_licence": licence.name,
         "start_weights_licence_note": licence.note,
         "metrics": {

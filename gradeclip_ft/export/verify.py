@@ -20,9 +20,9 @@ from gradeclip_ft.models.transform import ImageTransform
 from gradeclip_ft.ops.similarity import unit
 
 # Largest difference of unit embeddings. fp32 on one machine gives 0, another library's kernels
-# about 1e-7. fp16 rounds every weight by up to 2**-11 of it, which gives about 1e-3.
+# about 1e-7. fp16 rounds every weight by up to 2**-11 of it, which gives 1e-4 to 2e-4.
 TOLERANCE = 1e-5
-HALF_TOLERANCE = 1e-2
+HALF_TOLERANCE = 2e-3
 TEXTS = ("a photo of a red circle", "two people walk a small dog past the old station")
 PHOTOS = 4
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -96,7 +96,7 @@ def check_embeddings(loaded: LoadedClip, other: Any, inputs: Inputs, *, half: bo
         Largest difference over the unit embeddings.
 
     Raises:
-        ExportError: If it is above the tolerance: 1e-5, for fp16 1e-2.
+        ExportError: If it is above the tolerance: 1e-5, for fp16 2e-3.
     """
     difference = largest_difference(loaded, other, inputs)
     tolerance = HALF_TOLERANCE if half else TOLERANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from gradeclip_ft.export.card import card
@@ -57,7 +58,9 @@ def write_export(
     )
     with staged(folder, target) as stage:
         written = TARGETS[target](job, stage)
-        (stage / CARD).write_text(card(job.facts, written), encoding="utf-8")
+        # The card travels: it names the folder, not where it stood.
+        told = replace(written, usage=written.usage.replace(str(folder), folder.absolute().name))
+        (stage / CARD).write_text(card(job.facts, told), encoding="utf-8")
         note = {**job.facts, "checks": list(written.checks), "files": files_of(stage)}
         write_json(note, stage / NOTE)
     return written

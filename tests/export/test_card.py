@@ -59,6 +59,16 @@ def test_weights_without_results_say_so(packaged, tmp_path) -> None:
     assert "| precision | float16 |" in text
 
 
+def test_the_card_tells_nothing_of_the_disk(packaged, tmp_path) -> None:
+    """A card is published; folders of the machine it was written on are nobody's business."""
+    place = replace(packaged.architecture, name=str(tmp_path / "model"))
+    loaded = replace(packaged, architecture=place)
+    text = text_of(loaded, tmp_path / "out", Origin(start=str(tmp_path / "start.pt")))
+    assert "| architecture | model at" in text
+    assert "| start weights | start.pt |" in text
+    assert str(tmp_path) not in text
+
+
 def test_first_and_newest_results_of_a_run(tmp_path) -> None:
     """Steps are numbers: 1000 is newer than 200."""
     for step in (0, 200, 1000):

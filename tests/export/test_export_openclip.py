@@ -11,7 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gradeclip_ft.export.staging import NOTE, save_state
-from gradeclip_ft.export.verify import ExportError, Inputs, largest_difference, pictures
+from gradeclip_ft.export.verify import (
+    HALF_TOLERANCE,
+    ExportError,
+    Inputs,
+    largest_difference,
+    pictures,
+)
 from gradeclip_ft.export.write import write_export
 from gradeclip_ft.models.factory import load_clip
 from gradeclip_ft.models.openclip import open_folder
@@ -69,7 +75,7 @@ def test_half_precision_is_the_rounded_state_and_close(vit, tmp_path) -> None:
     state = vit.clip.model.state_dict()
     assert all(torch.equal(stored[key], value.half()) for key, value in state.items())
     difference = largest_difference(vit, open_folder(tmp_path / "out"), Inputs.of(vit))
-    assert 0 < difference < 1e-2
+    assert 0 < difference < HALF_TOLERANCE
 
 
 def test_the_header_says_where_the_weights_come_from(vit, tmp_path) -> None:
