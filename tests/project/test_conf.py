@@ -28,7 +28,10 @@ LEAVES = [
     for option in options(group)
 ]
 # Values that a leaf asks the user for.
-OPEN = {"model=open_clip": ["model.name=ViT-B-32", "model.weights=random"]}
+OPEN = {
+    "model=open_clip": ["model.name=ViT-B-32", "model.weights=random"],
+    "model=folder": ["model.name=exports/try"],
+}
 
 
 @cache
@@ -79,6 +82,8 @@ def test_an_experiment_begins_with_its_command_and_what_to_expect(experiment: st
     assert header == "# @package _global_"
     assert expect.startswith("# To expect")
     words = shlex.split(command.removeprefix("# "))
+    while "=" in words[0]:  # PHOTOS=FOLDER
+        words = words[1:]
     assert words[:4] == ["python", "-m", "gradeclip_ft", "train"]
     group, _, option = experiment.rpartition("/")
     chosen = jobs("train", [word for word in words[4:] if word != "-m"])
@@ -159,8 +164,13 @@ def test_what_gets_its_objects_at_run_time_binds_to_its_function(group: str, opt
             inspect.signature(value.func).bind_partial(**value.keywords)
 
 
+HUB_TOKENIZER, LARGE, YOURS = "siglip_b16", "eva02_l14_336", "folder"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("option", [name for name in options("model") if name != "eva02_l14_336"])
+@pytest.mark.parametrize(
+    "option", [name for name in options("model") if name not in (HUB_TOKENIZER, LARGE, YOURS)]
+)
 def test_every_model_is_built(option: str) -> None:
     """Would catch a model name that open_clip does not know, or towers without an adapter."""
     random = {} if option == "shapes_tiny" else {"weights": "random"}
@@ -169,12 +179,13 @@ def test_every_model_is_built(option: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_largest_model_has_its_name_and_size() -> None:
-    """Would catch a wrong name without building 428 million parameters."""
+@pytest.mark.parametrize(("option", "size"), [(LARGE, 336), (HUB_TOKENIZER, 224)])
+def test_models_that_are_not_built_have_their_name_and_size(option: str, size: int) -> None:
+    """Would catch a wrong name without 428 million parameters, or a tokenizer from the hub."""
     import open_clip
 
-    node = composed("model", "eva02_l14_336").model
-    assert open_clip.get_model_config(node.name)["vision_cfg"]["image_size"] == 336
+    node = composed("model", option).model
+    assert open_clip.get_model_config(node.name)["vision_cfg"]["image_size"] == size
     assert node.weights in open_clip.list_pretrained_tags_by_model(node.name)
 
 
