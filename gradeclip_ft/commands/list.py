@@ -16,6 +16,7 @@ CALLED = {
     "debug": "debug",
     "optim": "optim",
     "exp/maps": "exp/maps",
+    "exp/photos": "exp/photos",
 }
 WIDTH = 100
 
