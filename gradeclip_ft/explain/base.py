@@ -80,7 +80,8 @@ def explain_image(
     with _evaluating(clip):
         with torch.no_grad():
             trace = clip.image.trace(images)
-        return heat_from_trace(explainer, trace, target, owner).detach()
+        device = trace.tokens.device
+        return heat_from_trace(explainer, trace, target.to(device), owner.to(device)).detach()
 
 
 @contextmanager

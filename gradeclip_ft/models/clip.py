@@ -122,6 +122,16 @@ class LoadedClip:
         target = self.image_size if size is None else (size, size)
         return ImageTransform(size=target, preprocessing=self.preprocessing, train=train)
 
+    def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
+        """Pictures, or their files, as the model takes them, on its device.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        transform = self.transform()
+        stacked = torch.stack([transform(_picture(image)) for image in images])
+        return stacked.to(self.clip.log_scale.device)
+
     @torch.no_grad()
     def encode_images(
         self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 32
@@ -135,11 +145,10 @@ class LoadedClip:
         Raises:
             FileNotFoundError: No such file.
         """
-        transform, device = self.transform(), self.clip.log_scale.device
-        parts = []
-        for some in _chunks(list(images), batch_size):
-            pixels = torch.stack([transform(_picture(image)) for image in some])
-            parts.append(unit(self.clip.image.encode(pixels.to(device))).cpu())
+        parts = [
+            unit(self.clip.image.encode(self.pixels(some))).cpu()
+            for some in _chunks(list(images), batch_size)
+        ]
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,8 +46,9 @@ def test_a_command_of_the_documentation_is_understood(
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif words[:3] == PROGRAM:
         understood(words[3], words[4:], monkeypatch)
+    elif words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
     else:
-        assert words[1] == "-m"
         assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
 
 
@@ -79,6 +81,19 @@ def test_the_readme_shows_the_main_commands() -> None:
     shown = " ".join(commands(ROOT / "README.md"))
     for words in ("make demo", "make test", "train +exp=", "doctor", "evaluate", "export"):
         assert words in shown
+
+
+def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but for the model: the packaged one needs no download."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 60), "red").save("dog.jpg")
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(block.replace('load_clip("ViT-B-16", "openai")', 'load_clip("shapes_tiny")'), names)
+    assert names["match"].shape == (1, 2)
+    assert names["heat"].shape == (2, 8, 8)
 
 
 def test_the_readme_is_not_long() -> None:
