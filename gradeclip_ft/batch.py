@@ -73,6 +73,7 @@ class RegionBatch(_Tensors):
         labels: Class index of each region.
         is_thing: Whether the class is countable (COCO panoptic `isthing`).
         owner: Row of `images` for every region.
+        crops: Normalised pixels of each region alone; None unless asked for.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -81,6 +82,7 @@ class RegionBatch(_Tensors):
     labels: Int[Tensor, " R"]
     is_thing: Shaped[Tensor, " R"]
     owner: Int[Tensor, " R"]
+    crops: Float[Tensor, "R 3 S S"] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F  # noqa: N812
@@ -17,6 +19,7 @@ from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.coco import Category, Picture, Region, region_masks
 from gradeclip_ft.data.files import open_image
 from gradeclip_ft.data.letterbox import (
+    Fit,
     letterbox_boxes,
     letterbox_image,
     letterbox_masks,
@@ -33,6 +36,7 @@ class RegionSample:
     masks: Float[Tensor, "R h w"]
     labels: Int[Tensor, " R"]
     is_thing: Bool[Tensor, " R"]
+    crops: Float[Tensor, "R 3 S S"] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class RegionImages(Dataset[RegionSample]):
         patch: Side of a cell in pixels.
         mean: Pixel statistics of the model.
         std: Pixel statistics of the model.
+        fit: How images come into the square.
+        crop_size: Side in pixels of a crop of each region; None for no crops.
+        crop_scale: Crops of things are their boxes enlarged by this factor.
     """
 
     annotations: Path
@@ -64,6 +71,9 @@ class RegionImages(Dataset[RegionSample]):
     patch: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Fit
+    crop_size: int | None
+    crop_scale: float
 
     @property
     def names(self) -> list[str]:
@@ -121,18 +131,42 @@ class RegionImages(Dataset[RegionSample]):
         is_thing = torch.tensor([self.categories[region.label].is_thing for region in regions])
         boxes = torch.tensor([region.box for region in regions])
         boxes[~is_thing] = tight_boxes(masks[~is_thing])
-        pixels = F.to_dtype(
-            F.pil_to_tensor(letterbox_image(image, self.image_size)), torch.float32, scale=True
-        )
+        height, width = picture.height, picture.width
         return RegionSample(
-            image=F.normalize(pixels, list(self.mean), list(self.std)),
-            boxes=letterbox_boxes(boxes, height=picture.height, width=picture.width),
+            image=self._pixels(image, self.image_size),
+            boxes=letterbox_boxes(boxes, height=height, width=width, fit=self.fit),
             masks=letterbox_masks(
-                masks, self.image_size // self.patch, antialias=self.mask_antialias
+                masks,
+                self.image_size // self.patch,
+                antialias=self.mask_antialias,
+                fit=self.fit,
             ),
             labels=labels,
             is_thing=is_thing,
+            crops=None if self.crop_size is None else self._crops(image, boxes, is_thing),
         )
+
+    def _pixels(self, image: Image.Image, side: int) -> Float[Tensor, "3 S S"]:
+        square = F.pil_to_tensor(letterbox_image(image, side, self.fit))
+        pixels: Tensor = F.normalize(
+            F.to_dtype(square, torch.float32, scale=True), list(self.mean), list(self.std)
+        )
+        return pixels
+
+    def _crops(
+        self, image: Image.Image, boxes: Float[Tensor, "R 4"], is_thing: Bool[Tensor, " R"]
+    ) -> Float[Tensor, "R 3 S S"]:
+        """Each region alone, at least one pixel of it; boxes of things are enlarged."""
+        assert self.crop_size is not None
+        crops = []
+        for (x, y, width, height), thing in zip(boxes.tolist(), is_thing.tolist(), strict=True):
+            more = (self.crop_scale - 1) / 2 if thing else 0.0
+            left, top = max(0.0, x - more * width), max(0.0, y - more * height)
+            right = min(float(image.width), x + width + more * width)
+            bottom = min(float(image.height), y + height + more * height)
+            edges = [int(left), int(top), math.ceil(right), math.ceil(bottom)]
+            crops.append(self._pixels(image.crop(tuple(edges)), self.crop_size))
+        return torch.stack(crops)
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
         """All regions once, in file order; leaves torch's global random state alone."""
@@ -155,4 +189,9 @@ def join_regions(samples: Sequence[RegionSample]) -> RegionBatch:
         labels=torch.cat([sample.labels for sample in samples]),
         is_thing=torch.cat([sample.is_thing for sample in samples]),
         owner=torch.arange(len(samples)).repeat_interleave(counts),
+        crops=torch.cat(crops) if (crops := _crops_of(samples)) else None,
     )
+
+
+def _crops_of(samples: Sequence[RegionSample]) -> list[Tensor]:
+    return [sample.crops for sample in samples if sample.crops is not None]

@@ -13,7 +13,12 @@ from typing import Any
 
 from gradeclip_ft.data.coco import Picture, Region, read_regions
 from gradeclip_ft.data.files import prepare_files, require_images
+from gradeclip_ft.data.letterbox import Fit
 from gradeclip_ft.data.region_images import RegionImages
+from gradeclip_ft.data.subset import subset, subset_protocol
+
+LETTERBOX = "bicubic, padded right and below with black"
+STRETCHED = "bicubic, both sides stretched"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class CocoRegions:
         max_regions: Only the first so many of an image count.
         crowd: Keep regions that are groups (`iscrowd`).
         mask_antialias: Antialias when masks are resized to the patch grid.
+        fit: "letterbox" pads, "stretch" distorts both sides to the square.
+        crop_scale: Crops of things are their boxes enlarged by this factor.
+        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit_seed: Of that draw.
         make: Called when the annotation file does not exist, to make it.
     """
 
@@ -38,6 +47,10 @@ class CocoRegions:
     max_regions: int = 100
     crowd: bool = True
     mask_antialias: bool = True
+    fit: Fit = "letterbox"
+    crop_scale: float = 1.5
+    limit: int | None = None
+    limit_seed: int = 0
     make: Callable[[], object] | None = None
 
     @property
@@ -50,6 +63,8 @@ class CocoRegions:
             "max_regions": self.max_regions,
             "crowd": self.crowd,
             "mask_antialias": self.mask_antialias,
+            "letterbox": LETTERBOX if self.fit == "letterbox" else STRETCHED,
+            **subset_protocol(self.limit, self.limit_seed),
         }
 
     def prepare(self) -> None:
@@ -67,15 +82,17 @@ class CocoRegions:
         patch: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
+        crop_size: int | None = None,
     ) -> RegionImages:
-        """The regions at an evaluator's image size.
+        """The regions at an evaluator's image size, with `crop_size` also crops of that size.
 
         Raises:
             FileNotFoundError: Images are missing.
             ValueError: The annotation file is damaged, or no region is left.
         """
         self.prepare()
-        categories, pictures = read_regions(Path(self.annotations))
+        categories, listed = read_regions(Path(self.annotations))
+        pictures = subset(listed, self.limit, self.limit_seed)
         folder = Path(self.images)
         require_images(folder, [(picture.id, picture.file_name) for picture in pictures])
         self._require_segments(pictures)
@@ -96,6 +113,9 @@ class CocoRegions:
             patch=patch,
             mean=mean,
             std=std,
+            fit=self.fit,
+            crop_size=crop_size,
+            crop_scale=self.crop_scale,
         )
 
     def _require_segments(self, pictures: Sequence[Picture]) -> None:

@@ -6,89 +6,31 @@ accuracies are means over the classes that occur, for things and stuff apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
+from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.evaluators.region_source import RegionSource
 from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
 from gradeclip_ft.models.class_embeddings import class_embeddings
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
+from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.fingerprint import data_fingerprint, hash_json
 from gradeclip_ft.results.record import Json, Measured
 from gradeclip_ft.text.prompts import VILD
 
-GROUPS = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes")
+THINGS = {"boxes": "boxes", "masks": "thing_masks", "crops": "crops"}
+STUFF = {"boxes": "stuff_boxes", "masks": "stuff_masks", "crops": "stuff_crops"}
+ORDER = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes", "masks", "crops", "stuff_crops")
 TOPK = (1, 5)
-
-
-@runtime_checkable
-class RegionBatches(Protocol):
-    """Batches of regions with a known number."""
-
-    def __iter__(self) -> Iterator[RegionBatch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@runtime_checkable
-class OpenedRegions(Protocol):
-    """Regions at one image size."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Class names in order of the labels."""
-        ...
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Annotation files."""
-        ...
-
-    @property
-    def listed(self) -> Sequence[Path]:
-        """Images and masks."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, Any]:
-        """Images, things and stuff that count, and what was skipped by cause."""
-        ...
-
-    def batches(self, batch_size: int, workers: int) -> RegionBatches:
-        """All regions once."""
-        ...
-
-
-@runtime_checkable
-class RegionSource(Protocol):
-    """Where regions come from; called with the evaluator's image size and the model's pixels."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Make or check the data."""
-        ...
-
-    def __call__(
-        self,
-        *,
-        image_size: int,
-        patch: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> OpenedRegions:
-        """The regions at one image size."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +42,11 @@ class RegionEvaluator:
         data: Where regions come from.
         image_size: Side of the padded square in pixels; None for the model's own size.
         templates: "vild" for its 63, or sentences with `{}` for the class name.
+        groups: Accuracies of things and stuff "apart", as in the paper, or "together".
+        micro: Add the share of correct regions, every region alike, as `micro_top1`.
+        crops: Add the class embedding of each region's own crop, at the model's own size.
+        roi_sampling: Points per cell and side of RoIAlign; -1 for as many as the box has cells.
+        roi_aligned: Shift boxes by half a cell, so that cells have their values at their centres.
         batch_size: Images per forward pass; does not change the numbers.
         workers: Processes that load images; 0 loads them here.
     """
@@ -108,6 +55,11 @@ class RegionEvaluator:
     data: RegionSource
     image_size: int | None = None
     templates: str | Sequence[str] = "vild"
+    groups: Literal["apart", "together"] = "apart"
+    micro: bool = False
+    crops: bool = False
+    roi_sampling: int = -1
+    roi_aligned: bool = True
     batch_size: int = 32
     workers: int = 0
 
@@ -130,15 +82,20 @@ class RegionEvaluator:
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
         size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
+        aligned = "aligned" if self.roi_aligned else "not aligned"
+        together: dict[str, Json] = {} if self.groups == "apart" else {"groups": self.groups}
+        crops = "class embedding at the model's own size, fitted into the square as the image"
         return {
             "task": "region classification",
             **size,
             "templates": self.templates if isinstance(self.templates, str) else "own",
             "templates_hash": hash_json(list(self.sentences)),
-            "letterbox": "bicubic, padded right and below with black",
-            "box_pooling": "RoIAlign 1x1, sampling_ratio -1, aligned",
+            "box_pooling": f"RoIAlign 1x1, sampling_ratio {self.roi_sampling}, {aligned}",
             "mask_pooling": "mean of unit tokens, bicubic mask above 0",
             "accuracy": "mean over classes present, among all classes",
+            **together,
+            **({"micro": True} if self.micro else {}),
+            **({"crops": crops} if self.crops else {}),
             **self.data.protocol,
         }
 
@@ -155,29 +112,25 @@ class RegionEvaluator:
                 data are damaged, or the features are not finite.
         """
         size = self._size(loaded)
-        regions = self.data(image_size=size, patch=loaded.patch, mean=loaded.mean, std=loaded.std)
-        meters = {group: ClassMeanAccuracy(len(regions.names), TOPK) for group in GROUPS}
-        batches = regions.batches(self.batch_size, self.workers)
+        regions = self.data(
+            image_size=size,
+            patch=loaded.patch,
+            mean=loaded.mean,
+            std=loaded.std,
+            crop_size=max(loaded.image_size) if self.crops else None,
+        )
+        meters: dict[str, ClassMeanAccuracy] = {}
         empty = 0
+        batches = regions.batches(self.batch_size, self.workers)
         with evaluating(loaded.clip):
             classes = class_embeddings(loaded.clip, loaded.tokenizer, regions.names, self.sentences)
             for batch in track(batches, f"{self.name}: images", len(batches)):
-                empty += _count(meters, classes, loaded, batch)
-        metrics = {
-            f"{group}/{key}": float(value)
-            for group, meter in meters.items()
-            if int(meter.total.sum()) > 0
-            for key, value in meter.compute().items()
-        }
-        details: dict[str, Json] = {
-            "empty_masks": empty,
-            "classes_present": {group: int((m.total > 0).sum()) for group, m in meters.items()},
-            "share_of_ties": {
-                group: int(m.tied) / max(1.0, float(m.total.sum())) for group, m in meters.items()
-            },
-        }
+                self._count(meters, classes, loaded, batch)
+                empty += (
+                    0 if batch.masks is None else int((~batch.masks.bool().flatten(1).any(1)).sum())
+                )
         return Measured(
-            metrics=metrics,
+            metrics=self._metrics(meters),
             protocol={
                 **self.protocol,
                 "image_size": size,
@@ -186,8 +139,57 @@ class RegionEvaluator:
                 "class_list_hash": hash_json(list(regions.names)),
             },
             data=data_fingerprint(regions.files, regions.listed, regions.counts),
-            details=details,
+            details=_details(meters, regions.names, empty),
         )
+
+    def _count(
+        self,
+        meters: dict[str, ClassMeanAccuracy],
+        classes: Float[Tensor, "K D"],
+        loaded: LoadedClip,
+        batch: RegionBatch,
+    ) -> None:
+        """Classify the regions of one batch."""
+        device, dtype = placement(loaded.clip)
+        batch = batch.to(device)
+        if batch.masks is None:
+            raise ValueError(
+                "regions without masks cannot be evaluated; use annotations with masks"
+            )
+        dense = loaded.clip.image.trace(batch.images.to(dtype)).dense()  # (B, h, w, D)
+        found = {
+            "boxes": pool_boxes(
+                dense,
+                batch.boxes,
+                batch.owner,
+                sampling_ratio=self.roi_sampling,
+                aligned=self.roi_aligned,
+            ),
+            "masks": pool_masks(dense, batch.masks, batch.owner),
+        }
+        if batch.crops is not None:
+            parts = torch.split(batch.crops.to(dtype), self.batch_size)
+            found["crops"] = torch.cat([unit(loaded.clip.image.encode(part)) for part in parts])
+        thing = batch.is_thing.bool()
+        every = torch.ones_like(thing)
+        for way, features in found.items():  # (R, D)
+            scores = (features @ classes.T).cpu()  # (R, K)
+            chosen = {THINGS[way]: thing, STUFF[way]: ~thing}
+            for group, rows in ({way: every} if self.groups == "together" else chosen).items():
+                meter = meters.setdefault(group, ClassMeanAccuracy(len(classes), TOPK))
+                meter.update(scores[rows.cpu()], batch.labels[rows].cpu())
+
+    def _metrics(self, meters: Mapping[str, ClassMeanAccuracy]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for group in ORDER:
+            meter = meters.get(group)
+            if meter is None or int(meter.total.sum()) == 0:
+                continue
+            metrics |= {f"{group}/{key}": float(value) for key, value in meter.compute().items()}
+            if self.micro:
+                found = meter.micro().items()
+                metrics |= {f"{group}/micro_{key}": float(value) for key, value in found}
+        return metrics
 
     def _size(self, loaded: LoadedClip) -> int:
         """Side of the square; towers interpolate their positions to it."""
@@ -211,26 +213,15 @@ class RegionEvaluator:
         return wanted
 
 
-def _count(
-    meters: Mapping[str, ClassMeanAccuracy],
-    classes: Float[Tensor, "K D"],
-    loaded: LoadedClip,
-    batch: RegionBatch,
-) -> int:
-    """Classify the regions of one batch; hands back how many masks were empty on the grid."""
-    device, dtype = placement(loaded.clip)
-    batch = batch.to(device)
-    if batch.masks is None:
-        raise ValueError("regions without masks cannot be evaluated; use annotations with masks")
-    dense = loaded.clip.image.trace(batch.images.to(dtype)).dense()  # (B, h, w, D)
-    thing = batch.is_thing.bool()
-    by_box = pool_boxes(dense, batch.boxes, batch.owner) @ classes.T  # (R, K)
-    by_mask = pool_masks(dense, batch.masks, batch.owner) @ classes.T
-    for group, scores, chosen in (
-        ("boxes", by_box, thing),
-        ("stuff_boxes", by_box, ~thing),
-        ("thing_masks", by_mask, thing),
-        ("stuff_masks", by_mask, ~thing),
-    ):
-        meters[group].update(scores[chosen].cpu(), batch.labels[chosen].cpu())
-    return int((batch.masks.flatten(1).sum(1) == 0).sum())
+def _details(
+    meters: Mapping[str, ClassMeanAccuracy], names: Sequence[str], empty: int
+) -> dict[str, Json]:
+    return {
+        "empty_masks": empty,
+        "classes_present": {group: int((m.total > 0).sum()) for group, m in meters.items()},
+        "share_of_ties": {
+            group: int(m.tied) / max(1.0, float(m.total.sum())) for group, m in meters.items()
+        },
+        "by_class": {group: class_table(meter, names) for group, meter in meters.items()},
+        "most_confused": {group: most_confused(meter, names) for group, meter in meters.items()},
+    }

@@ -58,12 +58,14 @@ class ClassMeanAccuracy(Metric):
         correct: Correct answers by k and class.
         total: Answers by class.
         tied: Answers where another class scores exactly as the true one.
+        confusion: Answers by true class and by the class that came first.
     """
 
     full_state_update = False
     correct: Tensor
     total: Tensor
     tied: Tensor
+    confusion: Tensor
 
     def __init__(self, classes: int, topk: Sequence[int] = (1, 5)) -> None:
         # One process evaluates while the others wait: a sum over processes would wait for ever.
@@ -73,6 +75,7 @@ class ClassMeanAccuracy(Metric):
         self.add_state("correct", zeros, dist_reduce_fx="sum")
         self.add_state("total", zeros[0].clone(), dist_reduce_fx="sum")
         self.add_state("tied", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("confusion", torch.zeros(classes, classes).long(), dist_reduce_fx="sum")
 
     def update(self, scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> None:
         """Count one batch, which may be empty.
@@ -86,10 +89,19 @@ class ClassMeanAccuracy(Metric):
         for row, k in zip(self.correct, self.topk, strict=True):
             row.index_add_(0, labels, ones * (ranks < k))
         self.tied += label_ties(scores, labels).sum()
+        first = scores.argmax(1)  # of equal scores the first
+        self.confusion.index_put_((labels, first), torch.ones_like(labels), accumulate=True)
 
     def compute(self) -> dict[str, Tensor]:
         """Accuracy by name, "top1"; NaN where nothing was counted."""
         return {
             f"top{k}": class_mean(row, self.total)
+            for k, row in zip(self.topk, self.correct, strict=True)
+        }
+
+    def micro(self) -> dict[str, Tensor]:
+        """Share of correct answers, every answer alike, under the same names."""
+        return {
+            f"top{k}": row.sum() / self.total.sum()
             for k, row in zip(self.topk, self.correct, strict=True)
         }

@@ -38,6 +38,8 @@ def pool_boxes(
     owner: Int[Tensor, " R"],
     *,
     normalize_tokens: bool = True,
+    sampling_ratio: int = -1,
+    aligned: bool = True,
 ) -> Float[Tensor, "R D"]:
     """Unit region features by RoIAlign, one cell per box (CLIPSelf's protocol).
 
@@ -46,12 +48,14 @@ def pool_boxes(
         boxes: xyxy in [0, 1] of the (padded) image.
         owner: Image row of each box.
         normalize_tokens: Bring every token to length 1 first.
+        sampling_ratio: Points per side of the box; -1 for as many as it has cells.
+        aligned: Shift boxes by half a cell, so that values lie at the centres of cells.
     """
     features = _prepare(dense, normalize_tokens).permute(0, 3, 1, 2)  # (B, D, h, w)
     height, width = features.shape[2:]
     scale = boxes.new_tensor([width, height, width, height])
     rois = torch.cat([owner.to(boxes.dtype).unsqueeze(1), boxes * scale], dim=1).float()
-    pooled = roi_align(features, rois, (1, 1), spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+    pooled = roi_align(features, rois, (1, 1), 1.0, sampling_ratio=sampling_ratio, aligned=aligned)
     return unit(pooled.flatten(1))
 
 

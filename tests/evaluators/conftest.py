@@ -122,8 +122,11 @@ class Reader:
 
     unexplained = None
 
-    def __init__(self, patch: int, *, blind: bool = False, shift: int = 0) -> None:
+    def __init__(
+        self, patch: int, *, blind: bool = False, shift: int = 0, whole: bool = False
+    ) -> None:
         self.patch = patch
+        self.whole = whole
         self.blind = blind
         self.shift = shift
         self.calls: list[int] = []
@@ -153,8 +156,13 @@ class Reader:
         return SimpleNamespace(dense=lambda: self.dense(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """The mean colour at a coarse grid: every picture of the world has its own."""
+        """The mean colour at a coarse grid: every picture of the world has its own.
+
+        With `whole` the share of each class in the picture.
+        """
         self.calls.append(len(images))
+        if self.whole:
+            return self.dense(images).mean((1, 2))
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)
 
 
@@ -197,7 +205,7 @@ Load = Callable[..., LoadedClip]
 
 @pytest.fixture
 def load() -> Load:
-    """Build a model: `load(size=224, patch=16, blind=False, shift=0, table=None)`."""
+    """Build a model: `load(size=224, patch=16, blind=False, shift=0, whole=False, table=None)`."""
 
     def build(
         size: int = 224,
@@ -205,10 +213,12 @@ def load() -> Load:
         *,
         blind: bool = False,
         shift: int = 0,
+        whole: bool = False,
         table: Tensor | None = None,
     ) -> LoadedClip:
+        reader = Reader(patch, blind=blind, shift=shift, whole=whole)
         return LoadedClip(
-            clip=FakeClip(Reader(patch, blind=blind, shift=shift), Names(table=table)),
+            clip=FakeClip(reader, Names(table=table)),
             tokenizer=Tokenizer(number_in, 6),
             preprocessing=Preprocessing(resize="squash"),
             image_size=(size, size),

@@ -37,14 +37,122 @@ def test_a_perfect_model_scores_one(
     assert measured.details["empty_masks"] == 0
 
 
-def test_a_perfect_model_scores_one_at_1024(world: Any, load: Load, tmp_path: Path) -> None:
+@pytest.fixture
+def six(world: Any, tmp_path: Path) -> dict[str, str]:
     """One picture of each shape."""
     content = json.loads((world.folder / "panoptic.json").read_text())
     short = {**content, **{key: content[key][:6] for key in ("images", "annotations")}}
     (tmp_path / "panoptic.json").write_text(json.dumps(short))
-    files = {**world.panoptic, "annotations": str(tmp_path / "panoptic.json")}
-    regions = RegionEvaluator("regions", CocoRegions(**files), templates=PROMPT, batch_size=2)
-    assert set(regions(load(1024, 16)).metrics.values()) == {1.0}
+    return {**world.panoptic, "annotations": str(tmp_path / "panoptic.json")}
+
+
+@pytest.mark.parametrize(("size", "patch"), [(1024, 16), (896, 14)])
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_perfect_and_worst_at_the_sizes_of_the_literature(
+    six: dict[str, str], load: Load, size: int, patch: int, fit: Any
+) -> None:
+    """Boxes, masks and crops: one for the perfect model, nothing for shuffled names."""
+    data = CocoRegions(**six, fit=fit)
+    regions = RegionEvaluator("r", data, size, templates=PROMPT, batch_size=2, crops=True)
+    groups = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes", "crops", "stuff_crops")
+    perfect = regions(load(224, patch, whole=True))
+    assert set(perfect.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert set(perfect.metrics.values()) == {1.0}
+    assert perfect.protocol["grid"] == 64
+    shuffled = load(224, patch, whole=True, table=torch.eye(17).roll(1, dims=0))
+    worst = regions(shuffled).metrics
+    assert {value for key, value in worst.items() if key.endswith("top1")} == {0.0}
+
+
+@pytest.mark.parametrize("size", [224, 1024])
+def test_constant_features_give_chance(six: dict[str, str], load: Load, size: int) -> None:
+    """Every region gets the same class, so exactly one class of those present is right."""
+    loaded = load(size, 16, table=torch.ones(17, 17))
+    measured = RegionEvaluator("r", CocoRegions(**six), templates=PROMPT, batch_size=2)(loaded)
+    present = measured.details["classes_present"]
+    assert isinstance(present, dict)
+    assert measured.metrics["boxes/top1"] == pytest.approx(1 / present["boxes"])
+    assert measured.metrics["thing_masks/top1"] == pytest.approx(1 / present["thing_masks"])
+    assert measured.metrics["stuff_masks/top1"] == 0.0  # "thing 0" comes first
+
+
+def test_stretched_boxes_and_masks_follow_the_image(world: Any, load: Load) -> None:
+    """Boxes scaled as if padded would lie beside their regions in every picture but squares."""
+    regions = RegionEvaluator("r", CocoRegions(**world.panoptic, fit="stretch"), templates=PROMPT)
+    measured = regions(load())
+    assert set(measured.metrics.values()) == {1.0}
+    assert measured.protocol["letterbox"] == "bicubic, both sides stretched"
+
+
+def test_micro_counts_regions_and_class_mean_classes(world: Any, load: Load) -> None:
+    """By the table of classes, recounted here; together joins things and stuff."""
+    table = torch.randn(17, 17, generator=torch.Generator().manual_seed(3))
+    measured = evaluator(world, micro=True)(load(table=table))
+    rows = measured.details["by_class"]["boxes"].values()  # type: ignore[index,call-overload,union-attr]
+    samples = sum(row["samples"] for row in rows)
+    right = sum(row["samples"] * row["top1"] for row in rows)
+    assert measured.metrics["boxes/micro_top1"] == pytest.approx(right / samples, abs=1e-4)
+    assert measured.metrics["boxes/top1"] == pytest.approx(
+        sum(row["top1"] for row in rows) / len(rows), abs=1e-4
+    )
+    assert measured.metrics["boxes/micro_top1"] != pytest.approx(measured.metrics["boxes/top1"])
+    together = evaluator(world, groups="together")(load(table=table))
+    assert set(together.metrics) == {f"{way}/top{k}" for way in ("boxes", "masks") for k in (1, 5)}
+    assert together.protocol["groups"] == "together"
+
+
+def test_confused_pairs_name_truth_and_guess(world: Any, load: Load) -> None:
+    """Every name on its neighbour's axis: class n is always taken for class n + 1."""
+    measured = evaluator(world)(load(table=torch.eye(17).roll(1, dims=0)))
+    pairs = measured.details["most_confused"]["stuff_masks"]  # type: ignore[index,call-overload]
+    found = {(pair["is"], pair["taken for"]): pair["samples"] for pair in pairs}
+    assert found["stuff 0", "stuff 1"] == 4
+    assert sum(found.values()) == 18
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_crops_of_things_are_enlarged_and_those_of_stuff_are_not(world: Any, load: Load) -> None:
+    """Enlarged crops show neighbours: the share of the own class falls to about 1 / 1.25^2."""
+    loaded = load(whole=True)
+    pixels = {"image_size": 224, "patch": 16, "mean": loaded.mean, "std": loaded.std}
+    regions = CocoRegions(**world.panoptic)(**pixels, crop_size=224)
+    (batch, *_) = list(regions.batches(6, 0))
+    assert batch.crops is not None
+    share = loaded.clip.image.dense(batch.crops).sum((1, 2))
+    own = share[torch.arange(len(share)), batch.labels] / share.sum(1)
+    assert own[batch.is_thing].max() < 0.75
+    assert own[batch.is_thing].min() > 0.5
+    assert own[~batch.is_thing].min() > 0.99
+    assert next(iter(CocoRegions(**world.panoptic)(**pixels).batches(6, 0))).crops is None
+
+
+def test_roi_options_reach_the_pooling(world: Any, load: Load) -> None:
+    """On 3 x 3 cells unaligned boxes, half a cell further right and below, cost accuracy."""
+    plain = evaluator(world)(load(48))
+    other = evaluator(world, roi_aligned=False, roi_sampling=1)(load(48))
+    assert plain.protocol["box_pooling"] == "RoIAlign 1x1, sampling_ratio -1, aligned"
+    assert other.protocol["box_pooling"] == "RoIAlign 1x1, sampling_ratio 1, not aligned"
+    assert plain.metrics["thing_masks/top1"] == other.metrics["thing_masks/top1"]
+    assert plain.metrics["boxes/top1"] > other.metrics["boxes/top1"]
+
+
+def test_a_subset_is_drawn_by_seed_and_named(world: Any, load: Load) -> None:
+    """During training: the same images at every evaluation, and not to be taken for the whole."""
+
+    def part(seed: int) -> Any:
+        return RegionEvaluator(
+            "r", CocoRegions(**world.panoptic, limit=7, limit_seed=seed), templates=PROMPT
+        )(load())
+
+    first, again, other = part(0), part(0), part(1)
+    assert first.data == again.data
+    assert first.data["counts"]["images"] == 7
+    assert first.data["hash"] != other.data["hash"]
+    assert first.protocol["subset"] == "7 images drawn with seed 0"
+    with pytest.raises(ValueError, match="limit is 0; give 1 image or more"):
+        CocoRegions(**world.panoptic, limit=0)(
+            image_size=64, patch=8, mean=(0.0,) * 3, std=(1.0,) * 3
+        )
 
 
 def test_region_features_hold_their_class_and_little_else(world: Any, load: Load) -> None:
