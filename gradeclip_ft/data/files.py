@@ -22,7 +22,7 @@ def prepare_files(
         make()
     if not Path(annotations).is_file():
         raise FileNotFoundError(
-            f"no annotation file {annotations}; fetch it from cocodataset.org or set "
+            f"no annotation file {annotations}; fetch it (docs/data.md) or set "
             "annotations= to where it is"
         )
     for folder in folders:
@@ -54,19 +54,29 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: No such file.
         ValueError: The file is cut off or of another kind.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no annotation file {path}; fetch it or set its path")
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is no complete JSON ({error}); it may be cut off: fetch it again"
-        ) from error
+    content = load_json(path)
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; it is a file of another kind")
     result: dict[str, Any] = content
     return result
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is cut off.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotation file {path}; fetch it or set its path")
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no complete JSON ({error}); it may be cut off: fetch it again"
+        ) from error
 
 
 def open_image(path: Path) -> Image.Image:

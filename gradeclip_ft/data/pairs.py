@@ -1,54 +1,54 @@
-"""Images with all their captions, for retrieval."""
+"""Images with all their captions, for retrieval: from files, or from shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
-from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from gradeclip_ft.batch import PairBatch
-from gradeclip_ft.data.coco import CaptionedPicture, read_captions
+from gradeclip_ft.data.caption_layouts import only_named, read_pictures
+from gradeclip_ft.data.coco import CaptionedPicture
 from gradeclip_ft.data.files import open_image, prepare_files, require_images
-
-
-@runtime_checkable
-class Tokenize(Protocol):
-    """Texts to token ids."""
-
-    def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
-        """Ids of some texts, with `trim` no longer than needed."""
-        ...
+from gradeclip_ft.data.pair_images import CaptionedImages, Tokenize
+from gradeclip_ft.data.subset import subset, subset_protocol
+from gradeclip_ft.data.tar_index import TarSample, index_shards, tar_files
 
 
 @dataclass(frozen=True)
-class CocoCaptions:
-    """A captions file in COCO's layout, which Karpathy splits use as well.
+class CaptionFile:
+    """Image files, and a file with their captions in any layout of `caption_layouts`.
 
     Attributes:
-        annotations: The captions file.
+        annotations: The file with the captions.
         images: Folder of the images.
         split: Its name in the protocol: recalls of different splits cannot be compared.
+        part: Which split of a file that holds several.
+        names: Text file that names the images of the split, where the captions have more.
         expected: Number of images the split has; any other number is refused.
+        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit_seed: Of that draw.
         make: Called when the annotation file does not exist, to make it.
     """
 
     annotations: str
     images: str
     split: str
+    part: str | None = None
+    names: str | None = None
     expected: int | None = None
+    limit: int | None = None
+    limit_seed: int = 0
     make: Callable[[], object] | None = None
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
-        return {"split": self.split, "captions": "all of each image, plain"}
+        return _protocol(self.split, self.limit, self.limit_seed)
 
     def prepare(self) -> None:
         """Make what can be made; cheap when it is there.
@@ -68,92 +68,121 @@ class CocoCaptions:
             ValueError: The file is damaged, has another number of images, or no caption at all.
         """
         self.prepare()
-        pictures = read_captions(Path(self.annotations))
-        if self.expected is not None and len(pictures) != self.expected:
-            raise ValueError(
-                f"{self.annotations} lists {len(pictures)} images, split {self.split} has "
-                f"{self.expected}; choose the file of that split"
-            )
-        require_images(Path(self.images), [(entry.id, entry.file_name) for entry in pictures])
-        captioned = [picture for picture in pictures if picture.captions]
-        if not captioned:
-            raise ValueError(f"{self.annotations} has no image with a caption")
-        missing = len(pictures) - len(captioned)
+        folder = Path(self.images)
+        pictures = read_pictures(Path(self.annotations), folder, self.part)
+        if self.names is not None:
+            pictures = only_named(pictures, Path(self.names))
+        _require_number(self.annotations, len(pictures), self.split, self.expected)
+        pictures = subset(pictures, self.limit, self.limit_seed)
+        require_images(folder, [(entry.id, entry.file_name) for entry in pictures])
+        captioned, skipped = _with_captions(self.annotations, pictures)
+        paths = [folder / picture.file_name for picture in captioned]
         return CaptionedImages(
-            settings=self,
-            pictures=captioned,
-            skipped={"image without caption": missing} if missing else {},
+            names=[picture.file_name for picture in captioned],
+            captions=[picture.captions for picture in captioned],
+            read=partial(_open, paths),
+            files=[Path(path) for path in (self.annotations, self.names) if path is not None],
+            listed=paths,
+            skipped=skipped,
             transform=transform,
             tokenizer=tokenizer,
         )
 
 
 @dataclass(frozen=True)
-class CaptionedImages(Dataset[tuple[Tensor, tuple[str, ...]]]):
-    """Opened pairs: one image with its captions per item.
+class CaptionShards:
+    """CLIP_benchmark's webdataset: `N.tar` with an image and a `.txt`, one caption per line.
 
     Attributes:
-        settings: Where they come from.
-        pictures: Images with at least one caption.
-        skipped: Left out, by cause.
-        transform: The model's own preprocessing.
-        tokenizer: Texts to token ids.
+        folder: Of the split, with `nshards.txt` and the shards.
+        split: Its name in the protocol.
+        expected: Number of images the split has; any other number is refused.
+        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit_seed: Of that draw.
     """
 
-    settings: CocoCaptions
-    pictures: Sequence[CaptionedPicture]
-    skipped: dict[str, int]
-    transform: Callable[[Image.Image], Tensor]
-    tokenizer: Tokenize
+    folder: str
+    split: str
+    expected: int | None = None
+    limit: int | None = None
+    limit_seed: int = 0
 
     @property
-    def files(self) -> list[Path]:
-        """Annotation files, which a fingerprint reads."""
-        return [Path(self.settings.annotations)]
+    def protocol(self) -> dict[str, Any]:
+        """Choices that change the numbers."""
+        return _protocol(self.split, self.limit, self.limit_seed)
 
-    @property
-    def listed(self) -> list[Path]:
-        """Images, which a fingerprint lists."""
-        return [Path(self.settings.images) / picture.file_name for picture in self.pictures]
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Images and captions that count, and those left out."""
-        return {
-            "images": len(self.pictures),
-            "captions": sum(len(picture.captions) for picture in self.pictures),
-            "skipped": self.skipped,
-        }
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 H W"], tuple[str, ...]]:
-        """Image and captions number `index`.
+    def prepare(self) -> None:
+        """Check that the shards are there.
 
         Raises:
-            ValueError: The image cannot be read.
+            FileNotFoundError: They are not, or not all of them.
         """
-        picture = self.pictures[index]
-        image = open_image(Path(self.settings.images) / picture.file_name)
-        return self.transform(image), picture.captions
+        tar_files(Path(self.folder))
 
-    def join(self, samples: Sequence[tuple[Tensor, tuple[str, ...]]]) -> PairBatch:
-        """Images of one batch with their captions flat."""
-        captions = [captions for _, captions in samples]
-        counts = torch.tensor([len(some) for some in captions])
-        return PairBatch(
-            images=torch.stack([image for image, _ in samples]),
-            texts=self.tokenizer([text for some in captions for text in some], trim=True),
-            owner=torch.arange(len(samples)).repeat_interleave(counts),
+    def __call__(
+        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenize
+    ) -> CaptionedImages:
+        """The pairs as a model wants them; images without a caption are left out and counted.
+
+        Raises:
+            FileNotFoundError: Shards are missing.
+            ValueError: A shard is damaged, or the number of images is another one.
+        """
+        shards = tar_files(Path(self.folder))
+        samples = index_shards(shards)
+        _require_number(self.folder, len(samples), self.split, self.expected)
+        samples = subset(samples, self.limit, self.limit_seed)
+        pictures = [
+            CaptionedPicture(row, sample.key, _lines(sample.text("txt")))
+            for row, sample in enumerate(samples)
+        ]
+        captioned, skipped = _with_captions(self.folder, pictures)
+        return CaptionedImages(
+            names=[picture.file_name for picture in captioned],
+            captions=[picture.captions for picture in captioned],
+            read=partial(_decode, [samples[picture.id] for picture in captioned]),
+            files=[],
+            listed=shards,
+            skipped=skipped,
+            transform=transform,
+            tokenizer=tokenizer,
         )
 
-    def batches(self, batch_size: int, workers: int) -> DataLoader[PairBatch]:
-        """All pairs once, in file order; leaves torch's global random state alone."""
-        return DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=self.join,
-            generator=torch.Generator(),
+
+def _protocol(split: str, limit: int | None, seed: int) -> dict[str, Any]:
+    captions = "all of each image, plain"
+    return {"split": split, "captions": captions, **subset_protocol(limit, seed)}
+
+
+def _require_number(where: str, found: int, split: str, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"{where} lists {found} images, split {split} has {expected}; choose the file of that "
+            "split"
         )
+
+
+def _with_captions(
+    where: str, pictures: Sequence[CaptionedPicture]
+) -> tuple[list[CaptionedPicture], dict[str, int]]:
+    """Images with at least one caption that is not empty, and how many have none."""
+    some = [replace(entry, captions=tuple(filter(None, entry.captions))) for entry in pictures]
+    captioned = [entry for entry in some if entry.captions]
+    if not captioned:
+        raise ValueError(f"{where} has no image with a caption")
+    missing = len(pictures) - len(captioned)
+    return captioned, {"image without caption": missing} if missing else {}
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    """Captions of a `.txt`; line breaks inside a caption are written as a backslash and an n."""
+    return tuple(" ".join(line.replace("\\n", " ").split()) for line in text.splitlines())
+
+
+def _open(paths: Sequence[Path], index: int) -> Image.Image:
+    return open_image(paths[index])
+
+
+def _decode(samples: Sequence[TarSample], index: int) -> Image.Image:
+    return samples[index].image()

@@ -149,7 +149,12 @@ class RetrievalEvaluator:
             details={
                 "share_of_ties": {
                     way: float(ties.double().mean()) for way, (_, ties) in found.items()
-                }
+                },
+                "images_by_number_of_captions": {
+                    str(count): int(images_with)
+                    for count, images_with in enumerate(torch.bincount(torch.bincount(owner)))
+                    if images_with
+                },
             },
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.data.pairs import CocoCaptions
+from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.region_images import RegionImages
 from gradeclip_ft.data.regions import CocoRegions
 
@@ -165,7 +165,7 @@ def test_missing_files_are_named_with_the_remedy(tmp_path: Path) -> None:
             str(tmp_path / "a.json"), str(tmp_path), segments=str(tmp_path / "segments")
         ).prepare()
     with pytest.raises(FileNotFoundError, match=r"no folder .*images"):
-        CocoCaptions(str(tmp_path / "a.json"), str(tmp_path / "images"), split="x").prepare()
+        CaptionFile(str(tmp_path / "a.json"), str(tmp_path / "images"), split="x").prepare()
 
 
 def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
@@ -201,7 +201,7 @@ def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
 
 def test_real_captions_open(shared_dir: Path) -> None:
     root = shared_dir / "data" / "coco_mini_open"
-    source = CocoCaptions(
+    source = CaptionFile(
         str(root / "annotations" / "captions_val2017.json"), str(root / "images"), split="mini"
     )
     pairs = source(transform=lambda image: torch.zeros(3, 4, 4), tokenizer=lambda *_, **__: None)

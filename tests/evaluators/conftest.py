@@ -48,7 +48,7 @@ class World:
 
     @property
     def captions(self) -> dict[str, str]:
-        """Where the captions are, as options of `CocoCaptions`."""
+        """Where the captions are, as options of `CaptionFile`."""
         return {
             "annotations": str(self.folder / "captions.json"),
             "images": str(self.folder / "images"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gradeclip_ft.data.pairs import CocoCaptions
+from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.evaluators.regions import RegionEvaluator
 from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
@@ -60,9 +60,9 @@ def test_panoptic_regions_of_photos_are_far_above_chance(
     close(measure(1, limit=6), measure(16, limit=6))
     many = measure(16, limit=None)
     assert many.protocol["classes"] == 133
-    assert many.metrics["boxes/top1"] > 0.1
-    assert many.metrics["thing_masks/top1"] > 0.1
-    assert many.metrics["crops/top1"] > 0.2
+    assert many.metrics["boxes/top1"] > 0.04
+    assert many.metrics["thing_masks/top5"] > 0.15
+    assert many.metrics["crops/top1"] > 0.1
     assert many.metrics["stuff_masks/top5"] > 0.1
 
 
@@ -75,7 +75,7 @@ def test_instances_and_retrieval_of_photos_are_far_above_chance(
     regions = RegionEvaluator("r", data, 224, micro=True, batch_size=16)(encoder)
     assert regions.metrics["boxes/top1"] == pytest.approx(0.164, abs=0.01)
     assert regions.metrics["boxes/top5"] == pytest.approx(0.449, abs=0.01)
-    pairs = CocoCaptions(**photos["captions"], split="val photos")
+    pairs = CaptionFile(**photos["captions"], split="val photos")
     found = RetrievalEvaluator("p", pairs, batch_size=16)(encoder)
     close(found, RetrievalEvaluator("p", pairs, batch_size=1, text_batch_size=7)(encoder))
     assert found.metrics["image_retrieval_recall@1"] == pytest.approx(0.455, abs=0.02)

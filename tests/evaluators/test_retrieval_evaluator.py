@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradeclip_ft.data.pairs import CocoCaptions
+from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
 from gradeclip_ft.models.clip import LoadedClip
 
@@ -17,13 +17,13 @@ Load = Callable[..., LoadedClip]
 
 
 def evaluator(world: Any, **options: Any) -> RetrievalEvaluator:
-    data = CocoCaptions(**world.captions, split="test")
+    data = CaptionFile(**world.captions, split="test")
     return RetrievalEvaluator(name="retrieval", data=data, **options)
 
 
 def image_table(world: Any, loaded: LoadedClip) -> Tensor:
     """What the fake image tower says of picture 0, 1, 2, ...: the perfect text table."""
-    pairs = CocoCaptions(**world.captions, split="test")(
+    pairs = CaptionFile(**world.captions, split="test")(
         transform=loaded.transform(), tokenizer=loaded.tokenizer
     )
     images = torch.cat([batch.images for batch in pairs.batches(8, 0)])
@@ -83,7 +83,7 @@ def test_uneven_captions_and_images_without_one(world: Any, load: Load, tmp_path
     kept += [{"image_id": 5, "caption": f"{n} times picture 5"} for n in (3, 4)]
     content["annotations"] = kept
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    data = CocoCaptions(str(tmp_path / "captions.json"), world.captions["images"], split="test")
+    data = CaptionFile(str(tmp_path / "captions.json"), world.captions["images"], split="test")
     table = image_table(world, load())
     measured = RetrievalEvaluator(name="retrieval", data=data)(load(table=table))
     assert set(measured.metrics.values()) == {1.0}
@@ -96,12 +96,12 @@ def test_uneven_captions_and_images_without_one(world: Any, load: Load, tmp_path
 
 def test_a_split_of_another_size_is_refused(world: Any, load: Load) -> None:
     """Validation and test splits are mixed up easily and give other recalls."""
-    data = CocoCaptions(**world.captions, split="flickr30k test", expected=1000)
+    data = CaptionFile(**world.captions, split="flickr30k test", expected=1000)
     with pytest.raises(ValueError, match="lists 18 images, split flickr30k test has 1000"):
         RetrievalEvaluator(name="retrieval", data=data)(load())
 
 
 def test_missing_images_are_named(world: Any, load: Load, tmp_path: Path) -> None:
-    data = CocoCaptions(world.captions["annotations"], str(tmp_path), split="test")
+    data = CaptionFile(world.captions["annotations"], str(tmp_path), split="test")
     with pytest.raises(FileNotFoundError, match=r"18 of 18 .* first 000000000000.png \(id 0\)"):
         RetrievalEvaluator(name="retrieval", data=data)(load())

@@ -1,0 +1,240 @@
+"""Captions in every public layout, written here as they are published, give the same pairs."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradeclip_ft.data.pairs import CaptionFile, CaptionShards
+
+CAPTIONS = {
+    "1007129816.jpg": ("A man, with pierced ears.", 'He says "hello, you".', "  third "),
+    "1009434119.jpg": ("A black and white dog.",),
+    "101362133.jpg": ("A young child.", "A kid, kicking."),
+}
+Source = CaptionFile | CaptionShards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of different grey."""
+    (tmp_path / "images").mkdir()
+    for grey, name in enumerate(CAPTIONS):
+        Image.fromarray(np.full((4, 6, 3), 80 * grey, np.uint8)).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def karpathy_text(folder: Path) -> Source:
+    rows = [f"{name},{text.strip()}" for name, texts in CAPTIONS.items() for text in texts]
+    path = folder / "flickr30k_test_karpathy.txt"
+    path.write_text("\n".join(["image,caption", *rows]) + "\n")
+    return CaptionFile(str(path), str(folder / "images"), "test")
+
+
+def token_file(folder: Path) -> Source:
+    rows = [
+        f"{name}#{n}\t{text.strip()}"
+        for name, texts in {**CAPTIONS, "7.jpg": ("of the training split",)}.items()
+        for n, text in enumerate(texts)
+    ]
+    (folder / "results_20130124.token").write_text("\n".join(rows) + "\n")
+    (folder / "test.txt").write_text("1007129816\n1009434119.jpg\n101362133\n")
+    return CaptionFile(
+        str(folder / "results_20130124.token"),
+        str(folder / "images"),
+        "test",
+        names=str(folder / "test.txt"),
+    )
+
+
+def karpathy_json(folder: Path) -> Source:
+    images: list[dict[str, Any]] = [
+        {
+            "filename": name,
+            "imgid": n,
+            "split": "test",
+            "sentences": [{"raw": text, "tokens": []} for text in texts],
+        }
+        for n, (name, texts) in enumerate(CAPTIONS.items())
+    ]
+    images.append({"filename": "7.jpg", "imgid": 9, "split": "train", "sentences": []})
+    path = folder / "dataset_flickr30k.json"
+    path.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    return CaptionFile(str(path), str(folder / "images"), "test", part="test")
+
+
+def karpathy_json_with_folders(folder: Path) -> Source:
+    images = [
+        {
+            "filepath": "images",
+            "filename": name,
+            "cocoid": n,
+            "split": "test",
+            "sentences": [{"raw": text} for text in texts],
+        }
+        for n, (name, texts) in enumerate(CAPTIONS.items())
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    return CaptionFile(str(folder / "dataset_coco.json"), str(folder), "test", part="test")
+
+
+def image_list(folder: Path) -> Source:
+    entries = [{"image": f"images/{n}", "caption": list(texts)} for n, texts in CAPTIONS.items()]
+    (folder / "flickr30k_test.json").write_text(json.dumps(entries))
+    return CaptionFile(str(folder / "flickr30k_test.json"), str(folder), "test")
+
+
+def coco(folder: Path) -> Source:
+    images = [{"id": n, "file_name": name} for n, name in enumerate(CAPTIONS)]
+    annotations = [
+        {"image_id": n, "id": n, "caption": text}
+        for n, texts in enumerate(CAPTIONS.values())
+        for text in texts
+    ]
+    path = folder / "captions_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return CaptionFile(str(path), str(folder / "images"), "test")
+
+
+def shards(folder: Path) -> Source:
+    (folder / "test").mkdir()
+    samples = list(CAPTIONS.items())
+    for number, part in enumerate((samples[:2], samples[2:])):
+        with tarfile.open(folder / "test" / f"{number}.tar", "w") as archive:
+            for n, (name, texts) in enumerate(part):
+                key = f"s{number * 2 + n:07d}"
+                _add(archive, f"{key}.jpg", (folder / "images" / name).read_bytes())
+                _add(archive, f"{key}.txt", "\n".join(map(str.strip, texts)).encode())
+    (folder / "test" / "nshards.txt").write_text("2")
+    (folder / "dataset_type.txt").write_text("retrieval")
+    return CaptionShards(str(folder / "test"), "test")
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+LAYOUTS = (
+    karpathy_text,
+    token_file,
+    karpathy_json,
+    karpathy_json_with_folders,
+    image_list,
+    coco,
+    shards,
+)
+
+
+def tokens(texts: Any, *, trim: bool = False) -> torch.Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def opened(source: Source) -> Any:
+    return source(transform=_pixels, tokenizer=tokens)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_pairs(layout: Callable[[Path], Source], folder: Path) -> None:
+    """Commas, quotation marks and blanks in captions, uneven numbers of them."""
+    pairs = opened(layout(folder))
+    expected = [tuple(text.strip() for text in texts) for texts in CAPTIONS.values()]
+    found = [pairs[row] for row in range(len(pairs))]
+    assert [captions for _, captions in found] == expected
+    assert [int(image[0, 0, 0]) for image, _ in found] == [0, 80, 160]
+    assert pairs.counts == {"images": 3, "captions": 6, "skipped": {}}
+
+
+def test_workers_read_shards_as_well(folder: Path) -> None:
+    """What opens an image has to cross to another process."""
+
+    def images(workers: int) -> torch.Tensor:
+        pairs = shards(folder) if not (folder / "test").exists() else reopened
+        batches = pairs(transform=_pixels, tokenizer=tokens).batches(2, workers)
+        return torch.cat([batch.images for batch in batches])
+
+    reopened = CaptionShards(str(folder / "test"), "test")
+    assert torch.equal(images(0), images(1))
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def test_a_line_break_inside_a_caption_of_a_shard_is_a_blank(folder: Path) -> None:
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        _add(archive, "s0.jpg", (folder / "images" / "101362133.jpg").read_bytes())
+        _add(archive, "s0.txt", b"first \\n half\nsecond\n")
+    assert opened(CaptionShards(str(folder), "x"))[0][1] == ("first half", "second")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(None, r"no part None; set part= to one of test \(3\), train \(1\)"), ("val", "no part val")],
+)
+def test_a_missing_part_is_named_with_those_that_are_there(
+    folder: Path, part: str | None, message: str
+) -> None:
+    """The whole of Flickr30k, or another split, would give other recalls."""
+    source = karpathy_json(folder)
+    assert isinstance(source, CaptionFile)
+    with pytest.raises(ValueError, match=message):
+        opened(CaptionFile(source.annotations, source.images, "test", part=part))
+    plain = coco(folder)
+    assert isinstance(plain, CaptionFile)
+    with pytest.raises(ValueError, match="one split alone; leave part=test out"):
+        opened(CaptionFile(plain.annotations, plain.images, "test", part="test"))
+
+
+def test_names_without_captions_are_refused(folder: Path) -> None:
+    source = token_file(folder)
+    (folder / "test.txt").write_text("1007129816\n31\n")
+    with pytest.raises(ValueError, match="1 of 2 names have no caption, first 31"):
+        opened(source)
+
+
+def test_missing_shards_and_damaged_ones_are_named(folder: Path) -> None:
+    source = shards(folder)
+    (folder / "test" / "1.tar").write_bytes((folder / "test" / "1.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"1.tar is no complete tar .*fetch it again"):
+        opened(source)
+    (folder / "test" / "1.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has 1 shards, its nshards.txt says 2"):
+        opened(source)
+    with pytest.raises(FileNotFoundError, match=r"no .tar in "):
+        CaptionShards(str(folder / "nothing"), "x").prepare()
+
+
+def test_a_broken_image_in_a_shard_is_named(folder: Path) -> None:
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        _add(archive, "s7.jpg", b"no picture")
+        _add(archive, "s7.txt", b"first")
+    with pytest.raises(ValueError, match=r"0.tar:s7: broken_image"):
+        opened(CaptionShards(str(folder), "x"))[0]
+
+
+def test_a_list_of_something_else_and_a_cut_file_are_named(folder: Path) -> None:
+    (folder / "a.json").write_text('[{"image": "1007129816.jpg"}]')
+    source = CaptionFile(str(folder / "a.json"), str(folder / "images"), "x")
+    with pytest.raises(ValueError, match="image number 0 has no caption"):
+        opened(source)
+    (folder / "a.json").write_text('[{"image": "10071298')
+    with pytest.raises(ValueError, match="no complete JSON"):
+        opened(source)
+
+
+def test_a_subset_of_the_images_is_drawn_by_seed(folder: Path) -> None:
+    whole = karpathy_text(folder)
+    assert isinstance(whole, CaptionFile)
+    part = CaptionFile(whole.annotations, whole.images, "test", expected=3, limit=2)
+    assert opened(part).counts["images"] == 2
+    assert opened(part).names == opened(part).names
+    assert part.protocol["subset"] == "2 images drawn with seed 0"
