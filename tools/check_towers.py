@@ -115,7 +115,8 @@ def dense_error(clip: Clip, pixels: Tensor) -> float:
     first = trace.tokens.shape[1] - dense.shape[1]
     if pool is not None:
         tail = visual_tail(visual)
-        found = [tail(pool(trace.tokens[:, first + i : first + i + 1])) for i in (0, 7)]
+        tokens = trace.tokens if trunk is None else trunk.norm(trace.tokens)
+        found = [tail(pool(tokens[:, first + i : first + i + 1])) for i in (0, 7)]
         return relative(dense[:, [0, 7]], torch.stack(found, dim=1))
     alone = torch.full((trace.tokens.shape[1],) * 2, -torch.inf).fill_diagonal_(0.0)
     if trunk is None:

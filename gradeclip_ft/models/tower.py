@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.trace import Trace
 
 Foreign: TypeAlias = Any
@@ -36,6 +37,14 @@ class Tower(Protocol):
 
     def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         """Embeddings, not normalised, equal to those of the library."""
+        ...
+
+    def open(self, x: Shaped[Tensor, "B ..."]) -> Pass:
+        """This forward pass, before its first layer.
+
+        Raises:
+            UnsupportedTowerError: The tower cannot be taken apart.
+        """
         ...
 
     def trace(self, x: Shaped[Tensor, "B ..."]) -> Trace:

@@ -41,3 +41,30 @@ def attend_row(
         scores = scores + mask.unsqueeze(1)
     weights = scores.float().softmax(-1).to(v.dtype)
     return torch.einsum("ban,bnac->bac", weights, v).reshape(batch, width)
+
+
+def attend(
+    q: Float[Tensor, "B N C"],
+    k: Float[Tensor, "B N C"],
+    v: Float[Tensor, "B N C"],
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B A N N"]]:
+    """Attention outputs of all rows, before the output projection, and the attention weights.
+
+    Args:
+        q: Queries of all tokens, heads joined, positions applied.
+        k: Keys.
+        v: Values.
+        heads: Number of heads the width is split into.
+        mask: Added to the scores: (N, N) or (B, N, N).
+    """
+    batch, tokens, width = k.shape
+    split = (batch, tokens, heads, width // heads)
+    queries, keys, values = (rows.reshape(split).transpose(1, 2) for rows in (q, k, v))
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(width // heads)  # (B, A, N, N)
+    if mask is not None:
+        scores = scores + (mask if mask.ndim == 2 else mask.unsqueeze(1))
+    weights = scores.float().softmax(-1).to(v.dtype)
+    return (weights @ values).transpose(1, 2).reshape(batch, tokens, width), weights

@@ -81,7 +81,8 @@ def test_dense_features_of_a_pool_are_its_result_for_one_token_alone(family: str
         elif family == "coca":
             found.append(visual.ln_post(visual.attn_pool(token))[:, 0] @ visual.proj)
         else:
-            found.append(visual.head(visual.trunk.head(visual.trunk.attn_pool(token))))
+            pooled = visual.trunk.attn_pool(visual.trunk.norm(token))
+            found.append(visual.head(visual.trunk.head(pooled)))
     expected = torch.stack(found, dim=1).view(2, *trace.grid, 16)
     torch.testing.assert_close(trace.dense(), expected, **CLOSE)
 

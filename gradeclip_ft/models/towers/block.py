@@ -1,18 +1,15 @@
-"""The residual attention block of open_clip, taken apart: before and behind attention."""
+"""The residual attention block of open_clip, taken apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
-from jaxtyping import Float, Int
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
+from gradeclip_ft.models.passes import Layer, Pick
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
-from gradeclip_ft.models.trace import query_rows
 
 
 def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
@@ -30,42 +27,31 @@ def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
             )
 
 
-def run_blocks(
-    blocks: Iterable[Foreign],
-    x: Float[Tensor, "B N C"],
-    step: Callable[[Foreign, Tensor], Tensor],
-    *,
-    checkpointed: bool,
-) -> Float[Tensor, "B N C"]:
-    """Blocks in order; with `checkpointed`, activations are computed again in the backward pass."""
-    for block in blocks:
-        if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(step, block, x, use_reentrant=False)
-        else:
-            x = step(block, x)
-    return x
+def block_layer(block: Foreign) -> Layer:
+    """A block as a layer; pre-norm, with or without layer scale."""
+    heads = int(block.attn.num_heads)
 
+    def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+        y = block.ln_1(tokens)
+        width = y.shape[-1]
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        q = linear(pick(y), weight[:width], bias[:width])
+        k, v = linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)
+        return q, k, v
 
-def plain_step(block: Foreign, x: Tensor) -> Tensor:
-    """A block that takes nothing but its rows."""
-    result: Tensor = block(x)
-    return result
+    def add(o: Tensor) -> Tensor:
+        added: Tensor = block.ls_1(block.attn.out_proj(o))
+        return added
 
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        x = x + add(o)
+        rows: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return rows
 
-def query_key_value(
-    block: Foreign, tokens: Float[Tensor, "B N C"], query: Int[Tensor, " B"] | None
-) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-    """Query of one row, keys and values of all, heads joined."""
-    y = block.ln_1(tokens)
-    width = y.shape[-1]
-    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
-    q = linear(query_rows(y, query), weight[:width], bias[:width])
-    k, v = linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)
-    return q, k, v
+    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.ndim == 3:  # the library wants one mask for every head
+            mask = mask.repeat_interleave(heads, dim=0)
+        rows: Tensor = block(tokens, attn_mask=mask)
+        return rows
 
-
-def behind_attention(block: Foreign, x: Tensor, o: Tensor) -> Tensor:
-    """Output of the block from its input rows x and the attention output o of these rows."""
-    x = x + block.ls_1(block.attn.out_proj(o))
-    rows: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return rows
+    return Layer(attend, finish, add, block.attn.out_proj, heads, run)

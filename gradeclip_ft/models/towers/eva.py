@@ -13,91 +13,94 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, image_grid
-from gradeclip_ft.models.towers.block import run_blocks
+from gradeclip_ft.models.towers.base import PassTower
 from gradeclip_ft.models.towers.timm_embed import check_trunk, embed_patches, refuse, rotary
-from gradeclip_ft.models.trace import Trace, class_token_query, query_rows, trace_layer
+from gradeclip_ft.models.trace import class_token_query
 
 
-class EvaTower:
+class EvaTower(PassTower):
     """Image tower around a TimmModel whose trunk is an Eva with a class token."""
 
     pooling = "class token"
-    unexplained: str | None = None
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk
         _check(trunk)
         self._visual, self._trunk = visual, trunk
-        self._last = trunk.blocks[-1]
         self.width = int(trunk.embed_dim)
-        self.heads = int(self._last.attn.num_heads)
+        self.heads = int(trunk.blocks[-1].attn.num_heads)
         self.depth = len(trunk.blocks)
         self.patch = int(trunk.patch_embed.patch_size[0])
 
-    def encode(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Embeddings F_I, not normalised, equal to `encode_image`."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Float[Tensor, "B 3 H W"]) -> Trace:
-        """The last layer of this forward pass; the query is the class token."""
+    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
+        """This forward pass; the query is the class token."""
         grid = image_grid(x, self.patch)
-        trunk, rope = self._trunk, rotary(self._trunk, grid)
-
-        def step(block: Foreign, rows: Tensor) -> Tensor:
-            result: Tensor = block(rows, rope=rope)
-            return result
-
-        def attend(rows: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            return _query_key_value(self._last, rows, query, rope)
-
-        tokens = run_blocks(
-            trunk.blocks[:-1],
-            embed_patches(trunk, x, grid),
-            step,
-            checkpointed=trunk.grad_checkpointing,
-        )
+        rope = rotary(self._trunk, grid)
+        tokens = embed_patches(self._trunk, x, grid)
         query, explained = class_token_query(tokens, grid)
-        return trace_layer(
+        return Pass(
             tokens,
+            tuple(block_layer(block, rope) for block in self._trunk.blocks),
+            self._head,
             query,
-            attend=attend,
-            finish=self._finish,
-            project=self._last.attn.proj,
-            heads=self.heads,
-            explained=explained,
-            grid=grid,
+            explained,
+            grid,
+            checkpointed=self._trunk.grad_checkpointing,
         )
 
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        block, trunk = self._last, self._trunk
-        attended = block.attn.proj(block.attn.norm(o))
-        if isinstance(block, EvaBlockPostNorm):
-            x = x + block.norm1(attended)
-            x = x + block.norm2(block.mlp(x))
-        else:
-            x = x + (attended if block.gamma_1 is None else block.gamma_1 * attended)
-            mixed = block.mlp(block.norm2(x))
-            x = x + (mixed if block.gamma_2 is None else block.gamma_2 * mixed)
-        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(trunk.norm(x))))
+    def _head(self, rows: Tensor) -> Tensor:
+        trunk = self._trunk
+        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(trunk.norm(rows))))
         return result
 
 
-def _query_key_value(
-    block: Foreign, tokens: Tensor, query: Tensor | None, rope: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    attention = block.attn
-    y = tokens if isinstance(block, EvaBlockPostNorm) else block.norm1(tokens)
-    row = query_rows(y, query)
+def block_layer(block: Foreign, rope: Tensor | None) -> Layer:
+    """EVA's block as a layer at one grid, pre-norm or post-norm."""
+    attention, post_norm = block.attn, isinstance(block, EvaBlockPostNorm)
+
+    def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+        y = tokens if post_norm else block.norm1(tokens)
+        q, k, v = _project(attention, pick(y), y)
+        if rope is not None:
+            every = q.ndim == 3  # a single query is that of the class token, which has no position
+            q = _rotate(q, rope, attention).to(v.dtype) if every else q
+            k = _rotate(k, rope, attention).to(v.dtype)
+        return q, k, v
+
+    def add(o: Tensor) -> Tensor:
+        attended: Tensor = attention.proj(attention.norm(o))
+        if post_norm:
+            attended = block.norm1(attended)
+        elif block.gamma_1 is not None:
+            attended = block.gamma_1 * attended
+        return attended
+
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        x = x + add(o)
+        if post_norm:
+            mixed = block.norm2(block.mlp(x))
+        else:
+            mixed = block.mlp(block.norm2(x))
+            mixed = mixed if block.gamma_2 is None else block.gamma_2 * mixed
+        rows: Tensor = x + mixed
+        return rows
+
+    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        rows: Tensor = block(tokens, rope=rope)
+        return rows
+
+    return Layer(attend, finish, add, attention.proj, int(attention.num_heads), run)
+
+
+def _project(attention: Foreign, row: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q of some rows, k and v of all; projections fused or not, keys without bias."""
     if attention.qkv is None:
-        q, k, v = attention.q_proj(row), attention.k_proj(y), attention.v_proj(y)
-    else:
-        weights = attention.qkv.weight.chunk(3)
-        q = linear(row, weights[0], attention.q_bias)
-        k, v = linear(y, weights[1]), linear(y, weights[2], attention.v_bias)
-    if rope is not None:
-        k = _rotate(k, rope, attention).to(v.dtype)
-    return q, k, v
+        return attention.q_proj(row), attention.k_proj(y), attention.v_proj(y)
+    weights = attention.qkv.weight.chunk(3)
+    q = linear(row, weights[0], attention.q_bias)
+    return q, linear(y, weights[1]), linear(y, weights[2], attention.v_bias)
 
 
 def _rotate(k: Tensor, rope: Tensor, attention: Foreign) -> Tensor:

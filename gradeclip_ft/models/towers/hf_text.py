@@ -10,23 +10,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
-from gradeclip_ft.models.trace import Trace, query_rows, trace_layer
+from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.ops.attention import attend as attend_all
 
 POOLERS = ("ClsPooler", "ClsLastHiddenStatePooler")
 LAYOUTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
-class HuggingFaceTextTower:
+class HuggingFaceTextTower(PassTower):
     """Text tower around an HFTextEncoder that pools the first token."""
 
-    unexplained: str | None = None
     pooling = "first token"
     cuts_exactly = True
 
     def __init__(self, text: Foreign) -> None:
         check_pooling(text)
-        self._text, self._last = text, text.transformer.encoder.layer[-1]
+        self._text = text
+        self._layers = tuple(_layer(layer) for layer in text.transformer.encoder.layer)
         config = text.config
         self.width = int(config.hidden_size)
         self.heads = int(config.num_attention_heads)
@@ -40,43 +42,51 @@ class HuggingFaceTextTower:
         embedding: Tensor = result[0] if isinstance(result, tuple) else result
         return embedding
 
-    def trace(self, x: Int[Tensor, "M L"]) -> Trace:
-        """The last layer of this forward pass; the query is the first token."""
+    def open(self, x: Int[Tensor, "M L"]) -> Pass:
+        """This forward pass; the query is the first token, the padding is hidden."""
         visible = x != self.pad
-        layers = self._text.transformer(
-            input_ids=x, attention_mask=visible.long(), output_hidden_states=True
-        ).hidden_states
-        tokens: Tensor = layers[-2]
+        tokens = self._text.transformer.embeddings(input_ids=x)
         hidden = torch.zeros_like(tokens[..., 0]).masked_fill(~visible, -torch.inf)
         position = torch.arange(x.shape[1], device=x.device)
         last = visible.sum(1, keepdim=True) - 1  # the separator behind the words
-        return trace_layer(
+        return Pass(
             tokens,
+            self._layers,
+            self._head,
             x.new_zeros(len(x)),
-            attend=self._attend,
-            finish=self._finish,
-            project=self._last.attention.output.dense,
-            heads=self.heads,
-            explained=(position > 0) & (position < last),
-            mask=hidden,
+            (position > 0) & (position < last),
+            mask=hidden.unsqueeze(1).expand(-1, x.shape[1], -1),
         )
 
-    def _attend(self, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        attention = self._last.attention.self
-        row = query_rows(tokens, query)
-        return attention.query(row), attention.key(tokens), attention.value(tokens)
-
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        """Post-norm tail of the layer, then the pooler of the tower and its projection."""
-        text, after = self._text, self._last.attention.output
-        x = after.LayerNorm(after.dense(o) + x)
-        mixed = self._last.output.dense(self._last.intermediate(x))
-        x = self._last.output.LayerNorm(mixed + x)
+    def _head(self, rows: Tensor) -> Tensor:
+        """The pooler of the tower and its projection."""
+        text = self._text
         pooler = getattr(text.transformer, "pooler", None)
         if pooler is not None and getattr(text.pooler, "use_pooler_output", False):
-            x = pooler.activation(pooler.dense(x))
-        result: Tensor = text.proj(x)
+            rows = pooler.activation(pooler.dense(rows))
+        result: Tensor = text.proj(rows)
         return result
+
+
+def _layer(layer: Foreign) -> Layer:
+    """A post-norm layer; run from its parts, whose signature outlives the whole's."""
+    attention, after = layer.attention.self, layer.attention.output
+    heads = int(attention.num_attention_heads)
+
+    def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+        return attention.query(pick(tokens)), attention.key(tokens), attention.value(tokens)
+
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        x = after.LayerNorm(after.dense(o) + x)
+        mixed = layer.output.dense(layer.intermediate(x))
+        rows: Tensor = layer.output.LayerNorm(mixed + x)
+        return rows
+
+    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = attend(tokens, lambda rows: rows)
+        return finish(tokens, attend_all(q, k, v, heads=heads, mask=mask)[0])
+
+    return Layer(attend, finish, after.dense, after.dense, heads, run)
 
 
 def context_length(text: Foreign) -> int:

@@ -7,75 +7,72 @@ behind the trunk's norm. There is no residual: only the rows of the pool reach t
 from __future__ import annotations
 
 from jaxtyping import Float
+from timm.models.eva import Eva
 from torch import Tensor
 
+from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, image_grid
-from gradeclip_ft.models.towers.block import run_blocks
+from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.models.towers.eva import block_layer as eva_layer
 from gradeclip_ft.models.towers.timm_embed import check_trunk, embed_patches, refuse, rotary
+from gradeclip_ft.models.towers.timm_vit import block_layer as vit_layer
 from gradeclip_ft.models.towers.timm_vit import by_head
-from gradeclip_ft.models.trace import Trace, patch_tokens, trace_layer
+from gradeclip_ft.models.trace import patch_tokens
 
 
-class LatentPoolTower:
+class LatentPoolTower(PassTower):
     """Image tower around a TimmModel whose trunk has an AttentionPoolLatent."""
 
     pooling = "attention pool with a learned query"
-    unexplained: str | None = None
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk
         _check(trunk)
-        self._visual, self._trunk, self._pool = visual, trunk, trunk.attn_pool
+        self._visual, self._trunk = visual, trunk
         self.width = int(trunk.embed_dim)
         self.heads = int(trunk.attn_pool.num_heads)
         self.depth = len(trunk.blocks)
         self.patch = int(trunk.patch_embed.patch_size[0])
 
-    def encode(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Embeddings F_I, not normalised, equal to `encode_image`."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Float[Tensor, "B 3 H W"]) -> Trace:
-        """The pool of this forward pass."""
+    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
+        """This forward pass; behind its blocks stands the pool."""
         grid = image_grid(x, self.patch)
         trunk, rope = self._trunk, rotary(self._trunk, grid)
-
-        def step(block: Foreign, rows: Tensor) -> Tensor:
-            result: Tensor = block(rows) if rope is None else block(rows, rope=rope)
-            return result
-
-        tokens = trunk.norm(
-            run_blocks(
-                trunk.blocks,
-                embed_patches(trunk, x, grid),
-                step,
-                checkpointed=trunk.grad_checkpointing,
-            )
-        )
-        return trace_layer(
+        if isinstance(trunk, Eva):
+            layers = tuple(eva_layer(block, rope) for block in trunk.blocks)
+        else:
+            layers = tuple(vit_layer(block) for block in trunk.blocks)
+        tokens = embed_patches(trunk, x, grid)
+        return Pass(
             tokens,
+            (*layers, _pool_layer(trunk)),
+            self._head,
             None,
-            attend=self._attend,
-            finish=self._finish,
-            project=self._pool.proj,
-            heads=self.heads,
-            explained=patch_tokens(tokens, grid),
-            grid=grid,
+            patch_tokens(tokens, grid),
+            grid,
+            checkpointed=trunk.grad_checkpointing,
         )
 
-    def _attend(self, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        pool = self._pool
-        q = by_head(pool.q(pool.latent[:, 0]), pool.q_norm, self.heads)
-        k, v = pool.kv(tokens).chunk(2, dim=-1)
-        return q.expand(len(tokens), -1), by_head(k, pool.k_norm, self.heads), v
-
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        pool, trunk = self._pool, self._trunk
-        pooled = pool.proj(o)
-        if pool.mlp is not None:
-            pooled = pooled + pool.mlp(pool.norm(pooled))
-        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(pooled)))
+    def _head(self, rows: Tensor) -> Tensor:
+        trunk = self._trunk
+        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(rows)))
         return result
+
+
+def _pool_layer(trunk: Foreign) -> Layer:
+    """The trunk's last norm and its pool."""
+    pool, heads = trunk.attn_pool, int(trunk.attn_pool.num_heads)
+
+    def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+        q = by_head(pool.q(pool.latent[:, 0]), pool.q_norm, heads)
+        k, v = pool.kv(trunk.norm(tokens)).chunk(2, dim=-1)
+        return q.expand(len(tokens), -1), by_head(k, pool.k_norm, heads), v
+
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        rows: Tensor = pool.proj(o)
+        return rows if pool.mlp is None else rows + pool.mlp(pool.norm(rows))
+
+    return Layer(attend, finish, pool.proj, pool.proj, heads, None)
 
 
 def _check(trunk: Foreign) -> None:

@@ -27,7 +27,7 @@ class OpaqueTower:
         embedding: Tensor = result[0] if isinstance(result, tuple) else result
         return embedding
 
-    def trace(self, x: Tensor) -> NoReturn:
+    def open(self, x: Tensor) -> NoReturn:
         """Nothing to explain here.
 
         Raises:
@@ -37,6 +37,14 @@ class OpaqueTower:
             f"{self.unexplained}: it encodes, but has no heat maps and no dense features; choose "
             f"{EXPLAINED}, for example"
         )
+
+    def trace(self, x: Tensor) -> NoReturn:
+        """Nothing to explain here.
+
+        Raises:
+            UnsupportedTowerError: Always.
+        """
+        self.open(x)
 
 
 class OpaqueImageTower(OpaqueTower):

@@ -9,12 +9,13 @@ class token stands behind the last position).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
-from gradeclip_ft.models.towers import block as parts
-from gradeclip_ft.models.trace import Trace, trace_layer
+from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.models.towers.block import block_layer, check_blocks
 
 POOLING = {
     "argmax": "end of the text",
@@ -24,10 +25,11 @@ POOLING = {
 }
 
 
-class TransformerTextTower:
-    """Text tower around an open_clip CLIP or the TextTransformer of a CustomTextCLIP or CoCa."""
+class TransformerTextTower(PassTower):
+    """Text tower around an open_clip CLIP or the TextTransformer of a CustomTextCLIP or CoCa.
 
-    unexplained: str | None = None
+    Embeddings are those of `encode_text` at the full context, not normalised.
+    """
 
     def __init__(self, text: Foreign) -> None:
         self._text = text
@@ -36,9 +38,9 @@ class TransformerTextTower:
         self._eos = int(getattr(text, "eos_id", getattr(text, "text_eos_id", -1)) or -1)
         _check(text, self._pool)
         blocks = text.transformer.resblocks
-        self._last = blocks[-1]
+        self._layers = tuple(block_layer(block) for block in blocks)
         self.width = int(text.transformer.width)
-        self.heads = int(self._last.attn.num_heads)
+        self.heads = self._layers[-1].heads
         self.depth = len(blocks)
         self.pooling = POOLING[self._pool]
         self.context_length = int(text.positional_embedding.shape[0]) - self._class_token
@@ -47,41 +49,22 @@ class TransformerTextTower:
             self._pool in ("argmax", "eos") and getattr(text, "attn_mask", None) is not None
         )
 
-    def encode(self, x: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-        """Embeddings F_T, not normalised, equal to `encode_text` at the full context."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Int[Tensor, "M L"]) -> Trace:
-        """The last layer of this forward pass; the query is the position that is pooled.
+    def open(self, x: Int[Tensor, "M L"]) -> Pass:
+        """This forward pass; the query is the position that is pooled.
 
         Raises:
             ValueError: More tokens than positions, or fewer where the tower needs all of them.
         """
         self._check_length(x.shape[1])
-        rows = self._embed(x)
-        mask = self._mask(x)
-
-        def step(block: Foreign, rows: Tensor) -> Tensor:
-            result: Tensor = block(rows, attn_mask=mask)
-            return result
-
-        tokens = parts.run_blocks(
-            self._text.transformer.resblocks[:-1],
-            rows,
-            step,
-            checkpointed=self._text.transformer.grad_checkpointing,
-        )
-        query = self._query(x)
-        seen = _row(mask, query)
-        return trace_layer(
+        tokens, mask, query = self._embed(x), self._mask(x), self._query(x)
+        return Pass(
             tokens,
+            self._layers,
+            self._head,
             query,
-            attend=self._attend,
-            finish=self._finish,
-            project=self._last.attn.out_proj,
-            heads=self.heads,
-            explained=self._words(x, tokens.shape[1], seen),
-            mask=seen,
+            self._words(x, tokens.shape[1], mask),
+            mask=mask,
+            checkpointed=self._text.transformer.grad_checkpointing,
         )
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -94,14 +77,15 @@ class TransformerTextTower:
         return rows + positions
 
     def _mask(self, ids: Tensor) -> Tensor | None:
-        """Additive mask: (N, N), with the padding (M·A, N, N), or None."""
+        """Additive mask: (N, N), with the padding (M, N, N), or None."""
         text, length = self._text, ids.shape[1] + self._class_token
         causal: Tensor | None = getattr(text, "attn_mask", None)
         if causal is not None:
             causal = causal[:length, :length]
         if not self._class_token:
             return causal
-        padding: Tensor = text._build_additive_mask(ids, length, text.positional_embedding.dtype)
+        dtype = text.positional_embedding.dtype
+        padding: Tensor = text._build_additive_mask(ids, length, dtype)[:: self.heads]
         return padding if causal is None else causal + padding
 
     def _query(self, ids: Tensor) -> Tensor:
@@ -111,24 +95,25 @@ class TransformerTextTower:
             return torch.eq(ids, self._eos).int().argmax(dim=-1)
         return torch.full_like(ids[:, 0], ids.shape[1] - 1 + self._class_token)
 
-    def _words(self, ids: Tensor, length: int, seen: Tensor | None) -> Bool[Tensor, "M N"]:
+    def _words(self, ids: Tensor, length: int, mask: Tensor | None) -> Bool[Tensor, "M N"]:
         """The positions that hold words: neither start, nor end, nor padding, nor hidden."""
         position = torch.arange(length, device=ids.device)
         if self._pool == "last":  # the tokenizer ends and fills up with one id
             return (ids != ids[:, -1:]) & (position < length - 1)
         end = self._query(ids) if self._pool != "class" else ids.argmax(dim=-1)
         words = (position > 0) & (position < end.unsqueeze(1))
-        return words if seen is None else words & (seen == 0)
+        if mask is None or mask.ndim == 2:  # a causal mask hides nothing before the end
+            return words
+        return words & (mask[:, -1] == 0)
 
-    def _attend(self, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return parts.query_key_value(self._last, tokens, query)
-
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        x = self._text.ln_final(parts.behind_attention(self._last, x, o))
+    def _head(self, rows: Tensor) -> Tensor:
+        rows = self._text.ln_final(rows)
         projection = self._text.text_projection
         if projection is None:
-            return x
-        result: Tensor = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+            return rows
+        result: Tensor = (
+            projection(rows) if isinstance(projection, nn.Linear) else rows @ projection
+        )
         return result
 
     def _check_length(self, length: int) -> None:
@@ -143,16 +128,6 @@ class TransformerTextTower:
                 f"pools the {self.pooling}, so a cut context would change the result; tokenise "
                 "without trimming"
             )
-
-
-def _row(mask: Tensor | None, query: Tensor) -> Float[Tensor, "M N"] | None:
-    """The mask of the query row; with padding, heads of one text share theirs."""
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        return mask[query]
-    own = mask.view(len(query), -1, *mask.shape[1:])[:, 0]
-    return own[torch.arange(len(query), device=query.device), query]
 
 
 def _pool(text: Foreign) -> str:
@@ -171,4 +146,4 @@ def _check(text: Foreign, pool: str) -> None:
     found = [problem for problem, present in problems.items() if present]
     if found:
         raise UnsupportedTowerError(f"text tower {found[0]}")
-    parts.check_blocks(text.transformer.resblocks, "text tower")
+    check_blocks(text.transformer.resblocks, "text tower")

@@ -11,69 +11,75 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, image_grid
-from gradeclip_ft.models.towers.block import plain_step, run_blocks
+from gradeclip_ft.models.towers.base import PassTower
 from gradeclip_ft.models.towers.timm_embed import check_trunk, embed_patches, refuse
-from gradeclip_ft.models.trace import Trace, class_token_query, query_rows, trace_layer
+from gradeclip_ft.models.trace import class_token_query
 
 
-class TimmVitTower:
+class TimmVitTower(PassTower):
     """Image tower around a TimmModel whose trunk is a VisionTransformer with a class token."""
 
     pooling = "class token"
-    unexplained: str | None = None
 
     def __init__(self, visual: Foreign) -> None:
         trunk = visual.trunk
         _check(trunk)
         self._visual, self._trunk = visual, trunk
-        self._last = trunk.blocks[-1]
+        self._layers = tuple(block_layer(block) for block in trunk.blocks)
         self.width = int(trunk.embed_dim)
-        self.heads = int(self._last.attn.num_heads)
+        self.heads = self._layers[-1].heads
         self.depth = len(trunk.blocks)
         self.patch = int(trunk.patch_embed.patch_size[0])
 
-    def encode(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Embeddings F_I, not normalised, equal to `encode_image`."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Float[Tensor, "B 3 H W"]) -> Trace:
-        """The last layer of this forward pass; the query is the class token."""
+    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
+        """This forward pass; the query is the class token."""
         grid = image_grid(x, self.patch)
-        trunk = self._trunk
-        tokens = run_blocks(
-            trunk.blocks[:-1],
-            embed_patches(trunk, x, grid),
-            plain_step,
-            checkpointed=trunk.grad_checkpointing,
-        )
+        tokens = embed_patches(self._trunk, x, grid)
         query, explained = class_token_query(tokens, grid)
-        return trace_layer(
+        return Pass(
             tokens,
+            self._layers,
+            self._head,
             query,
-            attend=self._attend,
-            finish=self._finish,
-            project=self._last.attn.proj,
-            heads=self.heads,
-            explained=explained,
-            grid=grid,
+            explained,
+            grid,
+            checkpointed=self._trunk.grad_checkpointing,
         )
 
-    def _attend(self, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        attention, y = self._last.attn, self._last.norm1(tokens)
-        width = attention.attn_dim
+    def _head(self, rows: Tensor) -> Tensor:
+        trunk = self._trunk
+        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(trunk.norm(rows))))
+        return result
+
+
+def block_layer(block: Foreign) -> Layer:
+    """Timm's block as a layer; pre-norm, with or without layer scale."""
+    attention, heads = block.attn, int(block.attn.num_heads)
+
+    def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
+        y, width = block.norm1(tokens), attention.attn_dim
         weight, bias = attention.qkv.weight, attention.qkv.bias
         first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = linear(query_rows(y, query), weight[:width], first)
+        q = linear(pick(y), weight[:width], first)
         k, v = linear(y, weight[width:], rest).chunk(2, dim=-1)
-        return by_head(q, attention.q_norm, self.heads), by_head(k, attention.k_norm, self.heads), v
+        return by_head(q, attention.q_norm, heads), by_head(k, attention.k_norm, heads), v
 
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        block, trunk = self._last, self._trunk
-        x = x + block.ls1(block.attn.proj(block.attn.norm(o)))
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-        result: Tensor = self._visual.head(trunk.head(trunk.fc_norm(trunk.norm(x))))
-        return result
+    def add(o: Tensor) -> Tensor:
+        added: Tensor = block.ls1(attention.proj(attention.norm(o)))
+        return added
+
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        x = x + add(o)
+        rows: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+        return rows
+
+    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        rows: Tensor = block(tokens)
+        return rows
+
+    return Layer(attend, finish, add, attention.proj, heads, run)
 
 
 def by_head(x: Tensor, norm: Foreign, heads: int) -> Tensor:

@@ -6,60 +6,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError, image_grid
-from gradeclip_ft.models.towers import block as parts
-from gradeclip_ft.models.trace import Trace, class_token_query, trace_layer
+from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.models.towers.block import block_layer, check_blocks
+from gradeclip_ft.models.trace import class_token_query
 from gradeclip_ft.ops.positions import resample_positions
 
 
-class VitTower:
+class VitTower(PassTower):
     """Image tower around a VisionTransformer."""
 
     pooling = "class token"
-    unexplained: str | None = None
 
     def __init__(self, visual: Foreign) -> None:
         _check(visual)
-        parts.check_blocks(visual.transformer.resblocks, "image tower")
+        blocks = visual.transformer.resblocks
+        check_blocks(blocks, "image tower")
         self._visual = visual
-        self._last = visual.transformer.resblocks[-1]
+        self._layers = tuple(block_layer(block) for block in blocks)
         self.width = int(visual.transformer.width)
-        self.heads = int(self._last.attn.num_heads)
-        self.depth = len(visual.transformer.resblocks)
+        self.heads = self._layers[-1].heads
+        self.depth = len(blocks)
         self.patch = int(visual.patch_size[0])
 
-    def encode(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Embeddings F_I, not normalised, equal to `encode_image`."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Float[Tensor, "B 3 H W"]) -> Trace:
-        """The last layer of this forward pass; the query is the class token."""
+    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
+        """This forward pass; the query is the class token."""
         grid = image_grid(x, self.patch)
-        transformer = self._visual.transformer
-        tokens = parts.run_blocks(
-            transformer.resblocks[:-1],
-            embed_patches(self._visual, x, grid),
-            parts.plain_step,
-            checkpointed=transformer.grad_checkpointing,
-        )
+        tokens = embed_patches(self._visual, x, grid)
         query, explained = class_token_query(tokens, grid)
-        return trace_layer(
+        return Pass(
             tokens,
+            self._layers,
+            self._head,
             query,
-            attend=self._attend,
-            finish=self._finish,
-            project=self._last.attn.out_proj,
-            heads=self.heads,
-            explained=explained,
-            grid=grid,
+            explained,
+            grid,
+            checkpointed=self._visual.transformer.grad_checkpointing,
         )
 
-    def _attend(self, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return parts.query_key_value(self._last, tokens, query)
-
-    def _finish(self, x: Tensor, o: Tensor) -> Tensor:
-        x = self._visual.ln_post(parts.behind_attention(self._last, x, o))
-        projected: Tensor = x if self._visual.proj is None else x @ self._visual.proj
+    def _head(self, rows: Tensor) -> Tensor:
+        rows = self._visual.ln_post(rows)
+        projected: Tensor = rows if self._visual.proj is None else rows @ self._visual.proj
         return projected
 
 
