@@ -98,3 +98,16 @@ class PairBatch(_Tensors):
     images: Float[Tensor, "B 3 H W"]
     texts: Int[Tensor, "M L"]
     owner: Int[Tensor, " M"]
+
+
+@dataclass(frozen=True)
+class ImageBatch(_Tensors):
+    """Images with one label each.
+
+    Attributes:
+        images: Normalised pixels.
+        labels: Class index of each image.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    labels: Int[Tensor, " B"]

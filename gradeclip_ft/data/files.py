@@ -93,3 +93,13 @@ def open_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"no image {path}") from error
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}); fetch it again") from error
+
+
+def read_image_at(paths: Sequence[Path], index: int) -> Image.Image:
+    """Image number `index` of a list; as a partial it crosses to other processes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is no complete image.
+    """
+    return open_image(paths[index])

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gradeclip_ft.data.caption_layouts import only_named, read_pictures
 from gradeclip_ft.data.coco import CaptionedPicture
-from gradeclip_ft.data.files import open_image, prepare_files, require_images
+from gradeclip_ft.data.files import prepare_files, read_image_at, require_images
 from gradeclip_ft.data.pair_images import CaptionedImages, Tokenize
 from gradeclip_ft.data.subset import subset, subset_protocol
-from gradeclip_ft.data.tar_index import TarSample, index_shards, tar_files
+from gradeclip_ft.data.tar_index import decode_at, index_shards, tar_files
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class CaptionFile:
         return CaptionedImages(
             names=[picture.file_name for picture in captioned],
             captions=[picture.captions for picture in captioned],
-            read=partial(_open, paths),
+            read=partial(read_image_at, paths),
             files=[Path(path) for path in (self.annotations, self.names) if path is not None],
             listed=paths,
             skipped=skipped,
@@ -141,7 +141,7 @@ class CaptionShards:
         return CaptionedImages(
             names=[picture.file_name for picture in captioned],
             captions=[picture.captions for picture in captioned],
-            read=partial(_decode, [samples[picture.id] for picture in captioned]),
+            read=partial(decode_at, [samples[picture.id] for picture in captioned]),
             files=[],
             listed=shards,
             skipped=skipped,
@@ -178,11 +178,3 @@ def _with_captions(
 def _lines(text: str) -> tuple[str, ...]:
     """Captions of a `.txt`; line breaks inside a caption are written as a backslash and an n."""
     return tuple(" ".join(line.replace("\\n", " ").split()) for line in text.splitlines())
-
-
-def _open(paths: Sequence[Path], index: int) -> Image.Image:
-    return open_image(paths[index])
-
-
-def _decode(samples: Sequence[TarSample], index: int) -> Image.Image:
-    return samples[index].image()

@@ -109,3 +109,12 @@ def index_shards(shards: Sequence[Path]) -> list[TarSample]:
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{shard} is no complete tar ({error}); fetch it again") from error
     return list(samples.values())
+
+
+def decode_at(samples: Sequence[TarSample], index: int) -> Image.Image:
+    """Image of sample number `index`; as a partial it crosses to other processes.
+
+    Raises:
+        ValueError: There is none, or it cannot be decoded.
+    """
+    return samples[index].image()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ def class_embeddings(
     names: Sequence[str],
     templates: Sequence[str],
     *,
+    say: Callable[[str, str], str] = fill,
     batch_size: int = 256,
 ) -> Float[Tensor, "K D"]:
     """Unit class embeddings in fp32: embed, normalise, mean over templates, normalise.
@@ -30,6 +31,7 @@ def class_embeddings(
         tokenizer: Of that model.
         names: Class names as the annotation file has them.
         templates: Sentences with `{}` for the name and `{a}` for its article.
+        say: Template and name to sentence; ViLD's rules unless told otherwise.
         batch_size: Sentences encoded at a time; bounds memory, not the result.
 
     Raises:
@@ -38,7 +40,7 @@ def class_embeddings(
     if not names or not templates:
         raise ValueError(f"got {len(names)} names and {len(templates)} templates, expected some")
     device = clip.log_scale.device
-    sentences = [fill(template, name) for name in names for template in templates]
+    sentences = [say(template, name) for name in names for template in templates]
     parts = [
         unit(
             clip.text.encode(tokenizer(sentences[start : start + batch_size], trim=True).to(device))

@@ -1,0 +1,114 @@
+"""Which of two captions fits the image: compositional understanding, as SugarCrepe asks it.
+
+A model that sees a caption as a bag of words takes the wrong one about half of the time where words
+are swapped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+from torch import Tensor
+
+from gradeclip_ft.evaluators.base import Track, evaluating, untracked
+from gradeclip_ft.evaluators.embed import encode_images, encode_texts
+from gradeclip_ft.evaluators.pair_source import OpenedPairs
+from gradeclip_ft.metrics.accuracy import require_finite
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.tokenizer import Tokenizer
+from gradeclip_ft.results.fingerprint import data_fingerprint
+from gradeclip_ft.results.record import Json, Measured
+
+
+@runtime_checkable
+class ChoiceSource(Protocol):
+    """Images with captions in twos, the right one first."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """Choices that change the numbers."""
+        ...
+
+    def prepare(self) -> None:
+        """Check the data."""
+        ...
+
+    def __call__(
+        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenizer
+    ) -> tuple[OpenedPairs, Sequence[str]]:
+        """The captions of one model, and the kind of each two in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChoiceEvaluator:
+    """Share of images whose right caption is nearer than the wrong one, by kind.
+
+    Attributes:
+        name: Of the result file.
+        data: Where the captions come from.
+        batch_size: Images per forward pass; does not change the numbers.
+        text_batch_size: Captions per forward pass; does not change the numbers.
+        workers: Processes that load images; 0 loads them here.
+    """
+
+    name: str
+    data: ChoiceSource
+    batch_size: int = 64
+    text_batch_size: int = 256
+    workers: int = 0
+
+    @property
+    def protocol(self) -> dict[str, Json]:
+        """Settings that change the numbers, without those that need the model."""
+        return {
+            "task": "choice of two captions",
+            "right": "cosine above that of the wrong caption; equal counts as wrong",
+            "image": "the model's own preprocessing",
+            "text": "plain caption, no prompt",
+            **self.data.protocol,
+        }
+
+    def prepare(self) -> None:
+        """Check the data."""
+        self.data.prepare()
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        """Measure one model.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            ValueError: The data are damaged, or the embeddings are not finite.
+        """
+        pairs, kinds = self.data(
+            transform=loaded.transform(train=False), tokenizer=loaded.tokenizer
+        )
+        batches = pairs.batches(self.batch_size, self.workers)
+        with evaluating(loaded.clip):
+            shown = track(batches, f"{self.name}: images", len(batches))
+            images, tokens, owner = encode_images(loaded, shown)
+            texts = encode_texts(loaded, tokens, self.text_batch_size, track, self.name)
+        scores = (images[owner.to(images.device)] * texts).sum(1).view(-1, 2).cpu()
+        require_finite(scores)
+        right = (scores[:, 0] > scores[:, 1]).tolist()
+        asked = Counter(kinds)
+        answered = Counter(kind for kind, hit in zip(kinds, right, strict=True) if hit)
+        by_kind = {kind: answered[kind] / asked[kind] for kind in sorted(asked)}
+        return Measured(
+            metrics={"mean": fmean(by_kind.values()), **by_kind},
+            protocol={
+                **self.protocol,
+                "image_size": list(loaded.image_size),
+                "context_length": loaded.tokenizer.context_length,
+            },
+            data=data_fingerprint(pairs.files, pairs.listed, pairs.counts),
+            details={
+                "asked": dict(sorted(asked.items())),
+                "share_of_ties": float((scores[:, 0] == scores[:, 1]).double().mean()),
+            },
+        )

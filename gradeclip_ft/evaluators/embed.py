@@ -1,0 +1,56 @@
+"""Unit embeddings of all images and captions of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradeclip_ft.batch import PairBatch
+from gradeclip_ft.evaluators.base import Track, placement
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.similarity import unit
+
+
+def encode_images(
+    loaded: LoadedClip, batches: Iterable[PairBatch]
+) -> tuple[Float[Tensor, "B D"], list[Int[Tensor, "M L"]], Int[Tensor, " T"]]:
+    """Unit image embeddings, the token ids of each batch, and the image number of each caption."""
+    device, dtype = placement(loaded.clip)
+    images, tokens, owners, seen = [], [], [], 0
+    for batch in batches:
+        images.append(unit(loaded.clip.image.encode(batch.images.to(device, dtype))))
+        tokens.append(batch.texts)
+        owners.append(batch.owner + seen)
+        seen += len(batch.images)
+    return torch.cat(images), tokens, torch.cat(owners)
+
+
+def encode_texts(
+    loaded: LoadedClip, tokens: Sequence[Tensor], size: int, track: Track, name: str
+) -> Tensor:
+    """Unit embeddings of all captions (T, D); equal captions are encoded once: they tie exactly.
+
+    Sorted by length and cut behind the longest of a batch, where that is exact.
+    """
+    device, _ = placement(loaded.clip)
+    width = max(ids.shape[1] for ids in tokens)
+    pad = loaded.tokenizer.pad
+    ids = torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in tokens]
+    )
+    distinct, row = torch.unique(ids, dim=0, return_inverse=True)
+    length = loaded.tokenizer.lengths(distinct)
+    order = length.argsort(stable=True)
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    embedded: Tensor | None = None
+    for part in track(parts, f"{name}: captions", len(parts)):
+        cut = int(length[part].max()) if loaded.tokenizer.exact_cut else width
+        found = unit(loaded.clip.text.encode(distinct[part, :cut].to(device)))
+        if embedded is None:
+            embedded = found.new_empty(len(distinct), found.shape[1])
+        embedded[part.to(device)] = found
+    assert embedded is not None
+    return embedded[row.to(device)]

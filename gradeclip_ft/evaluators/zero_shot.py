@@ -1,0 +1,180 @@
+"""Zero-shot classification of whole images: top-1 and top-5 by the cosine with class embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from PIL import Image
+from torch import Tensor
+
+from gradeclip_ft.batch import ImageBatch
+from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
+from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
+from gradeclip_ft.models.class_embeddings import class_embeddings
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.imagenet import imagenet_names, imagenet_templates
+from gradeclip_ft.ops.similarity import unit
+from gradeclip_ft.results.fingerprint import data_fingerprint, hash_json
+from gradeclip_ft.results.record import Json, Measured
+from gradeclip_ft.text.prompts import phrase_prompt
+
+TOPK = (1, 5)
+
+
+@runtime_checkable
+class ImageBatches(Protocol):
+    """Batches of labelled images with a known number."""
+
+    def __iter__(self) -> Iterator[ImageBatch]: ...
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class OpenedImages(Protocol):
+    """Labelled images as one model wants them."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Class names in order of the labels, as the data have them."""
+        ...
+
+    @property
+    def templates(self) -> Sequence[str]:
+        """Templates that come with the data; may be empty."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Small files, read for the fingerprint."""
+        ...
+
+    @property
+    def listed(self) -> Sequence[Path]:
+        """Images or shards."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """Images and classes."""
+        ...
+
+    def batches(self, batch_size: int, workers: int) -> ImageBatches:
+        """All images once."""
+        ...
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Where labelled images come from; called with the model's own preprocessing."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """Choices that change the numbers."""
+        ...
+
+    def prepare(self) -> None:
+        """Check the data."""
+        ...
+
+    def __call__(self, *, transform: Callable[[Image.Image], Tensor]) -> OpenedImages:
+        """The images of one model."""
+        ...
+
+
+@dataclass(frozen=True)
+class ZeroShotEvaluator:
+    """Top-1 and top-5 over all images, and as mean over classes.
+
+    Attributes:
+        name: Of the result file.
+        data: Where images come from.
+        class_names: "imagenet" for open_clip's 1,000, "data" for those of the data, or a list.
+        templates: "imagenet" for its 80, "data" for those of the data, or sentences with `{}`.
+        batch_size: Images per forward pass; does not change the numbers.
+        workers: Processes that load images; 0 loads them here.
+    """
+
+    name: str
+    data: ImageSource
+    class_names: Literal["imagenet", "data"] | Sequence[str] = "imagenet"
+    templates: Literal["imagenet", "data"] | Sequence[str] = "imagenet"
+    batch_size: int = 64
+    workers: int = 0
+
+    @property
+    def protocol(self) -> dict[str, Json]:
+        """Settings that change the numbers, without those that need the model or the data."""
+        return {
+            "task": "zero-shot classification",
+            "image": "the model's own preprocessing",
+            "class_names": self.class_names if isinstance(self.class_names, str) else "own",
+            "templates": self.templates if isinstance(self.templates, str) else "own",
+            "accuracy": "top1 over all images, mean_top1 over classes present",
+            **self.data.protocol,
+        }
+
+    def prepare(self) -> None:
+        """Check the data."""
+        self.data.prepare()
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        """Measure one model.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            ValueError: The data are damaged, names or templates do not fit them, or the embeddings
+                are not finite.
+        """
+        images = self.data(transform=loaded.transform(train=False))
+        names, templates = self._names(images), self._templates(images)
+        meter = ClassMeanAccuracy(len(names), TOPK)
+        batches = images.batches(self.batch_size, self.workers)
+        device, dtype = placement(loaded.clip)
+        with evaluating(loaded.clip):
+            classes = class_embeddings(
+                loaded.clip, loaded.tokenizer, names, templates, say=phrase_prompt
+            )
+            for batch in track(batches, f"{self.name}: images", len(batches)):
+                found = unit(loaded.clip.image.encode(batch.images.to(device, dtype)))
+                meter.update((found @ classes.T).cpu(), batch.labels)
+        means = {f"mean_{key}": float(value) for key, value in meter.compute().items()}
+        return Measured(
+            metrics={**{key: float(value) for key, value in meter.micro().items()}, **means},
+            protocol={
+                **self.protocol,
+                "image_size": list(loaded.image_size),
+                "classes": len(names),
+                "class_list_hash": hash_json(names),
+                "templates_hash": hash_json(templates),
+            },
+            data=data_fingerprint(images.files, images.listed, images.counts),
+            details={
+                "share_of_ties": int(meter.tied) / max(1.0, float(meter.total.sum())),
+                "by_class": class_table(meter, names),
+                "most_confused": most_confused(meter, names),
+            },
+        )
+
+    def _names(self, images: OpenedImages) -> list[str]:
+        if isinstance(self.class_names, str):
+            found = imagenet_names() if self.class_names == "imagenet" else list(images.names)
+        else:
+            found = list(self.class_names)
+        if len(found) != len(images.names):
+            raise ValueError(
+                f"{self.name}: {len(found)} class names for {len(images.names)} classes of the "
+                "data; set class_names=data, or a list in the order of the labels"
+            )
+        return found
+
+    def _templates(self, images: OpenedImages) -> list[str]:
+        if self.templates == "imagenet":
+            return list(imagenet_templates())
+        if self.templates == "data" and not images.templates:
+            raise ValueError(f"{self.name}: the data bring no templates; set templates=imagenet")
+        return list(images.templates if self.templates == "data" else self.templates)
