@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradeclip_ft.batch import PairBatch
+from gradeclip_ft.data.processes import once
 
 
 @runtime_checkable
@@ -81,10 +82,4 @@ class CaptionedImages(Dataset[tuple[Tensor, tuple[str, ...]]]):
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[PairBatch]:
         """All pairs once, in file order; leaves torch's global random state alone."""
-        return DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=self.join,
-            generator=torch.Generator(),
-        )
+        return once(self, self.join, batch_size=batch_size, workers=workers)

@@ -25,6 +25,7 @@ from gradeclip_ft.data.letterbox import (
     letterbox_masks,
     tight_boxes,
 )
+from gradeclip_ft.data.processes import once
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,7 @@ class RegionImages(Dataset[RegionSample]):
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
         """All regions once, in file order; leaves torch's global random state alone."""
-        return DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=join_regions,
-            generator=torch.Generator(),
-        )
+        return once(self, join_regions, batch_size=batch_size, workers=workers)
 
 
 def join_regions(samples: Sequence[RegionSample]) -> RegionBatch:
