@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gradeclip_ft.batch import ImageBatch
 from gradeclip_ft.data.files import read_image_at
+from gradeclip_ft.data.processes import once
 from gradeclip_ft.data.subset import subset, subset_protocol
 from gradeclip_ft.data.tar_index import TarSample, decode_at, index_shards, tar_files
 
