@@ -12,27 +12,27 @@ from gradeclip_ft.text.prompts import VILD, fill
 
 # In three columns, each read from top to bottom, then the next.
 WRITTEN = """
-There is {a} {} in the scene.      |a photo of a weird {}.           |a close-up photo of the {}.
-There is the {} in the scene.      |a photo of the weird {}.         |a jpeg corrupted photo of {a} {}.
-a photo of {a} {} in the scene.    |a photo of a small {}.           |a jpeg corrupted photo of the {}.
-a photo of the {} in the scene.    |a photo of the small {}.         |a blurry photo of {a} {}.
-a photo of one {} in the scene.    |a photo of a large {}.           |a blurry photo of the {}.
-itap of {a} {}.                    |a photo of the large {}.         |a pixelated photo of {a} {}.
-itap of my {}.                     |a photo of a clean {}.           |a pixelated photo of the {}.
-itap of the {}.                    |a photo of the clean {}.         |a black and white photo of the {}.
-a photo of {a} {}.                 |a photo of a dirty {}.           |a black and white photo of {a} {}.
-a photo of my {}.                  |a photo of the dirty {}.         |a plastic {}.
-a photo of the {}.                 |a bright photo of {a} {}.        |the plastic {}.
-a photo of one {}.                 |a bright photo of the {}.        |a toy {}.
-a photo of many {}.                |a dark photo of {a} {}.          |the toy {}.
-a good photo of {a} {}.            |a dark photo of the {}.          |a plushie {}.
-a good photo of the {}.            |a photo of a hard to see {}.     |the plushie {}.
-a bad photo of {a} {}.             |a photo of the hard to see {}.   |a cartoon {}.
-a bad photo of the {}.             |a low resolution photo of {a} {}.|the cartoon {}.
-a photo of a nice {}.              |a low resolution photo of the {}.|an embroidered {}.
-a photo of the nice {}.            |a cropped photo of {a} {}.       |the embroidered {}.
-a photo of a cool {}.              |a cropped photo of the {}.       |a painting of the {}.
-a photo of the cool {}.            |a close-up photo of {a} {}.      |a painting of a {}.
+There is {a} {} in the scene.|a photo of a weird {}.|a close-up photo of the {}.
+There is the {} in the scene.|a photo of the weird {}.|a jpeg corrupted photo of {a} {}.
+a photo of {a} {} in the scene.|a photo of a small {}.|a jpeg corrupted photo of the {}.
+a photo of the {} in the scene.|a photo of the small {}.|a blurry photo of {a} {}.
+a photo of one {} in the scene.|a photo of a large {}.|a blurry photo of the {}.
+itap of {a} {}.|a photo of the large {}.|a pixelated photo of {a} {}.
+itap of my {}.|a photo of a clean {}.|a pixelated photo of the {}.
+itap of the {}.|a photo of the clean {}.|a black and white photo of the {}.
+a photo of {a} {}.|a photo of a dirty {}.|a black and white photo of {a} {}.
+a photo of my {}.|a photo of the dirty {}.|a plastic {}.
+a photo of the {}.|a bright photo of {a} {}.|the plastic {}.
+a photo of one {}.|a bright photo of the {}.|a toy {}.
+a photo of many {}.|a dark photo of {a} {}.|the toy {}.
+a good photo of {a} {}.|a dark photo of the {}.|a plushie {}.
+a good photo of the {}.|a photo of a hard to see {}.|the plushie {}.
+a bad photo of {a} {}.|a photo of the hard to see {}.|a cartoon {}.
+a bad photo of the {}.|a low resolution photo of {a} {}.|the cartoon {}.
+a photo of a nice {}.|a low resolution photo of the {}.|an embroidered {}.
+a photo of the nice {}.|a cropped photo of {a} {}.|the embroidered {}.
+a photo of a cool {}.|a cropped photo of the {}.|a painting of the {}.
+a photo of the cool {}.|a close-up photo of {a} {}.|a painting of a {}.
 """
 NAMES = {
     "person": ("a", "person"),
