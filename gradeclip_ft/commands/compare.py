@@ -1,10 +1,12 @@
-"""`compare`: tables of results against each other."""
+"""`compare`: tables of results against each other and the papers."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+from gradeclip_ft.results import published as papers
 from gradeclip_ft.results.collect import Steps, collect
 from gradeclip_ft.results.render import Format, render, write_table
 from gradeclip_ft.results.table import MAIN, Table, grouped, select, tabulate
@@ -17,6 +19,7 @@ def compare(
     by: tuple[str, ...] = (),
     fields: tuple[str, ...] = (),
     metrics: tuple[str, ...] = MAIN,
+    published: tuple[str, ...] = (),
     out: str | None = None,
 ) -> None:
     """Print results of runs side by side; rows whose protocol or data differ are marked.
@@ -25,12 +28,15 @@ def compare(
     training that several runs share stand there once. Columns say what a run was: map, heads,
     stop_gradient, loss, seed.
 
-    format=text|markdown|csv   csv holds fractions, the others percent
+    format=text|markdown|csv|html   csv holds fractions, the others percent; html has bars
     steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
     by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
-    out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run
+    published=[table7]         rows of the papers: table7, table9, flickr30k_test, regions_1024,
+                               instances, follow_up; marked where protocol or data differ
+    out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
+                               NAME.csv or NAME.html writes that form alone
     """
     asked = {}
     for item in fields:
@@ -38,7 +44,9 @@ def compare(
         if not name or not key:
             raise ValueError(f"fields={item}: write column=key, for example lr=optim.lr")
         asked[name] = key
-    table = tabulate(collect(runs, steps=steps, fields=asked))
+    entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
+    table = tabulate([*entries, *papers.published(published, entries)])
+    table = replace(table, sources=(*table.sources, *papers.sources(published)))
     shown = select(grouped(table, by) if by else table, metrics)
     print(render(shown, format), end="")
     if out is None:
@@ -48,6 +56,7 @@ def compare(
         "by": (_listed(by), "[]"),
         "fields": (_listed(fields), "[]"),
         "metrics": (_listed(metrics), _listed(MAIN)),
+        "published": (_listed(published), "[]"),
         "out": (out, None),
     }
     given = [f"{name}={value}" for name, (value, default) in options.items() if value != default]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,9 +15,11 @@ from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
 
 if TYPE_CHECKING:
+    from gradeclip_ft.evaluators.base import Precision
     from gradeclip_ft.results.record import Result
 
 Item = TypeVar("Item")
+TABLES = ("by_class", "most_confused")  # too long for a terminal
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def evaluate(cfg: DictConfig) -> None:
     python -m gradeclip_ft evaluate run=try
     python -m gradeclip_ft evaluate run=try evaluator=[coco_regions_224,coco_retrieval]
     python -m gradeclip_ft evaluate model=eva02_b16 evaluator=coco_regions_224 out=results/eva
+    python -m gradeclip_ft evaluate -m run=a,b,c evaluator=[coco_regions_224,flickr30k_val]
     """
     import torch
 
@@ -62,6 +65,7 @@ def evaluate(cfg: DictConfig) -> None:
         step=subject.step,
         command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
         again=cfg.again,
+        precision=_precision(cfg.precision),
         track=_tracked,
         done=lambda result, fresh: _tell(subject, result, fresh),
     )
@@ -89,6 +93,14 @@ def _subject(cfg: DictConfig) -> Subject:
     return Subject(model, run=home.name, step=step, folder=folder)
 
 
+def _precision(word: str) -> Precision:
+    from gradeclip_ft.evaluators.base import Precision
+
+    if word not in get_args(Precision):
+        raise ValueError(f"precision={word}: choose {', '.join(get_args(Precision))}")
+    return cast("Precision", word)
+
+
 def _tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     """A progress bar where somebody watches."""
     from rich.console import Console
@@ -114,4 +126,7 @@ def _print(results: list[Result]) -> None:
         for name, value in result.metrics.items():
             print(f"  {name:<28}{100 * value:6.1f} %")
         for name, detail in result.details.items():
-            print(f"  {name}: {detail}")
+            if name not in TABLES:
+                print(f"  {name}: {detail}")
+        if "by_class" in result.details:
+            print(f"  in the file: {', '.join(TABLES)}")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -15,6 +15,7 @@ from gradeclip_ft.results.fingerprint import versions
 from gradeclip_ft.results.record import Json, Measured, Result, read, result_path
 
 Item = TypeVar("Item")
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @runtime_checkable
@@ -64,6 +65,7 @@ def run_all(
     step: int = 0,
     command: str | None = None,
     again: bool = True,
+    precision: Precision = "float32",
     track: Track = untracked,
     done: Callable[[Result, bool], None] = lambda result, fresh: None,
 ) -> list[Result]:
@@ -77,6 +79,8 @@ def run_all(
         step: Optimiser steps behind the weights.
         command: Command line for the record.
         again: Replace results that are there; else those of the same weights and protocol are kept.
+        precision: Number type that the model computes in; similarities are float32 all the same.
+            Other than float32 changes the model.
         track: Shows progress.
         done: Called after each evaluator with its result and whether it was measured now.
 
@@ -87,11 +91,28 @@ def run_all(
     if len(set(names)) < len(names):
         raise ValueError(f"evaluators need different names, got {', '.join(sorted(names))}")
     weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
+    settings: dict[str, Json] = {} if precision == "float32" else {"precision": precision}
+    if settings:
+        loaded.clip.to(getattr(torch, precision))
     results = []
     for evaluator in evaluators.values():
         path = result_path(folder, evaluator.name, step)
-        kept = None if again or not path.exists() else _same(path, evaluator, weights)
-        result = kept or _measure(evaluator, loaded, weights, run, step, command, track)
+        kept = None if again or not path.exists() else _same(path, evaluator, settings, weights)
+        if kept is None:
+            measured, seconds = _measure(evaluator, loaded, track)
+        result = kept or Result(
+            evaluator=evaluator.name,
+            metrics=measured.metrics,
+            protocol={**measured.protocol, **settings},
+            data=measured.data,
+            weights=weights,
+            versions=versions(),
+            run=run,
+            step=step,
+            seconds=seconds,
+            command=command,
+            details=measured.details,
+        )
         if kept is None:
             result.write(folder)
         done(result, kept is None)
@@ -121,34 +142,17 @@ def placement(clip: Clip) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def _measure(
-    evaluator: Evaluator,
-    loaded: LoadedClip,
-    weights: Mapping[str, Json],
-    run: str | None,
-    step: int,
-    command: str | None,
-    track: Track,
-) -> Result:
+def _measure(evaluator: Evaluator, loaded: LoadedClip, track: Track) -> tuple[Measured, float]:
+    """What the evaluator says, and the seconds it took."""
     start = time.perf_counter()
     with evaluating(loaded.clip):
         measured = evaluator(loaded, track=track)
-    return Result(
-        evaluator=evaluator.name,
-        metrics=measured.metrics,
-        protocol=measured.protocol,
-        data=measured.data,
-        weights=weights,
-        versions=versions(),
-        run=run,
-        step=step,
-        seconds=round(time.perf_counter() - start, 2),
-        command=command,
-        details=measured.details,
-    )
+    return measured, round(time.perf_counter() - start, 2)
 
 
-def _same(path: Path, evaluator: Evaluator, weights: Mapping[str, Json]) -> Result:
+def _same(
+    path: Path, evaluator: Evaluator, settings: Mapping[str, Json], weights: Mapping[str, Json]
+) -> Result:
     """The result on disk, if it is one of these weights and this protocol.
 
     Raises:
@@ -156,9 +160,8 @@ def _same(path: Path, evaluator: Evaluator, weights: Mapping[str, Json]) -> Resu
     """
     result = read(path)
     differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
-    differing += [
-        key for key, value in evaluator.protocol.items() if result.protocol.get(key) != value
-    ]
+    wanted = {"precision": None, **evaluator.protocol, **settings}
+    differing += [key for key, value in wanted.items() if result.protocol.get(key) != value]
     if differing:
         raise ValueError(
             f"{path} exists and differs in {', '.join(differing)}; again=true replaces it, another "

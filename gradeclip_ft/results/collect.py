@@ -31,6 +31,7 @@ class Entry:
         facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`, and asked fields.
         results: By name of the evaluator.
         command: Command line that made the weights.
+        published: Whether the numbers are those of a paper.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Entry:
     facts: Mapping[str, Json]
     results: Mapping[str, Result]
     command: str | None = None
+    published: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A table as text, Markdown or CSV, and the two files a repository keeps of it."""
+"""A table as text, Markdown, CSV or HTML, and the two files a repository keeps of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from gradeclip_ft.results.bars import to_html
 from gradeclip_ft.results.record import Json, write_atomically
 from gradeclip_ft.results.table import DEVIATION, Table
 
-Format = Literal["text", "markdown", "csv"]
+Format = Literal["text", "markdown", "csv", "html"]
 SHORT = (("image_retrieval_recall", "image R"), ("text_retrieval_recall", "text R"))
 
 
@@ -20,6 +21,8 @@ def render(table: Table, style: Format) -> str:
     """The table with its notes."""
     if style == "csv":
         return _to_csv(table)
+    if style == "html":
+        return to_html(table)
     header = [*table.facts, *map(_short, table.metrics)]
     marked = any(row.get("differs") for row in table.rows)
     lines = [
@@ -38,7 +41,13 @@ def render(table: Table, style: Format) -> str:
 def write_table(
     path: Path, table: Table, shown: Table, *, command: str, notes: Sequence[str] = ()
 ) -> list[Path]:
-    """Write `<path>.md` (the shown table, its command, notes) and `<path>.json` (all rows)."""
+    """Write `<path>.md` (the shown table, its command, notes) and `<path>.json` (all rows).
+
+    A path that ends in .csv or .html gets the shown table in that form alone.
+    """
+    if path.suffix in (".csv", ".html"):
+        write_atomically(path, render(shown, "csv" if path.suffix == ".csv" else "html"))
+        return [path]
     text = "\n".join(
         [
             f"# {path.name}",

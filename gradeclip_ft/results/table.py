@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 from gradeclip_ft.results.collect import Entry
-from gradeclip_ft.results.record import Json
+from gradeclip_ft.results.record import Json, Result
 
 Row = dict[str, Json]
 
@@ -57,19 +57,15 @@ def tabulate(entries: Sequence[Entry]) -> Table:
     metrics: dict[str, None] = {}
     rows: list[Row] = []
     for entry, mark in zip(entries, marks, strict=True):
-        row: Row = {"run": entry.run, "step": entry.step, **entry.facts}
+        step = None if entry.published else entry.step
+        row: Row = {"run": entry.run, "step": step, **entry.facts}
         for name, result in sorted(entry.results.items()):
             for metric, value in result.metrics.items():
                 row[column(name, metric)] = float(value)
                 metrics[column(name, metric)] = None
         rows.append({**row, "differs": "; ".join(mark) or None, "command": entry.command})
-    notes = [
-        f"{row['run']}, step {row['step']}: not comparable, {row['differs']}"
-        for row in rows
-        if row["differs"]
-    ]
     columns = tuple(sorted(metrics, key=_place))
-    return Table(("run", "step", *facts), columns, tuple(rows), tuple(notes), _sources(entries))
+    return Table(("run", "step", *facts), columns, tuple(rows), _notes(rows), _sources(entries))
 
 
 def differences(entries: Sequence[Entry]) -> list[list[str]]:
@@ -80,18 +76,49 @@ def differences(entries: Sequence[Entry]) -> list[list[str]]:
         lines = []
         for name, result in sorted(entry.results.items()):
             reference = first.setdefault(name, entry).results[name]
-            keys = sorted({*reference.protocol, *result.protocol})
+            known = set() if entry.published else set(reference.protocol)
             changed = [
                 f"{key} {result.protocol.get(key)} instead of {reference.protocol.get(key)}"
-                for key in keys
+                for key in sorted(known | set(result.protocol))
                 if result.protocol.get(key) != reference.protocol.get(key)
             ]
-            if result.data.get("hash") != reference.data.get("hash"):
-                changed.append("other data")
+            changed += _other_data(entry, result, reference)
             if changed:
                 lines.append(f"{name}: {', '.join(changed)}")
         found.append(lines)
     return found
+
+
+def _other_data(entry: Entry, result: Result, reference: Result) -> list[str]:
+    """Data differ by hash; those of a paper, which have none, by their number of images."""
+    if not entry.published:
+        return ["other data"] * (result.data.get("hash") != reference.data.get("hash"))
+    there, here = _images(result), _images(reference)
+    return [f"other data, {there} images instead of {here}"] * (there != here)
+
+
+def _images(result: Result) -> int:
+    """Images of the data set, also those without a region or a caption."""
+    counts = result.data.get("counts")
+    if not isinstance(counts, dict):
+        return 0
+    skipped: dict[str, int] = counts.get("skipped") or {}
+    return int(counts.get("images", 0)) + sum(
+        number for cause, number in skipped.items() if cause.startswith("image without")
+    )
+
+
+def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """One line for each way in which rows differ from the first."""
+    by_mark: dict[str, list[str]] = {}
+    for row in rows:
+        if row["differs"]:
+            place = f"{row['run']}, {row.get('published') or 'step ' + str(row['step'])}"
+            by_mark.setdefault(str(row["differs"]), []).append(place)
+    return tuple(
+        f"{places[0]}{f' and {len(places) - 1} more' if places[1:] else ''}: not comparable, {mark}"
+        for mark, places in by_mark.items()
+    )
 
 
 def select(table: Table, patterns: Sequence[str] = MAIN) -> Table:
@@ -124,18 +151,21 @@ def grouped(table: Table, by: Sequence[str]) -> Table:
     if unknown:
         raise ValueError(f"no column {', '.join(unknown)}; choose from {', '.join(table.facts)}")
     groups: dict[str, list[Row]] = {}
+    papers = [row for row in table.rows if row.get("published")]
     for row in table.rows:
+        if row in papers:
+            continue
         groups.setdefault(json.dumps([row.get(name) for name in by]), []).append(row)
     mixed = [
         f"groups mix different {name}; add it to by="
         for name in table.facts
-        if name not in (*by, "run", "step", "seed")
+        if name not in (*by, "run", "step", "seed", "published")
         and any(len({str(row.get(name)) for row in members}) > 1 for members in groups.values())
     ]
     return replace(
         table,
-        facts=(*by, "rows"),
-        rows=tuple(_mean(table, by, members) for members in groups.values()),
+        facts=(*by, "rows", *(["published"] if papers else [])),
+        rows=(*(_mean(table, by, members) for members in groups.values()), *papers),
         notes=(*table.notes, *mixed),
     )
 

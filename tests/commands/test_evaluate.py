@@ -8,6 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands.cli import run
 from gradeclip_ft.commands.compose import compose
 from gradeclip_ft.commands.evaluate import evaluate
 from gradeclip_ft.models.factory import load_clip
@@ -47,6 +49,24 @@ def test_the_packaged_model_is_measured_once_and_kept(
     }
     evaluate(compose("evaluate", SMALL))
     assert capsys.readouterr().out.count("kept; again=true") == 2
+    evaluate(compose("evaluate", [*SMALL, "precision=bfloat16", "out=half"]))
+    half = metrics(home / "half" / "shapes_regions@0.json")
+    assert half["boxes/top5"] == pytest.approx(found["boxes/top5"], abs=0.1)
+    with pytest.raises(ValueError, match="precision=half: choose float32, bfloat16, float16"):
+        evaluate(compose("evaluate", [*SMALL, "precision=half"]))
+
+
+@pytest.mark.slow
+def test_several_models_and_evaluators_in_one_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models by two evaluators, each where its own results go."""
+    monkeypatch.chdir(home)
+    words = ["model.weights=null,random", "out='sweep/${model.weights}'"]
+    assert run(COMMANDS, ["evaluate", "-m", *SMALL, *words]) == 0
+    found = {path.relative_to(home / "sweep").as_posix() for path in home.glob("sweep/*/*.json")}
+    names = [name.format(0) for name in FILES]
+    assert found == {f"{model}/{name}" for model in ("None", "random") for name in names}
 
 
 @pytest.mark.slow

@@ -99,3 +99,15 @@ def test_modes_come_back_after_an_error(load: Load) -> None:
     with pytest.raises(RuntimeError, match="broken"):
         fail()
     assert [module.training for module in clip.modules()] == before
+
+
+def test_half_precision_is_part_of_the_protocol(load: Load, tmp_path: Path) -> None:
+    """Numbers of another precision are neither kept nor compared silently; the hash stays."""
+    loaded, evaluator = load(), Counting()
+    before = loaded.weights_hash
+    (result,) = run_all({"a": evaluator}, loaded, folder=tmp_path, precision="bfloat16")
+    assert next(loaded.clip.parameters()).dtype == torch.bfloat16
+    assert result.protocol["precision"] == "bfloat16"
+    assert result.weights["hash"] == before
+    with pytest.raises(ValueError, match="precision; again=true"):
+        run_all({"a": evaluator}, load(), folder=tmp_path, again=False)

@@ -1,0 +1,128 @@
+"""Numbers of the papers beside ours: the file itself, columns, marks, pages."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gradeclip_ft.commands.compare import compare
+from gradeclip_ft.results.collect import collect
+from gradeclip_ft.results.published import PATH, published
+from gradeclip_ft.results.record import Result
+from gradeclip_ft.results.table import grouped, tabulate
+
+TABLES = json.loads(PATH.read_text())
+
+
+def result(name: str, folder: Path, *, images: int = 4998, **protocol: object) -> None:
+    Result(
+        evaluator=name,
+        metrics={"boxes/top1": 0.42, "boxes/top5": 0.61},
+        protocol={**TABLES["table7"]["protocol"], "image_size": 224, "more": 1, **protocol},
+        data={"hash": "a", "counts": {"images": images, "skipped": {"image without regions": 2}}},
+        weights={"name": "mine", "hash": "b"},
+        versions={},
+    ).write(folder)
+
+
+def test_every_row_has_source_protocol_and_fractions() -> None:
+    """A percentage among fractions would stand there as 4140 %."""
+    assert set(TABLES) == {
+        "table7",
+        "table9",
+        "flickr30k_test",
+        "regions_1024",
+        "instances",
+        "follow_up",
+    }
+    for table in TABLES.values():
+        assert table["source"]
+        assert table["images"] in (1000, 1014, 5000)
+        assert {"task"} <= set(table["protocol"])
+        for row in table["rows"]:
+            assert row["protocol"]["image_size"] >= 224
+            assert all(0.1 < value < 1 for value in row["metrics"].values())
+
+
+def test_numbers_are_those_of_the_papers() -> None:
+    """Spot checks by eye against the tables."""
+    rows = {row["row"]: row["metrics"] for row in TABLES["table7"]["rows"]}
+    assert list(rows["B/16, local loss, Grad-ECLIP"].values()) == [
+        0.573,
+        0.783,
+        0.493,
+        0.722,
+        0.183,
+        0.511,
+    ]
+    assert rows["L/14, untouched"]["boxes/top1"] == 0.581
+    flickr = {row["row"]: row["metrics"] for row in TABLES["table9"]["rows"]}
+    assert flickr["B/16, untouched"]["image_retrieval_recall@1"] == 0.736
+    assert flickr["L/14, local loss, Grad-ECLIP"]["text_retrieval_recall@10"] == 0.998
+
+
+def test_the_same_protocol_stands_beside_the_paper_unmarked(tmp_path: Path) -> None:
+    """4,998 images with regions and 2 without are the paper's 5,000."""
+    result("mine_224", tmp_path / "a")
+    entries = collect([str(tmp_path / "a")])
+    table = tabulate([*entries, *published(["table7"], entries)])
+    marks = {row.get("published"): row["differs"] for row in table.rows}
+    assert marks["B/16, untouched"] is None
+    assert marks["L/14, untouched"] == "mine_224: image_size 336 instead of 224"
+    assert [row["boxes/top1"] for row in table.rows][:2] == [0.42, 0.414]
+    assert [row["step"] for row in table.rows][:2] == [0, None]
+    (note,) = table.notes
+    assert note.startswith("table7, L/14, untouched and 2 more: not comparable")
+
+
+def test_other_data_and_protocols_are_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shapes world beside Table 7 must not look like a result on COCO."""
+    result("shapes", tmp_path / "a", images=998, classes=69)
+    compare(str(tmp_path / "a"), published=("table7",))
+    shown = capsys.readouterr().out
+    assert "classes 133 instead of 69" in shown
+    assert "other data, 5000 images instead of 1000" in shown
+    assert shown.count("≠") == 8
+
+
+def test_the_nearest_evaluator_takes_the_papers_columns(tmp_path: Path) -> None:
+    result("far", tmp_path / "a", classes=80, templates="own")
+    result("near", tmp_path / "a")
+    entries = collect([str(tmp_path / "a")])
+    assert {*published(["table7"], entries)[0].results} == {"near"}
+    assert {*published(["table9"], entries)[0].results} == {"table9"}
+
+
+def test_groups_leave_rows_of_papers_alone(tmp_path: Path) -> None:
+    """A mean over our runs and the paper's would be neither."""
+    result("mine_224", tmp_path / "a")
+    entries = collect([str(tmp_path / "a")])
+    table = grouped(tabulate([*entries, *published(["table7"], entries)]), ["map"])
+    assert [row.get("rows") for row in table.rows] == [1, *[None] * 8]
+    assert table.rows[0]["boxes/top1"] == 0.42
+    assert "published" in table.facts
+
+
+def test_html_has_a_bar_for_each_number_and_no_outside_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result("<mine>", tmp_path / "a")
+    compare(str(tmp_path / "a"), published=("table7",), out=str(tmp_path / "t.html"))
+    page = (tmp_path / "t.html").read_text()
+    assert page.count('class="bar"') == 2 * 9 + 4 * 8
+    assert 'style="width:41.4%"' in page
+    assert "http" not in page
+    assert "<mine>" not in page
+    assert page.count('<tr class="differs"') == 3
+    assert "Grad-ECLIP (first extended version), Table 7" in page
+    compare(published=("table7",), out=str(tmp_path / "t.csv"))
+    assert "0.414" in (tmp_path / "t.csv").read_text()
+    assert sorted(path.name for path in tmp_path.glob("t.*")) == ["t.csv", "t.html"]
+    capsys.readouterr()
+
+
+def test_an_unknown_table_is_named() -> None:
+    with pytest.raises(ValueError, match="no published table8; there are table7, table9"):
+        compare(published=("table8",))
