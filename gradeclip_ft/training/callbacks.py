@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.evaluators.base import Evaluator, run_all
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.training.best import Best
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.guard import StopOnNonFinite, gather
 from gradeclip_ft.training.loggers import FileLogger
@@ -138,6 +139,7 @@ class Evaluate(pl.Callback):
         every: Steps between two evaluations; None for none in between.
         before: Whether to evaluate the untouched model.
         after: Whether to evaluate the finished one.
+        best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`.
         command: Command line for the results.
 
     Attributes:
@@ -154,6 +156,7 @@ class Evaluate(pl.Callback):
         every: int | None = None,
         before: bool = True,
         after: bool = True,
+        best: str | None = None,
         command: str | None = None,
     ) -> None:
         if every is not None and every < 1:
@@ -166,6 +169,7 @@ class Evaluate(pl.Callback):
         self._every = every
         self._before = before
         self._after = after
+        self._best = None if best is None else Best(folder.parent, best)
         self._command = command
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -211,11 +215,16 @@ class Evaluate(pl.Callback):
                 step=trainer.global_step,
                 command=self._command,
             )
+            found: dict[str, float] = {}
             for result in results:
                 place = f"{result.evaluator} at step {result.step}"
                 logger.info("evaluated %s in %.1f s", place, result.seconds)
                 numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
                 log(trainer, numbers)
+                found |= numbers
+            if self._best is not None:
+                weights = self._loaded.clip.model.state_dict()
+                self._best.offer(found, weights, step=trainer.global_step)
         trainer.strategy.barrier("evaluate")
 
 

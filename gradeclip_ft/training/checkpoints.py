@@ -104,18 +104,43 @@ def write_both(
     folder: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor], *, step: int
 ) -> None:
     """Replace checkpoint and weights in `folder`; both are complete before either is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    note = {"format": "pt", "step": str(step)}
-    writers: dict[str, Callable[[Path], None]] = {
-        WEIGHTS: lambda path: save_file(tensors, path, metadata=note),
-        CHECKPOINT: lambda path: torch.save(dict(state), path),
+    writers: dict[Path, Callable[[Path], None]] = {
+        folder / WEIGHTS: _weights_writer(weights, step, {}),
+        folder / CHECKPOINT: lambda path: torch.save(dict(state), path),
     }
+    _write_all(writers)
+
+
+def write_weights(
+    path: Path, weights: Mapping[str, Tensor], *, step: int, note: Mapping[str, str]
+) -> None:
+    """Replace one weights file.
+
+    Args:
+        path: The file.
+        weights: In open_clip's names.
+        step: Optimiser steps behind them.
+        note: More for the head of the file.
+    """
+    _write_all({path: _weights_writer(weights, step, note)})
+
+
+def _weights_writer(
+    weights: Mapping[str, Tensor], step: int, note: Mapping[str, str]
+) -> Callable[[Path], None]:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "step": str(step), **note}
+    return lambda path: save_file(tensors, path, metadata=metadata)
+
+
+def _write_all(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write all files aside, then rename them."""
     written: list[tuple[Path, Path]] = []
     try:
-        for name, write in writers.items():
-            aside = folder / f".{name}.{os.getpid()}"
-            written.append((aside, folder / name))
+        for final, write in writers.items():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            aside = final.parent / f".{final.name}.{os.getpid()}"
+            written.append((aside, final))
             write(aside)
             _flush(aside)
         for aside, final in written:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import LoadedClip
@@ -11,6 +12,7 @@ from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.models.transform import Preprocessing
 from gradeclip_ft.results.record import Measured, read
 from gradeclip_ft.training.callbacks import Evaluate
+from gradeclip_ft.training.checkpoints import step_of
 
 
 class Watch:
@@ -73,6 +75,43 @@ def test_the_first_result_is_the_untouched_model(small_run, evaluation, small_cl
     content = json.loads((folder / "watch@8.json").read_text())
     assert {"metrics", "protocol", "data", "weights", "versions"} <= content.keys()
     assert (content["run"], content["step"]) == ("run", 8)
+
+
+def test_the_best_weights_are_kept_beside_the_last(small_run, evaluation) -> None:
+    """By hand: the value falls and rises, step 6 is best; a resumed run does not forget it."""
+    values = {0: 0.2, 2: 0.1, 4: 0.3, 6: 0.5, 8: 0.5}
+
+    def go(steps_done: int, **options: object) -> tuple:
+        clip, watch, callback, folder = evaluation(every=2, best="watch/boxes/top1")
+        type(watch).__call__ = lambda self, loaded, **_: Measured(
+            metrics={"boxes/top1": values[trainer_step(clip)]}, protocol={}, data={}
+        )
+        run = small_run()
+        seen: list[int] = []
+
+        def trainer_step(clip) -> int:
+            seen.append(1)
+            return sorted(values)[len(seen) - 1 + steps_done]
+
+        run.train(clip=clip, callbacks=(callback,), **options)
+        return clip, folder.parent / "best.safetensors"
+
+    original = Watch.__call__
+    try:
+        _, best = go(0, stop_at=6)
+        assert step_of(best) == 6
+        clip, best = go(4, resume=True)
+    finally:
+        Watch.__call__ = original
+    assert step_of(best) == 6
+    kept, last = load_file(best), clip.model.state_dict()
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+
+
+def test_a_metric_that_nobody_measures_is_named(small_run, evaluation) -> None:
+    clip, _, callback, _ = evaluation(best="watch/boxes/top9")
+    with pytest.raises(ValueError, match="top9, which no evaluator measures; choose from watch/"):
+        small_run().train(clip=clip, callbacks=(callback,))
 
 
 def test_evaluation_changes_no_loss(small_run, evaluation) -> None:
