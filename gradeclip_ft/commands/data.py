@@ -1,4 +1,4 @@
-"""`data`: make, check and rewrite shards."""
+"""`data`: make, check and rewrite shards; check what evaluators read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from gradeclip_ft.commands import data_actions
+from gradeclip_ft.commands import data_actions, data_check
 from gradeclip_ft.commands.compose import ConfigurationError
 from gradeclip_ft.commands.names import suggest
 
-Action = Literal["make", "count", "verify", "coco", "folder", "phrases", "split"]
+Action = Literal["make", "count", "verify", "check", "coco", "folder", "phrases", "split"]
 
 
 def data(
@@ -22,6 +22,12 @@ def data(
     table: Path | None = None,
     images: Path | None = None,
     exclude: Path | None = None,
+    annotations: Path | None = None,
+    segments: Path | None = None,
+    folder: Path | None = None,
+    part: str | None = None,
+    against: str | None = None,
+    read: bool | None = None,
     out: Path | None = None,
     name: str | None = None,
     shard_size: int | None = None,
@@ -42,6 +48,11 @@ def data(
         Samples per shard. The file is needed to read remote shards without resampling.
     data verify SHARDS [workers=2]
         Reads everything as training does; exit code 1 if anything would be skipped.
+    data check EVALUATOR ... [annotations=FILE] [images=FOLDER] [segments=FOLDER] [folder=FOLDER]
+            [part=test] [against=FILE.json|SHARDS] [read=true]
+        What an evaluator will read: counts, missing files, classes without samples, number of
+        captions; with `against` images that those training data hold too, with `read` images that
+        cannot be decoded. Exit code 1 if anything is wrong. `list evaluators` names them.
     data coco captions=FILE.json images=FOLDER out=FOLDER [exclude=FILE.json] [name=coco]
             [shard_size=1000]
         Shards from a COCO captions file. Images of the file `exclude` are left out.
@@ -70,6 +81,8 @@ def _bind(action: Action, words: tuple[str, ...], options: dict[str, object]) ->
         if "shards" in options:
             raise ConfigurationError(f"{words[0]}: shards stand here or as shards=, not both")
         options["shards"] = list(words)
+    elif "evaluators" in known and words:
+        options["evaluators"] = list(words)
     elif words != (("shapes",) if action == "make" else ()):
         wanted = "`data make shapes`" if action == "make" else "key=value alone"
         raise ConfigurationError(f"data {action} {' '.join(words)}: expected {wanted}")
@@ -78,13 +91,15 @@ def _bind(action: Action, words: tuple[str, ...], options: dict[str, object]) ->
             raise ConfigurationError(f"data {action} has no option {key}; {suggest(key, known)}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
-            raise ConfigurationError(f"data {action}: {key}=... is missing; see data --help")
+            wanted = "the name of an evaluator" if key == "evaluators" else f"{key}=..."
+            raise ConfigurationError(f"data {action}: {wanted} is missing; see data --help")
 
 
 SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "make": data_actions.make,
     "count": data_actions.count,
     "verify": data_actions.verify,
+    "check": data_check.check,
     "coco": data_actions.coco,
     "folder": data_actions.folder,
     "phrases": data_actions.phrases,

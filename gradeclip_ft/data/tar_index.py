@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -56,6 +58,22 @@ class TarSample:
             return self.files[suffix].read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.where}: its .{suffix} is not in UTF-8 ({error})") from error
+
+    def record(self) -> dict[str, Any]:
+        """Content of its `.json`; empty without one.
+
+        Raises:
+            ValueError: It is no JSON object.
+        """
+        if "json" not in self.files:
+            return {}
+        try:
+            record = json.loads(self.files["json"].read())
+        except ValueError as error:
+            raise ValueError(f"{self.where}: its .json is broken ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.where}: its .json holds no object")
+        return record
 
     def image(self) -> Image.Image:
         """The picture in RGB.

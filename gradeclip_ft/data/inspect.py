@@ -1,0 +1,159 @@
+"""What an evaluation's data hold, without a model: for `data check`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradeclip_ft.data.caption_choices import CaptionChoices
+from gradeclip_ft.data.files import load_json
+from gradeclip_ft.data.labelled_images import ClassFolders, ClassShards, LabelledImages
+from gradeclip_ft.data.pair_images import CaptionedImages
+from gradeclip_ft.data.pairs import CaptionFile, CaptionShards
+from gradeclip_ft.data.region_images import RegionImages
+from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.data.stream import expand_shards, is_local, local_path
+from gradeclip_ft.data.tar_index import TarSample, index_shards
+
+Source = CocoRegions | CaptionFile | CaptionShards | ClassFolders | ClassShards | CaptionChoices
+Opened = RegionImages | CaptionedImages | LabelledImages
+TRAINING_PARTS = ("train", "restval")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Facts about the data of one evaluation.
+
+    Attributes:
+        counts: As a result's fingerprint has them.
+        classes: Class names; empty where there are none.
+        absent: Classes without a sample.
+        captions: Number of images by their number of captions.
+        images: Names of the images.
+        unreadable: Messages of images that could not be read; empty if none was tried.
+    """
+
+    counts: Mapping[str, Any]
+    classes: Sequence[str]
+    absent: Sequence[str]
+    captions: Mapping[int, int]
+    images: Sequence[str]
+    unreadable: Sequence[str]
+
+
+def inspect(source: Source, *, read: bool) -> Findings:
+    """Open the data as an evaluator does, and look.
+
+    Args:
+        source: As an evaluator holds it.
+        read: Also decode every image and mask, and compare sizes.
+
+    Raises:
+        FileNotFoundError: Files are missing.
+        ValueError: Files are damaged or do not fit each other.
+    """
+    opened = _open(source)
+    classes = [] if isinstance(opened, CaptionedImages) else list(opened.names)
+    present = _labels(opened)
+    return Findings(
+        counts=opened.counts,
+        classes=classes,
+        absent=[name for label, name in enumerate(classes) if label not in present],
+        captions=Counter(map(len, opened.captions)) if isinstance(opened, CaptionedImages) else {},
+        images=_image_names(opened),
+        unreadable=list(_unreadable(opened)) if read else [],
+    )
+
+
+def training_images(where: str) -> set[str]:
+    """Keys of the images of a training set: a COCO or Karpathy JSON, or shards.
+
+    Raises:
+        FileNotFoundError: No such file or shard.
+        ValueError: A file is damaged or of another kind, or shards are not on this machine.
+    """
+    if where.endswith(".json"):
+        content = load_json(Path(where))
+        images = content.get("images") if isinstance(content, Mapping) else None
+        if not isinstance(images, list):
+            raise ValueError(f"{where} has no images; give a COCO or Karpathy file, or shards")
+        names = [
+            str(entry.get("file_name", entry.get("filename")))
+            for entry in images
+            if entry.get("split", "train") in TRAINING_PARTS
+        ]
+        return set(map(image_key, names))
+    urls = expand_shards(where)
+    if not all(map(is_local, urls)):
+        raise ValueError(f"{where}: shards of training data must be on this machine to be compared")
+    return {image_key(_origin(sample)) for sample in index_shards([local_path(u) for u in urls])}
+
+
+def image_key(name: str) -> str:
+    """What names the same photo in different releases of a data set.
+
+    >>> image_key("val2014/COCO_val2014_000000000285.jpg"), image_key("000000000285.jpg")
+    ('285', '285')
+    """
+    stem = re.sub(r"^COCO_\w+?_(?=\d+$)", "", Path(name).stem)
+    return stem.lstrip("0") or "0" if stem.isdigit() else stem
+
+
+def _open(source: Source) -> Opened:
+    match source:
+        case CocoRegions():
+            return source(image_size=32, patch=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+        case CaptionChoices():
+            return source(transform=_nothing, tokenizer=_no_tokens)[0]
+        case CaptionFile() | CaptionShards():
+            return source(transform=_nothing, tokenizer=_no_tokens)
+    return source(transform=_nothing)
+
+
+def _labels(opened: Opened) -> set[int]:
+    if isinstance(opened, RegionImages):
+        return {region.label for _, regions in opened.pictures for region in regions}
+    return set(opened.labels) if isinstance(opened, LabelledImages) else set()
+
+
+def _image_names(opened: Opened) -> list[str]:
+    if isinstance(opened, RegionImages):
+        return [picture.file_name for picture, _ in opened.pictures]
+    if isinstance(opened, CaptionedImages):
+        return list(opened.names)
+    return [path.name for path in opened.listed]
+
+
+def _unreadable(opened: Opened) -> Iterable[str]:
+    for number in range(len(opened)):
+        try:
+            opened[number]
+        except (ValueError, FileNotFoundError) as error:
+            yield str(error)
+
+
+def _origin(sample: TarSample) -> str:
+    """The name a training sample had before it came into a shard."""
+    record = sample.record()
+    for key in ("source", "file_name", "image_id", "url"):
+        if record.get(key):
+            return str(record[key]).rsplit("/", 1)[-1]
+    return str(sample.key)
+
+
+def _nothing(image: Image.Image) -> Tensor:
+    del image
+    return torch.zeros(3, 1, 1)
+
+
+def _no_tokens(texts: Sequence[str], *, trim: bool = False) -> Tensor:
+    del trim
+    return torch.zeros(len(texts), 1, dtype=torch.long)
