@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.models.record import Record, record_layers
+from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.models.trace import Heads, Trace
 from gradeclip_ft.ops.heatmap import to_grid
 from gradeclip_ft.ops.similarity import unit
 
@@ -38,6 +40,53 @@ class TraceExplainer(Protocol):
         ...
 
 
+@runtime_checkable
+class RecordExplainer(Protocol):
+    """Relevance of tokens from several layers in full; for explanation, not for training."""
+
+    @property
+    def depth(self) -> int | None:
+        """Last layers that are recorded; None for all."""
+        ...
+
+    @property
+    def heads(self) -> Heads:
+        """How these layers attend: the model's own heads, or one over all channels."""
+        ...
+
+    def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
+        """Relevance of every token.
+
+        Args:
+            record: One row of inputs per target.
+            target: Unit embeddings whose score is explained.
+        """
+        ...
+
+
+@runtime_checkable
+class InputExplainer(Protocol):
+    """Relevance from forward passes of its own."""
+
+    @property
+    def images_only(self) -> bool:
+        """Whether it changes pixels, so that texts have no such relevance."""
+        ...
+
+    def from_input(
+        self,
+        tower: Any,
+        x: Shaped[Tensor, "B ..."],
+        target: Float[Tensor, "P D"],
+        owner: Int[Tensor, " P"],
+    ) -> Float[Tensor, "P ..."]:
+        """Relevance of every token (P, N), or of patches (P, h, w)."""
+        ...
+
+
+Explainer: TypeAlias = TraceExplainer | RecordExplainer | InputExplainer
+
+
 def heat_from_trace(
     explainer: TraceExplainer,
     trace: Trace,
@@ -62,7 +111,7 @@ def heat_from_trace(
 
 
 def explain_image(
-    explainer: TraceExplainer,
+    explainer: Explainer,
     clip: Clip,
     images: Float[Tensor, "B 3 H W"],
     target: Float[Tensor, "P D"],
@@ -76,12 +125,86 @@ def explain_image(
         images: Normalised pixels.
         target: Embeddings of the phrases, any length.
         owner: Image row of each phrase.
+
+    Raises:
+        UnsupportedTowerError: The image tower cannot do this method.
     """
-    with _evaluating(clip):
+    target, owner = unit(target.detach()).to(images.device), owner.to(images.device)
+    with _evaluating(clip), torch.autocast(images.device.type, enabled=False):
+        if isinstance(explainer, InputExplainer):
+            found = explainer.from_input(clip.image, images, target, owner).detach()
+            if found.ndim == 3:
+                return found
+            with torch.no_grad():
+                opened = clip.image.open(images)
+            found = found.masked_fill(~opened.explained[owner], 0.0)
+            return to_grid(found, _grid(opened.grid))
+        if isinstance(explainer, RecordExplainer):
+            record, found = _from_record(explainer, clip.image, images, target, owner)
+            return to_grid(found, _grid(record.opened.grid))
         with torch.no_grad():
             trace = clip.image.trace(images)
-        device = trace.tokens.device
-        return heat_from_trace(explainer, trace, target.to(device), owner.to(device)).detach()
+        return heat_from_trace(explainer, trace, target, owner).detach()
+
+
+def explain_text(
+    explainer: Explainer,
+    clip: Clip,
+    texts: Int[Tensor, "M L"],
+    target: Float[Tensor, "P D"],
+    owner: Int[Tensor, " P"],
+) -> Float[Tensor, "P N"]:
+    """Relevance of every token of a text for an image, without a graph.
+
+    Positive parts over the words, divided by their sum; 0 everywhere where nothing is relevant.
+
+    Args:
+        explainer: The method.
+        clip: The model.
+        texts: Token ids.
+        target: Embeddings of the images, any length.
+        owner: Text row of each image.
+
+    Raises:
+        UnsupportedTowerError: The text tower cannot do this method.
+        ValueError: The method is for images alone.
+    """
+    if isinstance(explainer, InputExplainer) and explainer.images_only:
+        raise ValueError(f"{type(explainer).__name__} changes pixels; it explains images alone")
+    device = clip.log_scale.device
+    texts, owner = texts.to(device), owner.to(device)
+    target = unit(target.detach()).to(device)
+    with _evaluating(clip), torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
+            opened = clip.text.open(texts)
+        if isinstance(explainer, InputExplainer):
+            found = explainer.from_input(clip.text, texts, target, owner)
+        elif isinstance(explainer, RecordExplainer):
+            _, found = _from_record(explainer, clip.text, texts, target, owner)
+        else:
+            trace = opened.trace().detach().float()
+            with torch.enable_grad():
+                found = explainer.from_trace(trace, target, owner)
+    words = found.detach().masked_fill(~opened.explained[owner], 0.0).clamp(min=0)
+    total = words.sum(1, keepdim=True)
+    return words / total.masked_fill(total == 0, 1.0)
+
+
+def _from_record(
+    explainer: RecordExplainer, tower: Tower, x: Tensor, target: Tensor, owner: Tensor
+) -> tuple[Record, Float[Tensor, "P N"]]:
+    with torch.enable_grad():
+        with torch.no_grad():
+            opened = tower.open(x)
+        record = record_layers(opened, owner, depth=explainer.depth, heads=explainer.heads)
+        found = explainer.from_record(record, target).detach()
+    return record, found.masked_fill(~record.explained, 0.0)
+
+
+def _grid(grid: tuple[int, int] | None) -> tuple[int, int]:
+    if grid is None:
+        raise ValueError("heat maps exist for images; this is the pass of a text")
+    return grid
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.explain.base import TraceExplainer, heat_from_trace
+from gradeclip_ft.explain.base import Explainer, TraceExplainer, heat_from_trace
 from gradeclip_ft.losses.alignment import AlignmentOptions, AlignmentTerms, alignment_loss
 from gradeclip_ft.losses.contrastive import contrastive_loss
 from gradeclip_ft.models.clip import Clip
@@ -24,7 +24,7 @@ class GlobalLocal:
     """L = L_global + c · L_local, each phrase pooled by its own heat map.
 
     Attributes:
-        explainer: Makes the heat maps H.
+        explainer: Makes the heat maps H, from the last layer alone.
         alignment: Choices of the local loss.
         local_weight: c.
         phrase_weight: w_t, the maximum of the phrase's map without gradient (the follow-up paper),
@@ -32,7 +32,7 @@ class GlobalLocal:
         normalize_tokens: Bring dense features to length 1 before pooling.
     """
 
-    explainer: TraceExplainer
+    explainer: Explainer
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     local_weight: float = 1.0
     phrase_weight: Literal["max", "none"] = "max"
@@ -43,7 +43,14 @@ class GlobalLocal:
 
         Raises:
             UnsupportedTowerError: It cannot.
+            ValueError: The explainer needs more than the last layer.
         """
+        if not isinstance(self.explainer, TraceExplainer):
+            raise ValueError(
+                f"{type(self.explainer).__name__} needs more than the last layer: it explains, but "
+                "a training step cannot afford it; choose grad_eclip, grad_cam, maskclip, "
+                "raw_attention or uniform"
+            )
         if clip.image.unexplained is not None:
             raise UnsupportedTowerError(
                 f"{clip.image.unexplained}: no heat maps, so no local loss; choose "
@@ -52,6 +59,7 @@ class GlobalLocal:
 
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
         """Loss terms of this batch: one image forward, two short text forwards, one gradient."""
+        assert isinstance(self.explainer, TraceExplainer)
         trace = clip.image.trace(batch.images)
         captions = clip.text.encode(batch.captions)
         phrases = clip.text.encode(batch.distinct)[batch.phrase]  # (P, D), each string once

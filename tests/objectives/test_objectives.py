@@ -10,11 +10,15 @@ from gradeclip_ft.explain.base import TraceExplainer
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.maskclip import MaskClip
+from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.explain.uniform import Uniform
 from gradeclip_ft.losses.alignment import AlignmentOptions
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.towers.select import image_tower
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
+from tests.tiny import make_tiny_clip, timm_vit
 
 EXPLAINERS = [GradEclip(), GradEclip(create_graph=True), GradCam(), MaskClip(), Uniform()]
 
@@ -116,3 +120,17 @@ def test_losses_stay_in_single_precision_under_autocast(
     torch.testing.assert_close(terms.total, exact.total, rtol=0.03, atol=0.03)
     found = gradients(tiny_vit, terms.total)
     assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_methods_of_several_layers_do_not_train(tiny_vit: Clip) -> None:
+    with pytest.raises(ValueError, match="Rollout needs more than the last layer"):
+        GlobalLocal(Rollout()).check(tiny_vit)
+    GlobalLocal(GradEclip()).check(tiny_vit)
+
+
+def test_a_tower_without_maps_is_refused_before_training() -> None:
+    clip = make_tiny_clip("vit")
+    clip.image = image_tower(timm_vit(class_token=False, global_pool="avg"))
+    with pytest.raises(UnsupportedTowerError, match="no heat maps, so no local loss"):
+        GlobalLocal(GradEclip()).check(clip)
+    GlobalOnly().check(clip)

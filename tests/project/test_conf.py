@@ -12,8 +12,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import compose, groups, options, primary_groups
+from gradeclip_ft.commands.compose import (
+    ConfigurationError,
+    compose,
+    groups,
+    options,
+    primary_groups,
+)
 from gradeclip_ft.commands.sweep import jobs
+from gradeclip_ft.explain.base import InputExplainer, RecordExplainer
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.factory import load_clip
 
@@ -27,6 +34,13 @@ LEAVES = [
     if group.split("/")[0] != "exp"
     for option in options(group)
 ]
+# Methods that explain but cannot weigh a training step.
+SLOW = [
+    option
+    for option in options("explainer")
+    if "create_graph" not in (CONF / "explainer" / f"{option}.yaml").read_text()
+]
+LEAVES = [leaf for leaf in LEAVES if leaf not in [("explainer", option) for option in SLOW]]
 # Values that a leaf asks the user for.
 OPEN = {
     "model=open_clip": ["model.name=ViT-B-32", "model.weights=random"],
@@ -131,6 +145,15 @@ def loaded() -> LoadedClip:
 def test_every_objective_and_explainer_is_built(group: str, option: str) -> None:
     """Would catch a value that the constructor refuses."""
     assert callable(instantiate(composed(group, option).objective, _convert_="all"))
+
+
+@pytest.mark.parametrize("option", SLOW)
+def test_methods_for_explanation_are_built_and_refused_in_training(option: str) -> None:
+    """Would catch a value that the constructor refuses, and a training run that dies at step 1."""
+    node = OmegaConf.load(CONF / "explainer" / f"{option}.yaml")
+    assert isinstance(instantiate(node, _convert_="all"), RecordExplainer | InputExplainer)
+    with pytest.raises(ConfigurationError, match="takes no create_graph"):
+        check(compose("train", ["name=a", f"explainer@objective.explainer={option}"]), "train")
 
 
 @pytest.mark.parametrize("option", options("data"))

@@ -1,0 +1,45 @@
+"""GAME (Chefer et al., 2021, "generic attention-model explainability"), for self-attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradeclip_ft.models.record import Record
+from gradeclip_ft.models.trace import Heads
+from gradeclip_ft.ops.similarity import cosine
+
+
+@dataclass(frozen=True)
+class Game:
+    """R starts as I; by layer C = mean over heads of ReLU(∂S/∂A ⊙ A), R <- R + C R; H = R[query].
+
+    S is the cosine; the pair's logit is the same up to a factor, which scales what is not diagonal.
+
+    Attributes:
+        layers: All, the generic definition; or the last alone, as in the authors' script.
+    """
+
+    layers: Literal["all", "last"] = "all"
+    heads: Heads = "all"
+
+    @property
+    def depth(self) -> int | None:
+        """Layers that are recorded."""
+        return None if self.layers == "all" else 1
+
+    def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
+        """Relevance of every token for each target."""
+        score = cosine(record.embedding, target).sum()
+        nodes = [layer.attention for layer in record.layers]
+        gradients = torch.autograd.grad(score, nodes)
+        count = nodes[0].shape[-1]
+        relevance = torch.eye(count, device=score.device).expand(len(target), -1, -1)
+        for weights, gradient in zip(nodes, gradients, strict=True):
+            cam = (gradient * weights.detach()).relu().mean(1)
+            relevance = relevance + cam @ relevance
+        return record.of_query(relevance)

@@ -1,0 +1,64 @@
+"""Grad-ECLIP over the last n layers (the journal version; texts: n = 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gradeclip_ft.models.record import LayerRecord, Record
+from gradeclip_ft.models.trace import Heads
+from gradeclip_ft.ops.heatmap import min_max
+from gradeclip_ft.ops.similarity import cosine, unit
+
+
+@dataclass(frozen=True)
+class GradEclipDeep:
+    """H = Σ over layers of λ_i Σ_c w_c v_ic, w the full backward of S to the layer's o.
+
+    With one layer it is `GradEclip`.
+
+    Attributes:
+        depth: Number of last layers; None for all.
+        heads: One head over all channels in each of these layers, or the model's own.
+        relu_at: Positive part of every layer's map before the sum (images, as published), or of the
+            sum (texts, as published).
+        minmax_over: Tokens among which λ runs from 0 to 1: those that are explained (images), those
+            that the query sees (texts; independent of the context's length), or all, hidden ones
+            too, as in the authors' script for texts.
+    """
+
+    depth: int | None = 8
+    heads: Heads = "one"
+    relu_at: Literal["layer", "sum"] = "layer"
+    minmax_over: Literal["explained", "visible", "all"] = "explained"
+
+    def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
+        """Relevance of every token for each target."""
+        score = cosine(record.embedding, target).sum()
+        weights = torch.autograd.grad(score, [layer.o for layer in record.layers])
+        among = self._among(record)
+        total: Tensor | None = None
+        for layer, gradient in zip(record.layers, weights, strict=True):
+            weight = record.of_query(gradient)  # (P, C)
+            value = torch.bmm(layer.v.detach(), weight.unsqueeze(2)).squeeze(2)
+            relevance = _similarity(record, layer, among) * value
+            relevance = relevance.relu() if self.relu_at == "layer" else relevance
+            total = relevance if total is None else total + relevance
+        assert total is not None
+        return total.relu()
+
+    def _among(self, record: Record) -> Bool[Tensor, "P N"]:
+        if self.minmax_over == "explained":
+            return record.explained
+        visible = record.visible
+        return visible if self.minmax_over == "visible" else torch.ones_like(visible)
+
+
+def _similarity(record: Record, layer: LayerRecord, among: Tensor) -> Float[Tensor, "P N"]:
+    """λ: cosine of the query's q and every k, 0-1 normalised (eq. 20)."""
+    q = unit(record.of_query(layer.q.detach()))
+    return min_max(torch.bmm(unit(layer.k.detach()), q.unsqueeze(2)).squeeze(2), among)

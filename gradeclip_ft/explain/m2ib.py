@@ -1,0 +1,94 @@
+"""M2IB (Wang et al., 2023): by an information bottleneck, how much of each token a match needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from gradeclip_ft.models.passes import Pass
+from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.ops.similarity import cosine
+
+START = 5.0  # σ(5): nearly everything passes
+
+
+@dataclass(frozen=True)
+class M2ib:
+    """Noise on a layer's tokens, as much as the match allows; H = Σ_c KL of what remains.
+
+    Attributes:
+        layer: Number of layers before the bottleneck.
+        beta: Weight of the information against the match.
+        steps: Of Adam.
+        lr: Of Adam.
+        samples: Noisy copies per step.
+        seed: Of the noise.
+    """
+
+    layer: int = 9
+    beta: float = 0.1
+    steps: int = 10
+    lr: float = 1.0
+    samples: int = 10
+    seed: int = 0
+
+    images_only: ClassVar[bool] = False
+
+    def from_input(
+        self,
+        tower: Tower,
+        x: Shaped[Tensor, "B ..."],
+        target: Float[Tensor, "P D"],
+        owner: Int[Tensor, " P"],
+    ) -> Float[Tensor, "P N"]:
+        """Relevance of every token for each target; images and texts.
+
+        Raises:
+            ValueError: The tower has fewer layers.
+        """
+        opened = tower.open(x)
+        blocks = len(opened.layers) - opened.is_pooled
+        if not 0 <= self.layer < blocks:
+            raise ValueError(f"layer is {self.layer} of {blocks}; choose 0 to {blocks - 1}")
+        with torch.no_grad():
+            before = opened.run(opened.tokens, 0, self.layer).float()
+        rows = [
+            self._one(opened.rows(owner[row : row + 1]), before[owner[row : row + 1]], target[row])
+            for row in range(len(owner))
+        ]
+        return torch.stack(rows) if rows else target.new_zeros(0, before.shape[1])
+
+    def _one(self, opened: Pass, x: Tensor, target: Tensor) -> Float[Tensor, " N"]:
+        generator = torch.Generator(device=x.device).manual_seed(self.seed)
+        alpha = torch.full_like(x, START, requires_grad=True)
+        optimizer = torch.optim.Adam([alpha], lr=self.lr)
+        copies = torch.zeros(self.samples, dtype=torch.long, device=x.device)
+        repeated = opened.rows(copies)
+        for _ in range(self.steps):
+            loss, _ = self._loss(repeated, x, alpha, target, generator)
+            (alpha.grad,) = torch.autograd.grad(loss, alpha)
+            optimizer.step()
+        return information(x, alpha.detach())[0].nansum(-1)
+
+    def _loss(
+        self, opened: Pass, x: Tensor, alpha: Tensor, target: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """β · mean KL - mean match, and the match."""
+        passed = alpha.sigmoid()
+        noise = torch.randn(
+            (self.samples, *x.shape[1:]), generator=generator, device=x.device, dtype=x.dtype
+        )
+        tokens = x * passed + (1 - passed) * noise
+        match = cosine(opened.embed(tokens, self.layer), target.expand(self.samples, -1)).mean()
+        return self.beta * information(x, alpha).mean() - match, match
+
+
+def information(x: Tensor, alpha: Tensor) -> Tensor:
+    """KL of N(x m, (1-m)²) against N(0, 1), element by element, m = σ(α)."""
+    passed = alpha.sigmoid()
+    variance = (1 - passed) ** 2
+    return -0.5 * (1 + variance.log() - (x * passed) ** 2 - variance)

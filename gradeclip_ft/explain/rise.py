@@ -1,0 +1,72 @@
+"""RISE (Petsiuk et al., 2018): random masks on the picture, the model as a black box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from gradeclip_ft.models.tower import ImageTower
+from gradeclip_ft.ops.similarity import unit
+
+
+@dataclass(frozen=True)
+class Rise:
+    """H = Σ_n S(I ⊙ m_n) m_n / (N p), m_n random grids enlarged with a random shift.
+
+    All phrases of a picture share its masks, and all pictures of a call share one set.
+
+    Attributes:
+        masks: N.
+        cells: Side of the random grid.
+        keep: p, the chance of a cell to stay.
+        batch_size: Masked pictures per forward pass; does not change the map.
+        seed: Of the masks.
+    """
+
+    masks: int = 2000
+    cells: int = 8
+    keep: float = 0.5
+    batch_size: int = 64
+    seed: int = 0
+
+    images_only: ClassVar[bool] = True
+
+    def from_input(
+        self,
+        tower: ImageTower,
+        x: Float[Tensor, "B 3 H W"],
+        target: Float[Tensor, "P D"],
+        owner: Int[Tensor, " P"],
+    ) -> Float[Tensor, "P h w"]:
+        """Relevance at the patch grid: the mean of the pixels' over each patch."""
+        height, width = x.shape[2:]
+        total = x.new_zeros(len(target), height, width)
+        for start in range(0, self.masks, self.batch_size):
+            masks = self._masks(start, min(self.masks, start + self.batch_size), height, width)
+            masks = masks.to(x)
+            for image in sorted(set(owner.tolist())):
+                of_image = owner == image
+                with torch.no_grad():
+                    found = unit(tower.encode(x[image] * masks.unsqueeze(1)))
+                score = target[of_image] @ found.T  # (p, n)
+                total[of_image] += torch.einsum("pn,nhw->phw", score, masks)
+        grid = (height // tower.patch, width // tower.patch)
+        return adaptive_avg_pool2d(total / (self.masks * self.keep), grid)
+
+    def _masks(self, start: int, stop: int, height: int, width: int) -> Float[Tensor, "n H W"]:
+        """Masks number `start` to `stop`; each has its own seed, so batches do not matter."""
+        return torch.stack([self._mask(index, height, width) for index in range(start, stop)])
+
+    def _mask(self, index: int, height: int, width: int) -> Float[Tensor, "H W"]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        cells = (torch.rand(self.cells, self.cells, generator=generator) < self.keep).float()
+        cell = (-(-height // self.cells), -(-width // self.cells))  # pixels, rounded up
+        size = [(self.cells + 1) * side for side in cell]
+        large = interpolate(cells[None, None], size=size, mode="bilinear", align_corners=False)
+        top, left = (int(torch.randint(side, (), generator=generator)) for side in cell)
+        return large[0, 0, top : top + height, left : left + width]

@@ -1,0 +1,147 @@
+"""Methods with forward passes of their own."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import pytest
+import torch
+from torch import nn
+
+from gradeclip_ft.explain.base import explain_image, explain_text
+from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
+from gradeclip_ft.explain.m2ib import M2ib, information
+from gradeclip_ft.explain.rise import Rise
+from gradeclip_ft.models.clip import Clip
+from tests.tiny import images, make_tiny_clip, make_tiny_text
+
+ONE = torch.tensor([0])
+
+
+def test_rise_does_not_depend_on_its_batch_size(any_clip: Clip) -> None:
+    pixels, target = images(any_clip, 2), torch.randn(3, 16)
+    owner = torch.tensor([1, 0, 1])
+    first = explain_image(Rise(masks=20, batch_size=7), any_clip, pixels, target, owner)
+    again = explain_image(Rise(masks=20, batch_size=20), any_clip, pixels, target, owner)
+    torch.testing.assert_close(first, again, rtol=1e-4, atol=1e-5)
+    other = explain_image(Rise(masks=20, seed=1), any_clip, pixels, target, owner)
+    assert not torch.allclose(first, other)
+
+
+class OnePixel:
+    """A model whose embedding turns by the value of one pixel."""
+
+    patch = 8
+    width = heads = depth = 0
+    pooling, unexplained = "none", None
+
+    def __init__(self, y: int, x: int) -> None:
+        self.place = y, x
+
+    def open(self, x: torch.Tensor) -> NoReturn:
+        raise NotImplementedError
+
+    trace = open
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        value = pixels[:, 0, self.place[0], self.place[1]]
+        return torch.stack([value, torch.ones_like(value)], dim=1)
+
+
+@pytest.mark.parametrize("method", [Rise(masks=400), IntegratedGradients(steps=20)])
+def test_a_score_of_one_pixel_is_found_there(method: Rise | IntegratedGradients) -> None:
+    """Catches swapped axes and shifted grids: the pixel lies in patch (1, 3)."""
+    pixels = torch.ones(1, 3, 32, 48)
+    target = torch.tensor([[1.0, 0.0]])
+    heat = method.from_input(OnePixel(12, 28), pixels, target, ONE)
+    assert heat.shape == (1, 4, 6)
+    assert divmod(int(heat[0].argmax()), 6) == (1, 3)
+
+
+def test_rise_is_the_sum_over_its_masks() -> None:
+    """Slow version: one mask, one picture, one phrase at a time."""
+    clip, method = make_tiny_clip("vit"), Rise(masks=12)
+    pixels, target = images(clip, 1), nn.functional.normalize(torch.randn(1, 16))
+    masks = method._masks(0, 12, 32, 32)
+    assert 0.2 < masks.mean() < 0.8
+    assert masks.min() >= 0
+    assert masks.max() <= 1
+    total = torch.zeros(32, 32)
+    for mask in masks:
+        with torch.no_grad():
+            embedding = clip.model.encode_image(pixels * mask)
+        total += nn.functional.cosine_similarity(embedding, target).item() * mask
+    expected = (total / (12 * 0.5)).view(4, 8, 4, 8).mean((1, 3))
+    heat = explain_image(method, clip, pixels, target, ONE)[0]
+    torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_integrated_gradients_are_complete(any_clip: Clip) -> None:
+    """The signed map sums to S(x) - S(x0), to 1 %."""
+    pixels, target = images(any_clip, 1), nn.functional.normalize(torch.randn(1, 16))
+    method = IntegratedGradients(steps=200, signed=True)
+    heat = explain_image(method, any_clip, pixels, target, ONE)
+    area = pixels[0, 0].numel() / heat[0].numel()
+    with torch.no_grad():
+        ends = any_clip.image.encode(torch.cat([pixels, torch.zeros_like(pixels)]))
+    score = nn.functional.cosine_similarity(ends, target)
+    difference = float(score[0] - score[1])
+    assert float(heat.sum() * area) == pytest.approx(difference, rel=1e-2, abs=1e-3)
+
+
+def test_m2ib_lowers_its_loss_and_keeps_the_match() -> None:
+    """The same noise before and after ten steps of Adam."""
+    clip, method = make_tiny_clip("vit"), M2ib(layer=1)
+    pixels = images(clip, 1)
+    opened = clip.image.open(pixels)
+    with torch.no_grad():
+        x = opened.run(opened.tokens, 0, 1)
+        target = nn.functional.normalize(clip.image.encode(pixels))[0]
+    repeated = opened.rows(torch.zeros(10, dtype=torch.long))
+
+    def loss(alpha: torch.Tensor) -> float:
+        generator = torch.Generator().manual_seed(7)
+        return float(method._loss(repeated, x, alpha, target, generator)[0])
+
+    alpha = torch.full_like(x, 5.0, requires_grad=True)
+    before, optimizer = loss(alpha), torch.optim.Adam([alpha], lr=1.0)
+    generator = torch.Generator().manual_seed(method.seed)
+    for _ in range(method.steps):
+        value, _ = method._loss(repeated, x, alpha, target, generator)
+        (alpha.grad,) = torch.autograd.grad(value, alpha)
+        optimizer.step()
+    assert loss(alpha.detach()) < before - 0.1
+    heat = explain_image(method, clip, pixels, target[None], ONE)[0]
+    slow = information(x, alpha.detach())[0].sum(-1)[1:].view(4, 4)
+    torch.testing.assert_close(heat, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_information_is_the_divergence_of_two_normals() -> None:
+    """torch.distributions is the oracle."""
+    x, alpha = torch.randn(5), torch.randn(5)
+    passed = alpha.sigmoid()
+    normal = torch.distributions.Normal(x * passed, 1 - passed)
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(information(x, alpha), expected)
+
+
+@pytest.mark.parametrize("family", ["causal", "siglip", "coca", "bert"])
+def test_m2ib_explains_texts(family: str) -> None:
+    clip = make_tiny_text(family)
+    texts = torch.full((1, 24), 1 if family == "siglip" else 0)
+    texts[0, :6] = torch.tensor([2, 7, 9, 11, 13, 49])
+    found = explain_text(M2ib(layer=1), clip, texts, torch.randn(2, 16), torch.tensor([0, 0]))
+    assert found.sum(1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_methods_on_pixels_refuse_texts() -> None:
+    clip = make_tiny_text("causal")
+    texts = torch.tensor([[2, 7, 49] + [0] * 21])
+    with pytest.raises(ValueError, match="explains images alone"):
+        explain_text(Rise(masks=2), clip, texts, torch.randn(1, 16), ONE)
+
+
+def test_a_layer_that_is_not_there_is_refused() -> None:
+    clip = make_tiny_clip("siglip")
+    with pytest.raises(ValueError, match="layer is 9 of 2; choose 0 to 1"):
+        explain_image(M2ib(), clip, images(clip, 1), torch.randn(1, 16), ONE)
