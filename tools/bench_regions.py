@@ -58,12 +58,14 @@ def bench(
         with evaluating(loaded.clip):
             class_embeddings(loaded.clip, loaded.tokenizer, opened.names, sentence)
         texts.append(_now(device) - start)
-    bare, text = statistics.median(forward), statistics.median(texts)
-    cost = statistics.median(whole) - text
+    costs = [total - text for total, text in zip(whole, texts, strict=True)]
+    ratios = [cost / bare for cost, bare in zip(costs, forward, strict=True)]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     print(f"{model} at {image_size} px, {len(opened)} photos, {opened.counts['things']} regions")
-    print(f"encoder forward, pixels in memory   {bare:8.2f} s")
-    print(f"regions, photos loaded and decoded  {cost:8.2f} s   ratio {cost / bare:.2f}")
-    print(f"class texts, one sentence each      {text:8.2f} s")
+    print(f"encoder forward, pixels in memory   {statistics.median(forward):8.2f} s")
+    print(f"regions, photos loaded and decoded  {statistics.median(costs):8.2f} s")
+    print(f"class texts, one sentence each      {statistics.median(texts):8.2f} s")
+    print(f"regions / forward: {statistics.median(ratios):.2f} (rounds: {each})")
 
 
 def _forward(loaded: LoadedClip, pixels: list[torch.Tensor]) -> float:

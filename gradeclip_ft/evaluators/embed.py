@@ -1,8 +1,8 @@
-"""Unit embeddings of all images and captions of an evaluation."""
+"""Unit embeddings of all images, captions and classes of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from gradeclip_ft.batch import PairBatch
 from gradeclip_ft.evaluators.base import Track, placement
+from gradeclip_ft.models.class_embeddings import class_embeddings
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.similarity import unit
+from gradeclip_ft.text.prompts import fill
+
+SENTENCES = 256  # encoded at a time
 
 
 def encode_images(
@@ -54,3 +58,23 @@ def encode_texts(
         embedded[part.to(device)] = found
     assert embedded is not None
     return embedded[row.to(device)]
+
+
+def encode_classes(
+    loaded: LoadedClip,
+    names: Sequence[str],
+    templates: Sequence[str],
+    track: Track,
+    name: str,
+    *,
+    say: Callable[[str, str], str] = fill,
+) -> Float[Tensor, "K D"]:
+    """Unit class embeddings, some classes at a time, so that progress shows."""
+    size = max(1, SENTENCES // max(1, len(templates)))
+    parts = [names[start : start + size] for start in range(0, len(names), size)]
+    return torch.cat(
+        [
+            class_embeddings(loaded.clip, loaded.tokenizer, part, templates, say=say)
+            for part in track(parts, f"{name}: classes", len(parts))
+        ]
+    )

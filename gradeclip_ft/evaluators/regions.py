@@ -17,9 +17,9 @@ from torch import Tensor
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.evaluators.region_source import RegionSource
 from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
-from gradeclip_ft.models.class_embeddings import class_embeddings
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
 from gradeclip_ft.ops.similarity import unit
@@ -123,7 +123,7 @@ class RegionEvaluator:
         empty = 0
         batches = regions.batches(self.batch_size, self.workers)
         with evaluating(loaded.clip):
-            classes = class_embeddings(loaded.clip, loaded.tokenizer, regions.names, self.sentences)
+            classes = encode_classes(loaded, regions.names, self.sentences, track, self.name)
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 self._count(meters, classes, loaded, batch)
                 empty += (

@@ -13,8 +13,8 @@ from torch import Tensor
 from gradeclip_ft.batch import ImageBatch
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
-from gradeclip_ft.models.class_embeddings import class_embeddings
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.imagenet import imagenet_names, imagenet_templates
 from gradeclip_ft.ops.similarity import unit
@@ -136,9 +136,7 @@ class ZeroShotEvaluator:
         batches = images.batches(self.batch_size, self.workers)
         device, dtype = placement(loaded.clip)
         with evaluating(loaded.clip):
-            classes = class_embeddings(
-                loaded.clip, loaded.tokenizer, names, templates, say=phrase_prompt
-            )
+            classes = encode_classes(loaded, names, templates, track, self.name, say=phrase_prompt)
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 found = unit(loaded.clip.image.encode(batch.images.to(device, dtype)))
                 meter.update((found @ classes.T).cpu(), batch.labels)

@@ -140,6 +140,27 @@ def test_panoptic_and_instances_are_not_mixed_up(
         opened(source)
 
 
+def test_missing_pngs_are_named_and_images_without_segments_counted(
+    write: Callable[..., CocoRegions], tmp_path: Path
+) -> None:
+    """A PNG that is not there must not become an image without regions."""
+    source = write(entry(1, (0, 0, 10, 10)))
+    content = json.loads(Path(source.annotations).read_text())
+    segment = {"id": 5, "category_id": 3, "bbox": [0, 0, 20, 20]}
+    content["annotations"] = [{"image_id": 1, "file_name": "m.png", "segments_info": [segment]}]
+    content["images"].append({"id": 2, "file_name": "1.png", "height": 30, "width": 40})
+    Path(source.annotations).write_text(json.dumps(content))
+    (tmp_path / "segments").mkdir()
+    panoptic = CocoRegions(source.annotations, source.images, str(tmp_path / "segments"))
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 .* first m.png \(id 1\)"):
+        opened(panoptic)
+    Image.fromarray(np.full((30, 40, 3), (5, 0, 0), np.uint8)).save(tmp_path / "segments" / "m.png")
+    assert opened(panoptic).counts["skipped"] == {"image without regions": 1}
+    Image.new("RGB", (40, 31)).save(tmp_path / "segments" / "m.png")
+    with pytest.raises(ValueError, match=r"m.png has 31 x 40 .* says 30 x 40 for image 1"):
+        opened(panoptic)[0]
+
+
 def test_missing_data_are_made_once_where_that_is_possible(
     write: Callable[..., CocoRegions], tmp_path: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """Pooling of dense features against naive loops."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,32 @@ def test_a_box_on_whole_cells_is_the_mean_of_their_bilinear_samples(dense: torch
     tokens = torch.nn.functional.normalize(dense[0, 0:2, 2:4].reshape(4, 5), dim=1)
     torch.testing.assert_close(got[1], unit(tokens.mean(0)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got[2], unit(dense[1, 0, 0]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_box_pooling_equals_a_naive_loop(seed: int) -> None:
+    """Any box: as many samples as it spans cells, each between the four cells around it."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(2, 5, 7, 3, generator=generator)
+    corners = torch.rand(6, 2, 2, generator=generator).sort(1).values
+    boxes = corners.flatten(1).clamp(0, 1)  # (6, 4) x1 y1 x2 y2
+    owner = torch.tensor([0, 1, 1, 0, 1, 0])
+    tokens = torch.nn.functional.normalize(dense, dim=-1)
+    found = pool_boxes(dense, boxes, owner)
+    for row, (box, number) in enumerate(zip(boxes.tolist(), owner.tolist(), strict=True)):
+        x1, x2 = box[0] * 7 - 0.5, box[2] * 7 - 0.5
+        y1, y2 = box[1] * 5 - 0.5, box[3] * 5 - 0.5
+        across, down = math.ceil(x2 - x1), math.ceil(y2 - y1)
+        total = torch.zeros(3)
+        for i in range(down):
+            for j in range(across):
+                y = min(max(y1 + (i + 0.5) * (y2 - y1) / down, 0.0), 4.0)
+                x = min(max(x1 + (j + 0.5) * (x2 - x1) / across, 0.0), 6.0)
+                top, left = min(int(y), 3), min(int(x), 5)
+                low, right = y - top, x - left
+                cell = tokens[number]
+                above = cell[top, left] * (1 - right) + cell[top, left + 1] * right
+                below = cell[top + 1, left] * (1 - right) + cell[top + 1, left + 1] * right
+                total += above * (1 - low) + below * low
+        expected = torch.nn.functional.normalize(total, dim=0)
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
