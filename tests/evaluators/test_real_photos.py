@@ -12,6 +12,8 @@ from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.factory import load_clip
 
+PLAIN = ["a photo of the {}."]  # ViLD's 63 would take a minute on a CPU
+
 
 @pytest.fixture(scope="module")
 def encoder(shared_dir: Path) -> LoadedClip:
@@ -50,33 +52,35 @@ def close(first: Any, second: Any) -> None:
 def test_panoptic_regions_of_photos_are_far_above_chance(
     encoder: LoadedClip, photos: dict[str, dict[str, str]]
 ) -> None:
-    """133 classes, chance 0.75 %; the same by batch 1 and 16."""
+    """133 classes, chance 0.75 % and 3.8 %; the same by batch 1 and 16, crops included."""
 
-    def measure(batch_size: int, limit: int | None) -> Any:
+    def measure(batch_size: int, limit: int | None, crops: bool) -> Any:
         data = CocoRegions(**photos["panoptic"], limit=limit)
-        plain = ["a photo of the {}."]  # 63 of them take a minute on a CPU
-        return RegionEvaluator("r", data, 224, plain, crops=True, batch_size=batch_size)(encoder)
+        regions = RegionEvaluator("r", data, 224, PLAIN, crops=crops, batch_size=batch_size)
+        return regions(encoder)
 
-    close(measure(1, limit=6), measure(16, limit=6))
-    many = measure(16, limit=None)
+    close(measure(1, limit=4, crops=True), measure(16, limit=4, crops=True))
+    many = measure(16, limit=None, crops=False)
     assert many.protocol["classes"] == 133
-    assert many.metrics["boxes/top1"] > 0.04
+    assert many.metrics["boxes/top1"] > 0.03
+    assert many.metrics["boxes/top5"] > 0.15
     assert many.metrics["thing_masks/top5"] > 0.15
-    assert many.metrics["crops/top1"] > 0.1
-    assert many.metrics["stuff_masks/top5"] > 0.1
+    assert many.metrics["stuff_masks/top5"] > 0.15
 
 
 @pytest.mark.slow
 def test_instances_and_retrieval_of_photos_are_far_above_chance(
     encoder: LoadedClip, photos: dict[str, dict[str, str]]
 ) -> None:
-    """80 classes, chance 1.25 %; one of 91 photos, chance 1.1 %."""
+    """80 classes, chance 1.25 %; one of 91 photos, chance 1.1 %; the same by batch 1 and 16."""
     data = CocoRegions(**photos["instances"])
-    regions = RegionEvaluator("r", data, 224, micro=True, batch_size=16)(encoder)
-    assert regions.metrics["boxes/top1"] == pytest.approx(0.164, abs=0.01)
-    assert regions.metrics["boxes/top5"] == pytest.approx(0.449, abs=0.01)
+    regions = RegionEvaluator("r", data, 224, PLAIN, micro=True, batch_size=16)(encoder)
+    assert regions.metrics["boxes/top1"] > 0.1
+    assert regions.metrics["boxes/micro_top5"] > 0.2
     pairs = CaptionFile(**photos["captions"], split="val photos")
     found = RetrievalEvaluator("p", pairs, batch_size=16)(encoder)
-    close(found, RetrievalEvaluator("p", pairs, batch_size=1, text_batch_size=7)(encoder))
     assert found.metrics["image_retrieval_recall@1"] == pytest.approx(0.455, abs=0.02)
     assert found.metrics["text_retrieval_recall@1"] == pytest.approx(0.484, abs=0.02)
+    few = CaptionFile(**photos["captions"], split="val photos", limit=20)
+    by_one = RetrievalEvaluator("p", few, batch_size=1, text_batch_size=7)(encoder)
+    close(RetrievalEvaluator("p", few, batch_size=16)(encoder), by_one)
