@@ -9,6 +9,7 @@ from gradeclip_ft.commands.cli import Command, run
 COMMANDS = {
     "train": Command("train", config="train"),
     "evaluate": Command("evaluate", config="evaluate"),
+    "explain": Command("explain", config="explain", plain=(("explainer", "methods"),)),
     "export": Command("export", config="export"),
     "doctor": Command("doctor", config="train", preset=("name=doctor",)),
     "compare": Command("compare", config=None),

@@ -37,11 +37,20 @@ class Command:
         name: Of the module in `gradeclip_ft.commands` and of the function in it.
         config: Primary file, `conf/<config>.yaml`; None for a plain command without Hydra.
         preset: Overrides that stand before the user's.
+        plain: What the user writes and what it is called in the configuration, where Hydra would
+            take the first for a group: `explainer=[a,b]` is a plain list of names in `explain`.
     """
 
     name: str
     config: str | None
     preset: tuple[str, ...] = ()
+    plain: tuple[tuple[str, str], ...] = ()
+
+    def overrides(self, given: Sequence[str]) -> list[str]:
+        """All overrides of a command line, under the names of the configuration."""
+        names = dict(self.plain)
+        split = [override.partition("=") for override in given]
+        return [*self.preset, *("".join([names.get(key, key), *rest]) for key, *rest in split)]
 
     @property
     def module(self) -> str:
@@ -93,7 +102,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     if command.config is None:
         return perform(lambda: call(command.function(), arguments), full=wants_traceback())
     options = _options(command, arguments)
-    overrides = [*command.preset, *_search_path(options.config_dir), *options.overrides]
+    overrides = [*command.overrides(options.overrides), *_search_path(options.config_dir)]
     if options.multirun:
         from gradeclip_ft.commands.sweep import sweep
 

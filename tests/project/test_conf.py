@@ -68,13 +68,14 @@ def test_every_choice_composes_and_passes_the_check(group: str, option: str) -> 
 def test_every_primary_file_composes_and_passes_the_check() -> None:
     """Would catch a command that cannot start, or evaluators that cannot stand side by side."""
     check(compose("export", []), "export")
+    check(compose("explain", ["images=a.jpg"]), "explain")
     everything = ",".join(options("evaluator"))
     cfg = compose("evaluate", [f"evaluator=[{everything}]"])
     check(cfg, "evaluate")
     assert sorted(cfg.evaluator) == options("evaluator")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "explain", "export"])
 def test_a_primary_file_fits_a_screen(command: str) -> None:
     """Would catch settings that belong into a group."""
     text = (CONF / f"{command}.yaml").read_text()

@@ -57,7 +57,7 @@ def understood(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
     command = COMMANDS[name]
     if command.config is not None:
         overrides = [word for word in arguments if word not in ("-m", "--multirun")]
-        for job in jobs(command.config, [*command.preset, *overrides]):
+        for job in jobs(command.config, command.overrides(overrides)):
             check(compose(command.config, job), command.config)
         return
     for action, function in list(data.SUBCOMMANDS.items()):
