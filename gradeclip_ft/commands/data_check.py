@@ -47,11 +47,12 @@ def _check(name: str, options: dict[str, str], seen: set[str] | None, *, read: b
     """Print what one evaluator's data hold; whether all is well."""
     from hydra.utils import instantiate
 
+    from gradeclip_ft.commands.evaluate import tracked
     from gradeclip_ft.data.inspect import image_key, inspect
 
     node = _data(name, options)
     try:
-        found = inspect(instantiate(node, _convert_="all"), read=read)
+        found = inspect(instantiate(node, _convert_="all"), read=read, track=tracked)
     except (FileNotFoundError, ValueError) as error:
         print(f"{name}: {error}")
         return False

@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig) -> None:
         command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
         again=cfg.again,
         precision=_precision(cfg.precision),
-        track=_tracked,
+        track=tracked,
         done=lambda result, fresh: _tell(subject, result, fresh),
     )
     _print(results)
@@ -101,7 +101,7 @@ def _precision(word: str) -> Precision:
     return cast("Precision", word)
 
 
-def _tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+def tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     """A progress bar where somebody watches."""
     from rich.console import Console
     from rich.progress import track

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ Opened = RegionImages | CaptionedImages | LabelledImages
 TRAINING_PARTS = ("train", "restval")
 
 
+def _silent(items: range, what: str, total: int) -> Iterable[int]:
+    del what, total
+    return items
+
+
 @dataclass(frozen=True)
 class Findings:
     """Facts about the data of one evaluation.
@@ -49,12 +54,15 @@ class Findings:
     unreadable: Sequence[str]
 
 
-def inspect(source: Source, *, read: bool) -> Findings:
+def inspect(
+    source: Source, *, read: bool, track: Callable[[range, str, int], Iterable[int]] = _silent
+) -> Findings:
     """Open the data as an evaluator does, and look.
 
     Args:
         source: As an evaluator holds it.
         read: Also decode every image and mask, and compare sizes.
+        track: Shows how far the reading is: numbers, what, and how many.
 
     Raises:
         FileNotFoundError: Files are missing.
@@ -69,7 +77,7 @@ def inspect(source: Source, *, read: bool) -> Findings:
         absent=[name for label, name in enumerate(classes) if label not in present],
         captions=Counter(map(len, opened.captions)) if isinstance(opened, CaptionedImages) else {},
         images=_image_names(opened),
-        unreadable=list(_unreadable(opened)) if read else [],
+        unreadable=list(_unreadable(opened, track)) if read else [],
     )
 
 
@@ -132,8 +140,8 @@ def _image_names(opened: Opened) -> list[str]:
     return [path.name for path in opened.listed]
 
 
-def _unreadable(opened: Opened) -> Iterable[str]:
-    for number in range(len(opened)):
+def _unreadable(opened: Opened, track: Callable[[range, str, int], Iterable[int]]) -> Iterable[str]:
+    for number in track(range(len(opened)), "reading images", len(opened)):
         try:
             opened[number]
         except (ValueError, FileNotFoundError) as error:
