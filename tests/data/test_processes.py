@@ -10,6 +10,8 @@ from gradeclip_ft.data import processes
 
 
 class Numbers(Dataset[int]):
+    """Five numbers."""
+
     def __len__(self) -> int:
         return 5
 
@@ -21,7 +23,7 @@ class Numbers(Dataset[int]):
 
 @pytest.mark.parametrize("foreign", [True, False])
 def test_workers_start_also_below_joblib(foreign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """joblib's own start method cannot start a loader's workers: a sweep with evaluators died."""
+    """The start method of joblib cannot start a loader's workers: a sweep with evaluators died."""
     import multiprocessing
 
     if foreign:
