@@ -22,7 +22,7 @@ from gradeclip_ft.commands.runs import WEIGHTS
 
 if TYPE_CHECKING:
     from gradeclip_ft.data.captions import CaptionShards
-    from gradeclip_ft.explain.base import TraceExplainer
+    from gradeclip_ft.explain.base import Explainer
     from gradeclip_ft.models.clip import LoadedClip
     from gradeclip_ft.report.content import Case, Table
 
@@ -132,7 +132,7 @@ def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
     parse = Phrases(load_tagger(tagger), source.max_phrases)
     scenes = find_scenes(*files, parse, count)
-    explainer: TraceExplainer = instantiate(map_settings(comparison), _convert_="all")
+    explainer: Explainer = instantiate(map_settings(comparison), _convert_="all")
     maps = {
         method: list(explain_scenes(loaded, explainer, scenes, source.prompt))
         for method, loaded in models.items()

@@ -18,7 +18,8 @@ from PIL import Image
 
 from gradeclip_ft.data import coco
 from gradeclip_ft.data.files import open_image
-from gradeclip_ft.explain.base import TraceExplainer, explain_image
+from gradeclip_ft.explain.base import Explainer, explain_image
+from gradeclip_ft.explain.pictures import prepared
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.similarity import cosine
 from gradeclip_ft.report.content import Box, Case
@@ -102,11 +103,12 @@ def boxes_of(phrase: str, picture: coco.Picture, names: Sequence[str]) -> tuple[
 
 
 def explain_scenes(
-    loaded: LoadedClip, explainer: TraceExplainer, scenes: Sequence[Scene], prompt: str
+    loaded: LoadedClip, explainer: Explainer, scenes: Sequence[Scene], prompt: str
 ) -> Iterator[Maps]:
     """Heat maps and scores of one model, scene by scene; the picture is squashed to its size."""
     height, width = loaded.image_size
     transform = loaded.transform(train=False)
+    method = prepared({"": explainer}, loaded)[""]
     for scene in scenes:
         pixels = transform(Image.fromarray(scene.image).resize((width, height))).unsqueeze(0)
         owner = torch.zeros(len(scene.phrases), dtype=torch.long)
@@ -114,7 +116,7 @@ def explain_scenes(
             texts = [phrase_prompt(prompt, phrase) for phrase in scene.phrases]
             target = loaded.clip.text.encode(loaded.tokenizer(texts))
             embedding = loaded.clip.image.encode(pixels)
-        heat = explain_image(explainer, loaded.clip, pixels, target, owner)
+        heat = explain_image(method, loaded.clip, pixels, target, owner)
         yield Maps(heat.numpy(), cosine(embedding[owner], target).numpy())
 
 

@@ -12,5 +12,7 @@ def test_an_explainer_can_be_chosen_by_its_name_in_conf() -> None:
 
 
 def test_an_unknown_explainer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"explainer=maskclp: there is grad_cam, grad_eclip"):
+    with pytest.raises(
+        ValueError, match=r"explainer=maskclp: there is clip_surgery, game, grad_cam, grad_eclip"
+    ):
         map_settings(Comparison(runs=(), start=None, explainer="maskclp"))

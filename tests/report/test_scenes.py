@@ -12,7 +12,9 @@ from PIL import Image
 
 from gradeclip_ft.commands import scenes
 from gradeclip_ft.data.coco import Picture, Region
+from gradeclip_ft.explain.clip_surgery import ClipSurgery
 from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.models.factory import load_clip
 
 NAMES = ["red circle", "blue star", "car"]
@@ -130,3 +132,11 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     case = scenes.to_case(first, {"model": one})
     assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}".replace("-", "−")
     assert case.values["in the box"]["model"][1].endswith(" %")
+
+
+@pytest.mark.parametrize("method", [Rollout(), ClipSurgery(depth=2)], ids=["rollout", "surgery"])
+def test_a_report_may_show_any_method(method: object) -> None:
+    """Also those of several layers, and those that compare with texts of their own."""
+    scene = scenes.Scene(np.zeros((64, 64, 3), np.uint8), "a", ("red circle",), ((),))
+    (maps,) = scenes.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
+    assert maps.heat.shape == (1, 8, 8)
