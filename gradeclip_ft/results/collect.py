@@ -136,7 +136,7 @@ def _entries(place: Place, steps: Steps, fields: Mapping[str, str]) -> list[Entr
             step=step,
             facts={
                 **describe(place.config, step),
-                **{name: _at(place.config, key) for name, key in fields.items()},
+                **{name: _at(place.config, key) if step else None for name, key in fields.items()},
             },
             results=by_step[step],
             command=place.command if step else None,
@@ -148,7 +148,7 @@ def _entries(place: Place, steps: Steps, fields: Mapping[str, str]) -> list[Entr
 def _name(place: Place, step: int, results: Mapping[str, Result]) -> str:
     result = next(iter(results.values()))
     if step == 0:
-        return str(result.weights.get("name"))
+        return Path(str(result.weights.get("name"))).name  # a folder's own, wherever it stands
     return result.run or place.folder.name
 
 
