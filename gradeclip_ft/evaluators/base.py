@@ -97,25 +97,26 @@ def run_all(
     results = []
     for evaluator in evaluators.values():
         path = result_path(folder, evaluator.name, step)
-        kept = None if again or not path.exists() else _same(path, evaluator, settings, weights)
-        if kept is None:
+        fresh = again or not path.exists()
+        if fresh:
             measured, seconds = _measure(evaluator, loaded, track)
-        result = kept or Result(
-            evaluator=evaluator.name,
-            metrics=measured.metrics,
-            protocol={**measured.protocol, **settings},
-            data=measured.data,
-            weights=weights,
-            versions=versions(),
-            run=run,
-            step=step,
-            seconds=seconds,
-            command=command,
-            details=measured.details,
-        )
-        if kept is None:
+            result = Result(
+                evaluator=evaluator.name,
+                metrics=measured.metrics,
+                protocol={**measured.protocol, **settings},
+                data=measured.data,
+                weights=weights,
+                versions=versions(),
+                run=run,
+                step=step,
+                seconds=seconds,
+                command=command,
+                details=measured.details,
+            )
             result.write(folder)
-        done(result, kept is None)
+        else:
+            result = _same(path, evaluator, settings, weights)
+        done(result, fresh)
         results.append(result)
     return results
 

@@ -7,10 +7,10 @@ are swapped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from gradeclip_ft.evaluators.base import Track, evaluating, untracked
 from gradeclip_ft.evaluators.embed import encode_images, encode_texts
 from gradeclip_ft.evaluators.pair_source import OpenedPairs
+from gradeclip_ft.evaluators.source import Source
 from gradeclip_ft.metrics.accuracy import require_finite
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.tokenizer import Tokenizer
@@ -26,17 +27,8 @@ from gradeclip_ft.results.record import Json, Measured
 
 
 @runtime_checkable
-class ChoiceSource(Protocol):
+class ChoiceSource(Source, Protocol):
     """Images with captions in twos, the right one first."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Check the data."""
-        ...
 
     def __call__(
         self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenizer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
 
 from gradeclip_ft.batch import PairBatch
+from gradeclip_ft.evaluators.source import Opened, Source
 from gradeclip_ft.models.tokenizer import Tokenizer
 
 
@@ -23,23 +23,8 @@ class PairBatches(Protocol):
 
 
 @runtime_checkable
-class OpenedPairs(Protocol):
+class OpenedPairs(Opened, Protocol):
     """Images and captions as one model wants them."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Annotation files."""
-        ...
-
-    @property
-    def listed(self) -> Sequence[Path]:
-        """Images."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, Any]:
-        """Images and captions that count, and what was skipped by cause."""
-        ...
 
     def batches(self, batch_size: int, workers: int) -> PairBatches:
         """All pairs once."""
@@ -47,17 +32,8 @@ class OpenedPairs(Protocol):
 
 
 @runtime_checkable
-class PairSource(Protocol):
+class PairSource(Source, Protocol):
     """Where pairs come from; called with the model's own preprocessing and tokenizer."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Make or check the data."""
-        ...
 
     def __call__(
         self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenizer

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from gradeclip_ft.batch import RegionBatch
+from gradeclip_ft.evaluators.source import Opened, Source
 
 
 @runtime_checkable
@@ -19,27 +19,12 @@ class RegionBatches(Protocol):
 
 
 @runtime_checkable
-class OpenedRegions(Protocol):
+class OpenedRegions(Opened, Protocol):
     """Regions at one image size."""
 
     @property
     def names(self) -> Sequence[str]:
         """Class names in order of the labels."""
-        ...
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Annotation files."""
-        ...
-
-    @property
-    def listed(self) -> Sequence[Path]:
-        """Images and masks."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, Any]:
-        """Images, things and stuff that count, and what was skipped by cause."""
         ...
 
     def batches(self, batch_size: int, workers: int) -> RegionBatches:
@@ -48,17 +33,8 @@ class OpenedRegions(Protocol):
 
 
 @runtime_checkable
-class RegionSource(Protocol):
+class RegionSource(Source, Protocol):
     """Where regions come from; called with the evaluator's image size and the model's pixels."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Make or check the data."""
-        ...
 
     def __call__(
         self,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -14,6 +13,7 @@ from gradeclip_ft.batch import ImageBatch
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.by_class import class_table, most_confused
 from gradeclip_ft.evaluators.embed import encode_classes
+from gradeclip_ft.evaluators.source import Opened, Source
 from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.imagenet import imagenet_names, imagenet_templates
@@ -35,7 +35,7 @@ class ImageBatches(Protocol):
 
 
 @runtime_checkable
-class OpenedImages(Protocol):
+class OpenedImages(Opened, Protocol):
     """Labelled images as one model wants them."""
 
     @property
@@ -48,38 +48,14 @@ class OpenedImages(Protocol):
         """Templates that come with the data; may be empty."""
         ...
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """Small files, read for the fingerprint."""
-        ...
-
-    @property
-    def listed(self) -> Sequence[Path]:
-        """Images or shards."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, Any]:
-        """Images and classes."""
-        ...
-
     def batches(self, batch_size: int, workers: int) -> ImageBatches:
         """All images once."""
         ...
 
 
 @runtime_checkable
-class ImageSource(Protocol):
+class ImageSource(Source, Protocol):
     """Where labelled images come from; called with the model's own preprocessing."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Check the data."""
-        ...
 
     def __call__(self, *, transform: Callable[[Image.Image], Tensor]) -> OpenedImages:
         """The images of one model."""

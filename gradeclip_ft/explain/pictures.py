@@ -85,7 +85,7 @@ def explain_picture(
         skip: Leave out, with a word in the log, what this model cannot do.
 
     Raises:
-        UnsupportedTowerError: The model cannot do a method, and `skip` is false.
+        UnsupportedTowerError: The model cannot do a method and `skip` is false, or it can do none.
     """
     device = loaded.clip.log_scale.device
     pixels = transform_for(loaded, picture, geometry, longest)(picture).to(device)
@@ -98,6 +98,8 @@ def explain_picture(
             if not skip:
                 raise
             log.warning("%s is left out: %s", name, error)
+    if not heat:
+        raise UnsupportedTowerError(f"{loaded.name} can do none of {', '.join(methods)}")
     with torch.no_grad():
         embedding = torch.nn.functional.normalize(loaded.clip.image.encode(pixels[None]).float())
     score = torch.nn.functional.normalize(target.float().to(device)) @ embedding[0]
