@@ -66,9 +66,9 @@ def _own_weights(architecture: Architecture) -> str | Path:
             f"no weights given for {architecture.name}; choose a tag "
             f"({_tags(architecture.name)}), a file, or `random`"
         )
-    asset = resources.files("gradeclip_ft").joinpath("assets", f"{architecture.name}.safetensors")
-    with resources.as_file(asset) as packaged:
-        return packaged
+    return Path(
+        str(resources.files("gradeclip_ft") / "assets" / f"{architecture.name}.safetensors")
+    )
 
 
 def _build(
