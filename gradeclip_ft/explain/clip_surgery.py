@@ -25,7 +25,7 @@ class ClipSurgery:
     matches the image; without, the embedding of the empty text.
 
     Attributes:
-        depth: Layers with a second path.
+        depth: Layers with a second path, at most.
         others: Texts beside the target, encoded by `prepare`; none for the empty text.
         embedded: Their unit embeddings.
     """

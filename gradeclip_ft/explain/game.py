@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gradeclip_ft.models.record import Record
 from gradeclip_ft.models.trace import Heads
-from gradeclip_ft.ops.similarity import cosine
 
 
 @dataclass(frozen=True)
 class Game:
     """R starts as I; by layer C = mean over heads of ReLU(∂S/∂A ⊙ A), R <- R + C R; H = R[query].
 
-    S is the cosine; the pair's logit is the same up to a factor, which scales what is not diagonal.
+    S is the score: for a CLIP the cosine. The pair's logit is the same up to a factor, which scales
+    what is not diagonal.
 
     Attributes:
         layers: All, the generic definition; or the last alone, as in the authors' script.
@@ -34,7 +34,7 @@ class Game:
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
-        score = cosine(record.embedding, target).sum()
+        score = record.opened.score(record.embedding, target).sum()
         nodes = [layer.attention for layer in record.layers]
         gradients = torch.autograd.grad(score, nodes)
         count = nodes[0].shape[-1]

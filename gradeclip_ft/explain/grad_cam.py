@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Trace
-from gradeclip_ft.ops.similarity import cosine
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class GradCam:
         tokens = trace.tokens[owner]
         if not (self.create_graph and tokens.requires_grad):
             tokens = tokens.detach().requires_grad_()
-        score = cosine(trace.replay(tokens, owner), target)
+        score = trace.score(trace.replay(tokens, owner), target)
         (gradient,) = torch.autograd.grad(score.sum(), tokens, create_graph=self.create_graph)
         explained = trace.explained[owner]
         if self.average == "all":

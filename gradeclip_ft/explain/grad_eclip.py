@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.models.trace import Heads, Trace
+from gradeclip_ft.models.trace import Heads, Scale, Trace
 from gradeclip_ft.ops.heatmap import min_max
 from gradeclip_ft.ops.similarity import cosine
 
@@ -31,6 +31,10 @@ class GradEclip:
         space: q and k as they are, or behind the output projection (the authors' script for the
             ImageNet tables).
         heads: One head over all channels (eq. 7), or the model's own.
+        scale: Of one head's attention: C^-0.5, or the factor of the model's own heads, as in the
+            authors' notebook for BLIP.
+        head: One of the model's own heads, counted from 0: the share of its channels, with its own
+            λ; None for all channels.
         relu: Keep the positive part only.
         create_graph: Let gradients flow through the map.
     """
@@ -39,24 +43,49 @@ class GradEclip:
     similarity: Literal["cosine", "product"] = "cosine"
     space: Literal["raw", "projected"] = "raw"
     heads: Heads = "one"
+    scale: Scale = "width"
+    head: int | None = None
     relu: bool = True
     create_graph: bool = False
 
     def from_trace(
         self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
     ) -> Float[Tensor, "P N"]:
-        """Relevance of every token for each target."""
+        """Relevance of every token for each target.
+
+        Raises:
+            ValueError: The layer has no such head.
+        """
         weight = channel_weight(
-            trace, target, owner, heads=self.heads, create_graph=self.create_graph
+            trace,
+            target,
+            owner,
+            heads=self.heads,
+            scale=self.scale,
+            create_graph=self.create_graph,
         )
-        value = torch.bmm(trace.v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
-        relevance = self._spatial_weight(trace)[owner] * value
+        q, k, v = trace.q, trace.k, trace.v
+        if self.head is not None:
+            head = self._check_head(trace.heads)
+            q, k, v, weight = (x.chunk(trace.heads, -1)[head] for x in (q, k, v, weight))
+        value = torch.bmm(v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
+        relevance = self._spatial_weight(trace, q, k)[owner] * value
         relevance = relevance.masked_fill(~trace.explained[owner], 0.0)
         return relevance.relu() if self.relu else relevance
 
-    def _spatial_weight(self, trace: Trace) -> Float[Tensor, "B N"]:
+    def _check_head(self, heads: int) -> int:
+        head = self.head or 0
+        if not 0 <= head < heads or self.space == "projected":
+            raise ValueError(
+                f"head is {head} in the space {self.space!r}; choose 0 to {heads - 1}, in the "
+                "space 'raw': behind the output projection channels belong to no head"
+            )
+        return head
+
+    def _spatial_weight(
+        self, trace: Trace, q: Float[Tensor, "B K"], k: Float[Tensor, "B N K"]
+    ) -> Float[Tensor, "B N"]:
         """λ, the same for every target (eq. 20)."""
-        q, k = trace.q, trace.k
         if self.spatial == "none":
             return torch.ones(k.shape[:2], dtype=k.dtype, device=k.device)
         if self.spatial == "softmax":
@@ -77,6 +106,7 @@ def channel_weight(
     owner: Int[Tensor, " P"],
     *,
     heads: Heads = "one",
+    scale: Scale = "width",
     create_graph: bool = False,
 ) -> Float[Tensor, "P C"]:
     """Channel importance w = ∂S/∂o of the query row (eq. 15).
@@ -86,11 +116,12 @@ def channel_weight(
         target: Unit embeddings.
         owner: Row of the trace for each target.
         heads: How o is computed: one head over all channels (eq. 7), or the model's own.
+        scale: Of one head's attention.
         create_graph: Keep the graph of w.
     """
-    o = trace.output(heads)[owner]
+    o = trace.output(heads, scale)[owner]
     if not (create_graph and o.requires_grad):
         o = o.detach().requires_grad_()
-    score = cosine(trace.finish(trace.query_tokens[owner], o), target)
+    score = trace.score(trace.finish(trace.query_tokens[owner], o), target)
     (weight,) = torch.autograd.grad(score.sum(), o, create_graph=create_graph)
     return weight

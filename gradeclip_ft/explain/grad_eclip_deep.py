@@ -12,7 +12,7 @@ from torch import Tensor
 from gradeclip_ft.models.record import LayerRecord, Record
 from gradeclip_ft.models.trace import Heads
 from gradeclip_ft.ops.heatmap import min_max
-from gradeclip_ft.ops.similarity import cosine, unit
+from gradeclip_ft.ops.similarity import unit
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class GradEclipDeep:
     With one layer it is `GradEclip`.
 
     Attributes:
-        depth: Number of last layers; None for all.
+        depth: Number of last layers, at most; None for all.
         heads: One head over all channels in each of these layers, or the model's own.
         relu_at: Positive part of every layer's map before the sum (images, as published), or of the
             sum (texts, as published).
@@ -38,7 +38,7 @@ class GradEclipDeep:
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
-        score = cosine(record.embedding, target).sum()
+        score = record.opened.score(record.embedding, target).sum()
         weights = torch.autograd.grad(score, [layer.o for layer in record.layers])
         among = self._among(record)
         total: Tensor | None = None

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from gradeclip_ft.models.tower import ImageTower
-from gradeclip_ft.ops.similarity import cosine
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class IntegratedGradients:
         for first in range(0, self.steps, self.batch_size):
             some = share[first : first + self.batch_size]
             points = (some.view(-1, 1, 1, 1) * x).detach().requires_grad_()
-            score = cosine(tower.encode(points), target.expand(len(points), -1)).sum()
+            score = tower.score(tower.encode(points), target.expand(len(points), -1)).sum()
             (gradient,) = torch.autograd.grad(score, points)
             total += gradient.sum(0)
         signed = (x * total / self.steps).sum(0)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.tower import Tower
-from gradeclip_ft.ops.similarity import cosine
 
 START = 5.0  # σ(5): nearly everything passes
 
@@ -21,7 +20,8 @@ class M2ib:
     """Noise on a layer's tokens, as much as the match allows; H = Σ_c KL of what remains.
 
     Attributes:
-        layer: Number of layers before the bottleneck.
+        layer: Number of layers before the bottleneck; None for three quarters of them, which is the
+            published 9 of 12.
         beta: Weight of the information against the match.
         steps: Of Adam.
         lr: Of Adam.
@@ -29,7 +29,7 @@ class M2ib:
         seed: Of the noise.
     """
 
-    layer: int = 9
+    layer: int | None = None
     beta: float = 0.1
     steps: int = 10
     lr: float = 1.0
@@ -52,30 +52,40 @@ class M2ib:
         """
         opened = tower.open(x)
         blocks = len(opened.layers) - opened.is_pooled
-        if not 0 <= self.layer < blocks:
-            raise ValueError(f"layer is {self.layer} of {blocks}; choose 0 to {blocks - 1}")
+        layer = 3 * blocks // 4 if self.layer is None else self.layer
+        if not 0 <= layer < blocks:
+            raise ValueError(
+                f"layer is {layer} of {blocks}; choose 0 to {blocks - 1}, or null for "
+                f"{3 * blocks // 4}"
+            )
         with torch.no_grad():
-            before = opened.run(opened.tokens, 0, self.layer).float()
+            before = opened.run(opened.tokens, 0, layer).float()
         rows = [
-            self._one(opened.rows(owner[row : row + 1]), before[owner[row : row + 1]], target[row])
+            self._one(opened.rows(owner[row, None]), before[owner[row, None]], target[row], layer)
             for row in range(len(owner))
         ]
         return torch.stack(rows) if rows else target.new_zeros(0, before.shape[1])
 
-    def _one(self, opened: Pass, x: Tensor, target: Tensor) -> Float[Tensor, " N"]:
+    def _one(self, opened: Pass, x: Tensor, target: Tensor, layer: int) -> Float[Tensor, " N"]:
         generator = torch.Generator(device=x.device).manual_seed(self.seed)
         alpha = torch.full_like(x, START, requires_grad=True)
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         copies = torch.zeros(self.samples, dtype=torch.long, device=x.device)
         repeated = opened.rows(copies)
         for _ in range(self.steps):
-            loss, _ = self._loss(repeated, x, alpha, target, generator)
+            loss, _ = self._loss(repeated, x, alpha, target, generator, layer)
             (alpha.grad,) = torch.autograd.grad(loss, alpha)
             optimizer.step()
         return information(x, alpha.detach())[0].nansum(-1)
 
     def _loss(
-        self, opened: Pass, x: Tensor, alpha: Tensor, target: Tensor, generator: torch.Generator
+        self,
+        opened: Pass,
+        x: Tensor,
+        alpha: Tensor,
+        target: Tensor,
+        generator: torch.Generator,
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
         """β · mean KL - mean match, and the match."""
         passed = alpha.sigmoid()
@@ -83,7 +93,8 @@ class M2ib:
             (self.samples, *x.shape[1:]), generator=generator, device=x.device, dtype=x.dtype
         )
         tokens = x * passed + (1 - passed) * noise
-        match = cosine(opened.embed(tokens, self.layer), target.expand(self.samples, -1)).mean()
+        embedding = opened.embed(tokens, layer)
+        match = opened.score(embedding, target.expand(self.samples, -1)).mean()
         return self.beta * information(x, alpha).mean() - match, match
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from gradeclip_ft.models.tower import ImageTower
-from gradeclip_ft.ops.similarity import unit
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Rise:
             for image in sorted(set(owner.tolist())):
                 of_image = owner == image
                 with torch.no_grad():
-                    found = unit(tower.encode(x[image] * masks.unsqueeze(1)))
-                score = target[of_image] @ found.T  # (p, n)
+                    found = tower.encode(x[image] * masks.unsqueeze(1))
+                score = _scores(tower, found, target[of_image])
                 total[of_image] += torch.einsum("pn,nhw->phw", score, masks)
         grid = (height // tower.patch, width // tower.patch)
         return adaptive_avg_pool2d(total / (self.masks * self.keep), grid)
@@ -70,3 +69,11 @@ class Rise:
         large = interpolate(cells[None, None], size=size, mode="bilinear", align_corners=False)
         top, left = (int(torch.randint(side, (), generator=generator)) for side in cell)
         return large[0, 0, top : top + height, left : left + width]
+
+
+def _scores(
+    tower: ImageTower, found: Float[Tensor, "n D"], target: Float[Tensor, "p D"]
+) -> Float[Tensor, "p n"]:
+    """The score of every masked picture with every target."""
+    pictures, targets = found.repeat(len(target), 1), target.repeat_interleave(len(found), 0)
+    return tower.score(pictures, targets).view(len(target), len(found))

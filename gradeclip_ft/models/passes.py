@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gradeclip_ft.models.trace import Finish, Rows, Trace, query_rows, trace_layer
+from gradeclip_ft.ops.similarity import Score, cosine
 
 Pick: TypeAlias = Callable[[Tensor], Tensor]
 """Which rows need a query: (B, N, ...) to those of one row, or of all."""
@@ -55,6 +56,7 @@ class Pass:
         grid: (h, w) of the patches; None for texts.
         mask: Added to the attention scores: (N, N), (B, N, N), or None.
         checkpointed: Compute activations of all layers but the last again in the backward pass.
+        score: What is explained, from embedding and target.
     """
 
     tokens: Float[Tensor, "B N W"]
@@ -65,6 +67,7 @@ class Pass:
     grid: tuple[int, int] | None = None
     mask: Tensor | None = None
     checkpointed: bool = False
+    score: Score = cosine
 
     @property
     def is_pooled(self) -> bool:
@@ -118,6 +121,7 @@ class Pass:
             explained=self.explained,
             grid=self.grid,
             mask=self._query_mask(),
+            score=self.score,
         )
 
     def _query_mask(self) -> Float[Tensor, "B N"] | None:

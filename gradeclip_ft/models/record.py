@@ -84,12 +84,12 @@ def record_layers(
     Args:
         opened: The pass of B inputs.
         owner: Input of each target.
-        depth: Number of layers; None for all.
+        depth: Number of layers, at most; None for all.
         heads: The model's own, or one over all channels (Grad-ECLIP, eq. 7): another pass.
 
     Raises:
         UnsupportedTowerError: The explained layer is a pool, so there are no layers to join.
-        ValueError: The tower has fewer layers.
+        ValueError: `depth` is below 1.
     """
     count = len(opened.layers)
     if opened.is_pooled:
@@ -97,11 +97,9 @@ def record_layers(
             "this tower is pooled by attention, so methods over several layers, and those that "
             f"follow its class token, have nothing to follow; choose {ONE_LAYER}"
         )
-    if depth is not None and not 1 <= depth <= count:
-        raise ValueError(
-            f"depth is {depth} of {count} layers; choose 1 to {count}, or null for all"
-        )
-    start = 0 if depth is None else count - depth
+    if depth is not None and depth < 1:
+        raise ValueError(f"depth is {depth}; choose 1 to {count} layers, or null for all")
+    start = 0 if depth is None else max(0, count - depth)
     with torch.no_grad():
         before = opened.run(opened.tokens, 0, start)
     rows = opened.rows(owner)

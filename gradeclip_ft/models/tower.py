@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.ops.similarity import Score
 
 Foreign: TypeAlias = Any
 """A module of open_clip or timm, whose attributes the adapters check by hand."""
@@ -34,6 +35,11 @@ class Tower(Protocol):
     depth: int
     pooling: str
     unexplained: str | None
+
+    @property
+    def score(self) -> Score:
+        """What is explained, from embeddings and targets: the cosine, or a class logit."""
+        ...
 
     def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         """Embeddings, not normalised, equal to those of the library."""

@@ -16,8 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradeclip_ft.ops.attention import attend_row
+from gradeclip_ft.ops.similarity import Score, cosine
 
 Heads: TypeAlias = Literal["one", "all"]
+Scale: TypeAlias = Literal["width", "head"]
 Rows: TypeAlias = Callable[[Tensor], Tensor]
 Finish: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Attend: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -44,6 +46,7 @@ class Trace:
         finish: (x, o) -> embedding, row by row: everything behind attention.
         attend: (tokens, query) -> (q of the query, k, v): everything before attention.
         project: Output projection of the attention layer, on rows of the width of o.
+        score: What is explained, from embedding and target; the cosine S of eq. 1 for a CLIP.
     """
 
     tokens: Float[Tensor, "B N W"]
@@ -60,17 +63,25 @@ class Trace:
     finish: Finish
     attend: Attend
     project: Rows
+    score: Score = cosine
 
     @property
     def query_tokens(self) -> Float[Tensor, "B W"]:
         """Input row of the query."""
         return query_rows(self.tokens, self.query)
 
-    def output(self, heads: Heads) -> Float[Tensor, "B C"]:
-        """Attention output o of the query row, with one head over all channels (eq. 7) or all."""
+    def output(self, heads: Heads, scale: Scale = "width") -> Float[Tensor, "B C"]:
+        """Attention output o of the query row, with one head over all channels (eq. 7) or all.
+
+        Args:
+            heads: How many.
+            scale: Of one head's q·k: C^-0.5, or that of the model's own heads, as the authors'
+                notebook for BLIP keeps it.
+        """
         if heads == "all":
             return self.o
-        return attend_row(self.q, self.k, self.v, heads=1, mask=self.mask)
+        factor = None if scale == "width" else (self.q.shape[-1] / self.heads) ** -0.5
+        return attend_row(self.q, self.k, self.v, heads=1, mask=self.mask, scale=factor)
 
     def dense(self) -> Float[Tensor, "B h w D"]:
         """Dense features F_d: the last layer without attention, each patch with its own value.
@@ -134,6 +145,7 @@ def trace_layer(
     explained: Bool[Tensor, "B N"],
     grid: tuple[int, int] | None = None,
     mask: Float[Tensor, "B N"] | None = None,
+    score: Score = cosine,
 ) -> Trace:
     """The trace of a last layer from its input; see `Trace` for the arguments."""
     q, k, v = attend(tokens, query)
@@ -153,6 +165,7 @@ def trace_layer(
         finish=finish,
         attend=attend,
         project=project,
+        score=score,
     )
 
 

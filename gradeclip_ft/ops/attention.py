@@ -20,6 +20,7 @@ def attend_row(
     *,
     heads: int,
     mask: Float[Tensor, "B N"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "B C"]:
     """Attention output of one query row, before the output projection (Grad-ECLIP, eqs. 2 and 7).
 
@@ -27,16 +28,17 @@ def attend_row(
         q: The query row, heads joined.
         k: Keys of all tokens, positions applied.
         v: Values of all tokens.
-        heads: Number of heads the width is split into; 1 gives the single head of eq. 7. The scale
-            is (C / heads)^-0.5.
+        heads: Number of heads the width is split into; 1 gives the single head of eq. 7.
         mask: Added to the scores; -inf hides a key.
+        scale: Factor of q·k; None for (C / heads)^-0.5.
     """
     batch, tokens, width = k.shape
     depth = width // heads
     q = q.view(batch, heads, depth)
     k = k.view(batch, tokens, heads, depth)
     v = v.view(batch, tokens, heads, depth)
-    scores = torch.einsum("bac,bnac->ban", q, k) / math.sqrt(depth)  # (B, A, N)
+    scores = torch.einsum("bac,bnac->ban", q, k)  # (B, A, N)
+    scores = scores / math.sqrt(depth) if scale is None else scores * scale
     if mask is not None:
         scores = scores + mask.unsqueeze(1)
     weights = scores.float().softmax(-1).to(v.dtype)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 EPS = 1e-12
+Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(embeddings, targets), row by row, to what is explained: one number per row."""
 
 
 def unit(x: Float[Tensor, "*rows D"], *, eps: float = EPS) -> Float[Tensor, "*rows D"]:
@@ -17,3 +22,8 @@ def unit(x: Float[Tensor, "*rows D"], *, eps: float = EPS) -> Float[Tensor, "*ro
 def cosine(a: Float[Tensor, "R D"], b: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
     """Score S = unit(a) · unit(b), row by row (Grad-ECLIP, eq. 1); no temperature."""
     return (unit(a) * unit(b)).sum(-1)
+
+
+def product(a: Float[Tensor, "R D"], b: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
+    """Row by row a · b: of class logits and the unit vector of a class, the logit of that class."""
+    return (a.float() * b.float()).sum(-1)

@@ -13,6 +13,7 @@ from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib, information
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.ops.similarity import cosine
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 
 ONE = torch.tensor([0])
@@ -34,6 +35,7 @@ class OnePixel:
     patch = 8
     width = heads = depth = 0
     pooling, unexplained = "none", None
+    score = staticmethod(cosine)
 
     def __init__(self, y: int, x: int) -> None:
         self.place = y, x
@@ -101,13 +103,13 @@ def test_m2ib_lowers_its_loss_and_keeps_the_match() -> None:
 
     def loss(alpha: torch.Tensor) -> float:
         generator = torch.Generator().manual_seed(7)
-        return float(method._loss(repeated, x, alpha, target, generator)[0])
+        return float(method._loss(repeated, x, alpha, target, generator, 1)[0])
 
     alpha = torch.full_like(x, 5.0, requires_grad=True)
     before, optimizer = loss(alpha), torch.optim.Adam([alpha], lr=1.0)
     generator = torch.Generator().manual_seed(method.seed)
     for _ in range(method.steps):
-        value, _ = method._loss(repeated, x, alpha, target, generator)
+        value, _ = method._loss(repeated, x, alpha, target, generator, 1)
         (alpha.grad,) = torch.autograd.grad(value, alpha)
         optimizer.step()
     assert loss(alpha.detach()) < before - 0.1
@@ -143,5 +145,5 @@ def test_methods_on_pixels_refuse_texts() -> None:
 
 def test_a_layer_that_is_not_there_is_refused() -> None:
     clip = make_tiny_clip("siglip")
-    with pytest.raises(ValueError, match="layer is 9 of 2; choose 0 to 1"):
-        explain_image(M2ib(), clip, images(clip, 1), torch.randn(1, 16), ONE)
+    with pytest.raises(ValueError, match="layer is 9 of 2; choose 0 to 1, or null for 1"):
+        explain_image(M2ib(9), clip, images(clip, 1), torch.randn(1, 16), ONE)

@@ -182,10 +182,15 @@ def test_pooled_towers_say_what_works(method: object, family: str) -> None:
         explain_image(method, clip, images(clip, 1), torch.randn(1, 16), ONE)
 
 
-def test_too_many_layers_are_refused() -> None:
+def test_a_depth_beyond_the_tower_means_all_its_layers() -> None:
     clip = make_tiny_clip("vit")
-    with pytest.raises(ValueError, match="depth is 3 of 2 layers"):
-        explain_image(GradEclipDeep(3), clip, images(clip, 1), torch.randn(1, 16), ONE)
+    pixels, target = images(clip, 1), torch.randn(1, 16)
+    eight, all_two = (
+        explain_image(GradEclipDeep(depth), clip, pixels, target, ONE) for depth in (8, 2)
+    )
+    torch.testing.assert_close(eight, all_two, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="depth is 0; choose 1 to 2 layers"):
+        explain_image(GradEclipDeep(0), clip, pixels, target, ONE)
 
 
 TEXT = torch.tensor([[2, 7, 9, 11, 49, 0, 0, 0], [2, 5, 49, 0, 0, 0, 0, 0]])

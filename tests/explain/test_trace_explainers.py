@@ -103,6 +103,37 @@ def test_grad_eclip_equals_the_slow_loop_over_phrases(tiny_clip: Clip) -> None:
         torch.testing.assert_close(heat[row], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_maps_of_single_heads_use_their_own_channels(tiny_clip: Clip) -> None:
+    """H^a_i = ReLU(Σ over the channels of head a of w_c λ^a_i v_ic), λ^a from its q and k alone."""
+    image, target = torch.randn(1, 3, 32, 32), torch.randn(1, 16)
+    layer = SlowLastLayer(tiny_clip, image)
+    trace = tiny_clip.image.trace(image).detach()
+    direction = target / target.norm()
+    weight = channel_weight(trace, direction, torch.tensor([0]), heads="all")[0]
+    for head in range(4):
+        own = slice(8 * head, 8 * head + 8)
+        similar = torch.nn.functional.cosine_similarity(
+            layer.q[0, :1, own], layer.k[0, 1:, own], dim=1
+        )
+        spatial = (similar - similar.min()) / (similar.max() - similar.min())
+        expected = (spatial * (layer.v[0, 1:, own] @ weight[own])).relu().view(4, 4)
+        method = GradEclip(heads="all", head=head)
+        heat = explain_image(method, tiny_clip, image, target, torch.tensor([0]))[0]
+        torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"head is 4 .* choose 0 to 3"):
+        explain_image(GradEclip(head=4), tiny_clip, image, target, torch.tensor([0]))
+
+
+def test_one_head_may_keep_the_scale_of_many(tiny_clip: Clip) -> None:
+    """The authors' notebook for BLIP: one softmax over all channels, but at (C / heads)^-0.5."""
+    layer = SlowLastLayer(tiny_clip, image := torch.randn(1, 3, 32, 32))
+    scores = layer.q[:, :1] @ layer.k.transpose(1, 2) * 8**-0.5
+    expected = (scores.softmax(-1) @ layer.v)[:, 0]
+    trace = tiny_clip.image.trace(image)
+    torch.testing.assert_close(trace.output("one", "head"), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(trace.output("one"), expected, atol=1e-3)
+
+
 def test_grad_cam_equals_the_gradient_through_the_librarys_block(tiny_clip: Clip) -> None:
     """Catches a replay whose gradient misses a path from patches to the embedding."""
     image, target = torch.randn(1, 3, 32, 32), torch.randn(16)
@@ -217,7 +248,7 @@ def test_spatial_weight_runs_from_0_to_1_over_patches(tiny_clip: Clip) -> None:
     """A huge class-token key changes nothing; equal keys give 1 everywhere."""
     trace = tiny_clip.image.trace(torch.randn(2, 3, 32, 32)).detach()
     explainer = GradEclip(similarity="product")
-    weight = explainer._spatial_weight(trace)[:, 1:]
+    weight = explainer._spatial_weight(trace, trace.q, trace.k)[:, 1:]
     torch.testing.assert_close(weight.amin(1), torch.zeros(2))
     torch.testing.assert_close(weight.amax(1), torch.ones(2))
     huge = trace.k.clone()

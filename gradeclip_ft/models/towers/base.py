@@ -9,12 +9,14 @@ from torch import Tensor
 
 from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.ops.similarity import cosine
 
 
 class PassTower(ABC):
     """A tower that says how its forward pass comes apart; everything else follows."""
 
     unexplained: str | None = None
+    score = staticmethod(cosine)
 
     @abstractmethod
     def open(self, x: Shaped[Tensor, "B ..."]) -> Pass:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from gradeclip_ft.models.tower import EXPLAINED, Foreign, UnsupportedTowerError
+from gradeclip_ft.ops.similarity import cosine
 
 
 class OpaqueTower:
@@ -16,6 +17,7 @@ class OpaqueTower:
     heads = 0
     depth = 0
     pooling = "as the library does"
+    score = staticmethod(cosine)
 
     def __init__(self, encoder: Foreign, reason: str) -> None:
         self._encoder = encoder
