@@ -253,10 +253,11 @@ def test_spatial_weight_runs_from_0_to_1_over_patches(tiny_clip: Clip) -> None:
     torch.testing.assert_close(weight.amax(1), torch.ones(2))
     huge = trace.k.clone()
     huge[:, 0] *= 1e6
-    changed = explainer._spatial_weight(dataclasses.replace(trace, k=huge))[:, 1:]
+    large = dataclasses.replace(trace, k=huge)
+    changed = explainer._spatial_weight(large, large.q, large.k)[:, 1:]
     torch.testing.assert_close(changed, weight)
     equal = dataclasses.replace(trace, k=trace.k[:, 1:2].expand_as(trace.k))
-    assert GradEclip()._spatial_weight(equal)[:, 1:].eq(1).all()
+    assert GradEclip()._spatial_weight(equal, equal.q, equal.k)[:, 1:].eq(1).all()
 
 
 def test_weight_before_and_after_the_projection_agree(tiny_vit: Clip) -> None:
