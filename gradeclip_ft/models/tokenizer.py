@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gradeclip_ft.models.words import Word, words_of
+
 MULTIPLE = 8
 
 
@@ -56,6 +58,22 @@ class Tokenizer:
         position = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         return (position * (ids != self.pad)).amax(1).clamp(min=1)
 
+    def words(self, text: str) -> tuple[list[Word], str]:
+        """The words that fit into the context, and the rest of the text, which is never read.
+
+        >>> Tokenizer(WordTokenizer(("red",), 4), 4).words("Red circles on grass")[1]
+        'on grass'
+        """
+        words = words_of(self.tokenize, text)
+        room = self.context_length - int(self.lengths(self.tokenize([""]))[0])
+        kept = 0
+        for word in words:
+            room -= word.pieces
+            if room < 0:
+                break
+            kept += 1
+        return words[:kept], " ".join(word.text for word in words[kept:])
+
 
 @dataclass(frozen=True)
 class WordTokenizer:
@@ -91,6 +109,10 @@ class WordTokenizer:
             line = [self.start, *words[: self.context_length - 2], self.end]
             ids[row, : len(line)] = torch.tensor(line)
         return ids
+
+    def words(self, text: str) -> list[Word]:
+        """Words of a text, one token each."""
+        return [Word(word, 1) for word in split_words(text)]
 
 
 def split_words(text: str) -> list[str]:

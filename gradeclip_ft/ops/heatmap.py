@@ -1,10 +1,11 @@
-"""Small functions on heat maps: 0-1 normalisation, tokens to grid."""
+"""Small functions on heat maps: 0-1 normalisation, tokens to grid, grid to pixels."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 def min_max(
@@ -28,3 +29,16 @@ def to_grid(relevance: Float[Tensor, "P N"], grid: tuple[int, int]) -> Float[Ten
     """Relevance of the patch tokens, which are the last h·w of all tokens, as a map."""
     height, width = grid
     return relevance[:, relevance.shape[1] - height * width :].reshape(-1, height, width)
+
+
+def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tensor, "P H W"]:
+    """Maps at the size of the picture, bilinear, patch centres staying where they are.
+
+    Args:
+        heat: On the grid of the patches.
+        size: (height, width) in pixels.
+    """
+    enlarged: Tensor = interpolate(
+        heat.unsqueeze(1), size=list(size), mode="bilinear", align_corners=False
+    )
+    return enlarged.squeeze(1)
