@@ -86,7 +86,7 @@ class Batches:
         """Batches `first` to `count` of one worker.
 
         Raises:
-            RuntimeError: 10,000 samples in a row cannot be used.
+            RuntimeError: 10,000 samples in a row cannot be used, or too large a share.
         """
         samples = self._samples(raws, place, skips, first * self.batch_size)
         for _ in range(first, count):
@@ -100,6 +100,7 @@ class Batches:
         phrases = Phrases(load_tagger(self.tagger), self.max_phrases) if self.tagger else None
         number = bad = 0
         for raw in raws:
+            skips.seen["sample"] += 1
             try:
                 if number < first:
                     self._check(raw)
@@ -107,7 +108,7 @@ class Batches:
                 else:
                     yield self._read(raw, place.key(f"sample{number}"), phrases)
             except BadSampleError as error:
-                skips.add(str(error.args[0]), sample_name(raw), error.args[-1])
+                skips.drop("sample", str(error.args[0]), sample_name(raw), error.args[-1])
                 bad += 1
                 if bad == MOST_BAD_SAMPLES:
                     raise _hopeless(skips) from error
@@ -175,7 +176,7 @@ def _augmented(transform: Transform, image: Image.Image, seed: int) -> Tensor:
 
 
 def _hopeless(skips: Skips) -> RuntimeError:
-    causes = ", ".join(f"{cause} {number}" for cause, number in skips.total.items())
     return RuntimeError(
-        f"{MOST_BAD_SAMPLES} samples in a row cannot be used ({causes}); see why with `data verify`"
+        f"{MOST_BAD_SAMPLES} samples in a row cannot be used ({skips.causes()}); "
+        "see why with `data verify`"
     )

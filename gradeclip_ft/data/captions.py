@@ -46,6 +46,8 @@ class CaptionShards:
         max_phrases: The first so many phrases of a caption; 0 finds none and needs no tagger.
         prompt: Sentence with one {} for a phrase.
         tagger: "auto" is NLTK where its data can be had, else TextBlob's lexicon.
+        max_dropped: Share of a worker's samples, and of its shards, that may be unusable; once it
+            has seen 1,000 samples or 20 shards, a larger share stops the run.
         allow_pipe: Accept `pipe:COMMAND` among the shards.
         start_method: How workers start; None leaves it to the platform.
         make: Called by `prepare`, to make the data where they are absent or made otherwise.
@@ -63,6 +65,7 @@ class CaptionShards:
     max_phrases: int = 5
     prompt: str = "This is a photo of the {}"
     tagger: TaggerKind = "auto"
+    max_dropped: float = 0.2
     allow_pipe: bool = False
     start_method: StartMethod | None = None
     make: Callable[[], object] | None = None
@@ -149,6 +152,8 @@ class CaptionShards:
                 raise ValueError(f"{name} is {got}; it must be at least {bound}")
         if self.samples_per_epoch is not None and self.samples_per_epoch < 1:
             raise ValueError(f"samples_per_epoch is {self.samples_per_epoch}; use 1 or more")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped is {self.max_dropped}; give a share from 0 to 1")
         phrase_prompt(self.prompt, "dog")
 
 
@@ -207,7 +212,7 @@ class _WorkerBatches(IterableDataset[CaptionBatch]):
         # torch asks worker 0 first; the first batch wanted is that of worker start % workers
         number = ((info.id if info else 0) + epoch.start) % epoch.place.workers
         place = replace(epoch.place, worker=number)
-        skips = Skips()
+        skips = Skips(most=source.max_dropped)
         batches = Batches(
             tokenizer=source.tokenizer,
             transform=source.transform,

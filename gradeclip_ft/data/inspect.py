@@ -20,7 +20,8 @@ from gradeclip_ft.data.pair_images import CaptionedImages
 from gradeclip_ft.data.pairs import CaptionFile, CaptionShards
 from gradeclip_ft.data.region_images import RegionImages
 from gradeclip_ft.data.regions import CocoRegions
-from gradeclip_ft.data.stream import expand_shards, is_local, local_path
+from gradeclip_ft.data.remote import is_local, local_path
+from gradeclip_ft.data.stream import expand_shards
 from gradeclip_ft.data.tar_index import TarSample, index_shards
 
 Source = CocoRegions | CaptionFile | CaptionShards | ClassFolders | ClassShards | CaptionChoices

@@ -160,8 +160,7 @@ def _shuffled(
 
 
 def _nothing(shards: int, skips: Skips) -> RuntimeError:
-    causes = ", ".join(f"{cause} {number}" for cause, number in skips.total.items())
     return RuntimeError(
-        f"{shards} shards in a row held no sample that can be read ({causes}); "
+        f"{shards} shards in a row held no sample that can be read ({skips.causes()}); "
         "see which with `data verify`"
     )

@@ -11,16 +11,20 @@ import json
 import random
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from PIL import Image
 
-from gradeclip_ft.data.stream import BadSampleError, RawSample
+from gradeclip_ft.data.remote import shard_name
+from gradeclip_ft.data.stream import BadSampleError, RawSample, escaped
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 TEXT_SUFFIXES = ("txt", "text", "caption")
 MOST_PIXELS = 64_000_000
 MOST_ELONGATED = 20.0
+MOST_CHARACTERS = 8000  # of a caption: more is no description of a photo
 
 CaptionChoice = Literal["text", "any"]
 """The caption in `.txt`, or at each visit any of the `captions` in `.json`."""
@@ -32,7 +36,7 @@ def sample_name(raw: RawSample) -> str:
     >>> sample_name({"__url__": "data/cc3m-train-0004.tar", "__key__": "000041"})
     'cc3m-train-0004.tar:000041'
     """
-    return f"{str(raw['__url__']).rsplit('/', 1)[-1]}:{raw['__key__']}"
+    return f"{shard_name(raw['__url__'])}:{escaped(raw['__key__'])}"
 
 
 def read_record(raw: RawSample) -> dict[str, Any]:
@@ -62,13 +66,18 @@ def read_caption(raw: RawSample, record: Mapping[str, Any], choice: CaptionChoic
         key: Seed of the draw.
 
     Raises:
-        BadSampleError: "missing_text", "bad_encoding" or "empty_caption".
+        BadSampleError: "missing_text", "bad_encoding", "empty_caption", or "extreme_caption": more
+            than 8,000 characters.
     """
     several = captions_of(record) if choice == "any" else []
     text = random.Random(key).choice(several) if several else text_of(raw)
+    if len(text) > MOST_CHARACTERS:
+        raise BadSampleError("extreme_caption", f"{len(text):,} characters")
     caption = " ".join(text.split())
     if not caption:
         raise BadSampleError("empty_caption", "the caption has no character")
+    if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise BadSampleError("bad_encoding", "half a character, which no UTF-8 has")
     return caption
 
 
@@ -114,7 +123,7 @@ def read_image(raw: RawSample, *, only_check: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats' oddities; the pixel limit is ours
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 _require_sane(image)
                 if only_check:
                     image.draft(None, (1, 1))
@@ -123,10 +132,19 @@ def read_image(raw: RawSample, *, only_check: bool = False) -> Image.Image:
                 return image.convert("RGB")
     except BadSampleError:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSampleError("extreme_image", str(error)) from error
     except (
         Exception
     ) as error:  # decoders of broken data raise anything from OSError to struct.error
         raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of photos, as far as this Pillow has them; others start programs, as EPS does."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _require_sane(image: Image.Image) -> None:

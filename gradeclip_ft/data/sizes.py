@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
-from gradeclip_ft.data.stream import Skips, is_local, local_path, read_shard
+from gradeclip_ft.data.archive import entries
+from gradeclip_ft.data.remote import is_local, local_path, open_shard, shard_name
+from gradeclip_ft.data.stream import META, Skips, printable, read_shard
 
 SIZES = "sizes.json"
 
@@ -39,7 +38,7 @@ def shard_sizes(urls: Sequence[str]) -> dict[str, dict[str, int]]:
     """
     sizes: dict[str, dict[str, int]] = {}
     for url in urls:
-        name = url.rsplit("/", 1)[-1]
+        name = shard_name(url)
         if name in sizes:
             raise ValueError(f"two shards are called {name}; count the shards of one folder only")
         sizes[name] = _measured(url)
@@ -59,18 +58,18 @@ def count_local(path: Path) -> int:
 
 def sample_keys(path: Path) -> Iterator[str]:
     """Keys of the samples of a local shard as the reader groups them, as far as it can be read."""
-    archive = _open_plain(path)
-    if archive is None:
-        yield from (raw["__key__"] for raw in read_shard(str(path), Skips()))
-        return
     previous = None
-    with archive:
-        for key in _member_keys(archive):
-            if key is None:
-                return  # the shard breaks off; what has begun is lost, as in the reader
-            if previous not in (None, key):
-                yield previous  # the next sample has begun, so this one is complete
-            previous = key
+    try:
+        with open_shard(str(path)) as stream:
+            for entry in entries(stream, _ignored, read=False):
+                key, _ = base_plus_ext(entry.name)
+                if key is None or META.match(entry.name):
+                    continue
+                if previous not in (None, key):
+                    yield previous  # the next sample has begun, so this one is complete
+                previous = key
+    except Exception:  # what has begun is lost, as in the reader, which says why
+        return
     if previous is not None:
         yield previous
 
@@ -78,44 +77,14 @@ def sample_keys(path: Path) -> Iterator[str]:
 def fingerprint(urls: Sequence[str]) -> str:
     """16 hex digits over names and, for local shards, sizes in bytes."""
     lines = [
-        f"{url.rsplit('/', 1)[-1]} {local_path(url).stat().st_size if is_local(url) else ''}"
+        f"{shard_name(url)} {local_path(url).stat().st_size if is_local(url) else ''}"
         for url in urls
     ]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
-def _open_plain(path: Path) -> tarfile.TarFile | None:
-    """The archive, if one can jump from header to header; compressed ones must be read through."""
-    try:
-        return tarfile.open(path, "r:")
-    except (OSError, ValueError, tarfile.TarError):
-        return None
-
-
-def _member_keys(archive: tarfile.TarFile) -> Iterator[str | None]:
-    """Key of each file, in order; None where the archive breaks off."""
-    try:
-        for member in archive:
-            if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
-                continue
-            if not _complete(archive, member):
-                break
-            key, _ = base_plus_ext(member.name)
-            if key is not None:
-                yield key
-        else:
-            return
-    except (OSError, ValueError, tarfile.TarError):
-        pass
-    yield None
-
-
-def _complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    """Whether the last byte of a file is there; costs no more than the way to the next header."""
-    if member.size == 0 or archive.fileobj is None:
-        return True
-    archive.fileobj.seek(member.offset_data + member.size - 1)
-    return len(archive.fileobj.read(1)) == 1
+def _ignored(cause: str, reason: str) -> None:
+    """The reader counts it."""
 
 
 def _measured(url: str) -> dict[str, int]:
@@ -132,11 +101,12 @@ def _count(path: Path, size: int, modified: int) -> int:
 
 
 def _listed(url: str) -> int:
-    folder, name = url.rsplit("/", 1)
+    folder, name = url.partition("?")[0].rpartition("/")[0], shard_name(url)
     entry = _read_sizes(f"{folder}/{SIZES}").get(name)
     if entry is None:
         raise ValueError(
-            f"{folder}/{SIZES} does not list {name}; write it anew with `data count out=`"
+            f"{printable(folder)}/{SIZES} does not list {name}; write it anew with "
+            "`data count out=`"
         )
     return entry[0]
 
@@ -145,13 +115,14 @@ def _listed(url: str) -> int:
 def _read_sizes(url: str, modified: int = 0) -> dict[str, tuple[int, int]]:
     """Samples and bytes by name of the shard."""
     try:
-        with gopen(url) as stream:
+        with open_shard(url) as stream:
             content = json.loads(stream.read())
         return {
             name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"without resampling the number of samples of each shard must be known, and {url} "
-            f"cannot be read ({error}); write it with `data count out=`, or set resampled=true"
+            "without resampling the number of samples of each shard must be known, and "
+            f"{printable(url)} cannot be read ({error}); write it with `data count out=`, or set "
+            "resampled=true"
         ) from error

@@ -1,7 +1,7 @@
 """Shards to raw samples: their addresses, and reading that survives broken ones and counts them.
 
-webdataset opens and groups; every shard is read on its own, so a broken one costs what is left of
-it and nothing else.
+Every shard is read on its own, so a broken one costs what is broken in it and nothing else.
+webdataset groups files to samples.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ import glob
 import hashlib
 import logging
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
+from io import BufferedReader
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
+from gradeclip_ft.data.archive import CutOffError, NoArchiveError, entries
+from gradeclip_ft.data.connections import SCHEMES
+from gradeclip_ft.data.remote import Patience, is_local, local_path, open_shard
+from gradeclip_ft.results.secrets import masked
+
+META = re.compile(r"__[^/]*__($|/)")  # webdataset's notes on a shard
 RawSample = dict[str, Any]
 """One sample as webdataset groups it: `__key__`, `__url__`, and bytes by file suffix."""
 
 LOG_EVERY = 1000
+LONGEST_LOG = 300
+LEAST = {"shard": 20, "sample": 1000}
+"""So many must have been seen before the share of dropped ones can end a run."""
+Part = Literal["shard", "sample"]
 logger = logging.getLogger(__name__)
 
 
@@ -36,34 +41,83 @@ class BadSampleError(Exception):
     """A sample that cannot be used; its first argument is the cause."""
 
 
+class TooManyDroppedError(RuntimeError):
+    """More of the data cannot be used than the settings allow."""
+
+
 @dataclass
 class Skips:
     """Counts what is dropped, by cause; logs the first of each cause and then every 1,000th.
 
     Attributes:
+        most: Share of shards, and share of samples, that may be dropped.
         recent: Counts since they were last taken.
         total: All counts.
         tell: Called with cause, place and reason of each, instead of logging.
+        seen: Shards and samples that were tried.
+        dropped: Those of them that cannot be used.
     """
 
+    most: float = 1.0
     recent: Counter[str] = field(default_factory=Counter)
     total: Counter[str] = field(default_factory=Counter)
     tell: Callable[[str, str, str], None] | None = None
+    seen: Counter[Part] = field(default_factory=Counter)
+    dropped: Counter[Part] = field(default_factory=Counter)
 
     def add(self, cause: str, where: str, error: object = "") -> None:
-        """Note one dropped shard, file or sample."""
+        """Note one thing that is not as it should be."""
         self.recent[cause] += 1
         self.total[cause] += 1
         if self.tell is not None:
-            self.tell(cause, where, str(error))
+            self.tell(cause, printable(where), printable(str(error)))
         elif self.total[cause] % LOG_EVERY == 1:
-            logger.warning("skipped %s (%s, number %d): %s", where, cause, self.total[cause], error)
+            number, reason = self.total[cause], printable(str(error))
+            logger.warning(
+                "skipped %s (%s, number %d): %s", printable(where), cause, number, reason
+            )
+
+    def drop(self, what: Part, cause: str, where: str, error: object = "") -> None:
+        """Note a shard or sample that is lost.
+
+        Raises:
+            TooManyDroppedError: The share of lost ones is above `most`.
+        """
+        self.add(cause, where, error)
+        self.dropped[what] += 1
+        lost, seen = self.dropped[what], self.seen[what]
+        if seen >= LEAST[what] and lost > self.most * seen:
+            raise TooManyDroppedError(
+                f"{lost} of {seen} {what}s cannot be used ({self.causes()}), more than "
+                f"max_dropped={self.most:g} allows; see which with `data verify`, or raise it"
+            )
+
+    def causes(self) -> str:
+        """All counts, in words."""
+        return ", ".join(f"{cause} {number}" for cause, number in self.total.items())
 
     def take(self) -> dict[str, int]:
         """The counts since the last call."""
         taken = dict(self.recent)
         self.recent.clear()
         return taken
+
+
+def printable(text: str) -> str:
+    """A text from foreign data as one line without secrets or control characters."""
+    line = escaped(masked(text[: 2 * LONGEST_LOG]))
+    return line if len(line) <= LONGEST_LOG else f"{line[: LONGEST_LOG - 3]}..."
+
+
+def escaped(text: str) -> str:
+    r"""Control characters and broken ones as escapes.
+
+    >>> escaped("a\nb")
+    'a\\nb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def expand_shards(shards: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
@@ -84,11 +138,13 @@ def expand_shards(shards: str | Sequence[str], *, allow_pipe: bool = False) -> l
     ]
     if not found:
         raise FileNotFoundError(
-            f"no shard in {shards!r}; name files, a folder, a glob or addresses"
+            f"no shard in {masked(repr(shards))}; name files, a folder, a glob or addresses"
         )
     twice = [url for url, count in Counter(found).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} shards are listed twice, first {twice[0]}; list each once")
+        raise ValueError(
+            f"{len(twice)} shards are listed twice, first {masked(twice[0])}; list each once"
+        )
     missing = [url for url in found if is_local(url) and not local_path(url).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -98,34 +154,27 @@ def expand_shards(shards: str | Sequence[str], *, allow_pipe: bool = False) -> l
     return found
 
 
-def is_local(url: str) -> bool:
-    """Whether a shard is a file of this machine."""
-    return urlparse(url).scheme in ("", "file")
-
-
-def local_path(url: str) -> Path:
-    """The file behind a local address."""
-    return Path(url2pathname(urlparse(url).path) if url.startswith("file:") else url)
-
-
-def read_shard(url: str, skips: Skips) -> Iterator[RawSample]:
+def read_shard(url: str, skips: Skips, patience: Patience | None = None) -> Iterator[RawSample]:
     """Samples of one shard in their order; what cannot be read is counted.
 
     A shard that breaks off loses its tail, one that cannot be opened or holds nothing loses all.
+
+    Raises:
+        TooManyDroppedError: So many shards are broken that `skips` stops the run.
     """
+    skips.seen["shard"] += 1
     found = 0
     try:
-        with gopen(url) as stream:
-            files = tar_file_expander(iter([{"url": url, "stream": stream}]))
-            for sample in group_by_keys(files, handler=partial(_drop_duplicate, skips, url)):
+        with open_shard(url, patience) as stream:
+            for sample in group_by_keys(_files(url, stream, skips), handler=_drop(skips, url)):
                 found += 1
                 yield sample
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        cut = found > 0 or "unexpected end" in str(error)
-        skips.add("truncated_shard" if cut else "unreadable_shard", url, _reason(error))
+    except Exception as error:  # readers of broken data raise anything, from OSError to KeyError
+        cut = found > 0 or isinstance(error, CutOffError | EOFError)
+        skips.drop("shard", "truncated_shard" if cut else "unreadable_shard", url, _reason(error))
     else:
         if not found:
-            skips.add("empty_shard", url, "it holds no sample")
+            skips.drop("shard", "empty_shard", url, "it holds no sample")
 
 
 def stable_hash(text: str) -> int:
@@ -137,16 +186,14 @@ def _expand(url: str, allow_pipe: bool) -> list[str]:
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise ValueError(
-                f"{url!r} would run a shell command; set allow_pipe=true if you mean it"
+                f"{masked(url)!r} would run a shell command; set allow_pipe=true if you mean it"
             )
         return [url]
     if not is_local(url):
-        scheme = urlparse(url).scheme
-        if scheme not in gopen_schemes:
-            known = ", ".join(sorted(set(gopen_schemes) - {"__default__", "pipe"}))
+        if (scheme := urlsplit(url).scheme) not in SCHEMES:
             raise ValueError(
-                f"{url}: shards cannot be read by {scheme}:, only by {known}; copy them here, or "
-                "use pipe:COMMAND with allow_pipe=true"
+                f"{masked(url)}: shards cannot be read by {scheme}:, only by {', '.join(SCHEMES)}; "
+                "copy them here, or use pipe:COMMAND with allow_pipe=true"
             )
         return [url]
     path = local_path(url)
@@ -165,15 +212,29 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The message without what webdataset hangs on to it."""
+    """The message; its class where there is none or only a number."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error.args[0] if error.args else error).split(" @ ")[0]
+    if isinstance(error, OSError | CutOffError | NoArchiveError):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
 
 
-def _drop_duplicate(skips: Skips, url: str, error: Exception) -> bool:
+def _files(url: str, stream: BufferedReader, skips: Skips) -> Iterator[dict[str, Any]]:
+    """Files as webdataset groups them; the last, empty one completes the last sample."""
+    for entry in entries(stream, lambda cause, reason: skips.add(cause, url, reason)):
+        if not META.match(entry.name):
+            yield {"fname": entry.name, "data": entry.data, "__url__": url}
+    yield {}
+
+
+def _drop(skips: Skips, url: str) -> Callable[[Exception], bool]:
     """Webdataset's handler: go on behind a second file of the same name, and only there."""
-    if isinstance(error, ValueError) and "duplicate file name" in str(error.args[0]):
-        skips.add("duplicate_name", url, error.args[0])
-        return True
-    raise error
+
+    def handler(error: Exception) -> bool:
+        if isinstance(error, ValueError) and "duplicate file name" in str(error.args[0]):
+            skips.add("duplicate_name", url, str(error.args[0]).split(" dict_keys")[0])
+            return True
+        raise error
+
+    return handler

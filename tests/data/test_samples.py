@@ -1,7 +1,11 @@
 """One sample: which caption, and why a sample is left out."""
 
+import contextlib
 import io
 import json
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +36,7 @@ def picture(width: int, height: int, kind: str = "png", mode: str = "RGB") -> by
         ({"txt": b"caf\xe9"}, "bad_encoding"),
         ({"txt": b" \n\t "}, "empty_caption"),
         ({"txt": b"\xef\xbb\xbf"}, "empty_caption"),
+        ({"txt": b"a dog " * 1667}, "extreme_caption"),
     ],
 )
 def test_captions_that_cannot_be_used(raw: dict[str, bytes], expected: str) -> None:
@@ -52,6 +57,12 @@ def test_any_caption_is_drawn_by_the_seed_alone() -> None:
     assert read_caption(raw, record, "text", 0) == "a fish"
     assert read_caption(raw, {"captions": "a dog"}, "any", 0) == "a fish"
     assert captions_of({}) == []
+
+
+def test_half_a_character_from_json_is_refused() -> None:
+    """JSON can spell it, UTF-8 and therefore every tokenizer cannot."""
+    record = json.loads(r'{"captions": ["a \ud800 dog"]}')
+    assert cause(read_caption, {"txt": b"a dog"}, record, "any", 0) == "bad_encoding"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000])
@@ -75,6 +86,51 @@ def test_broken_json_is_named(content: bytes) -> None:
 def test_images_that_cannot_be_used(raw: dict[str, bytes], expected: str, only_check: bool) -> None:
     """A resumed epoch only checks what comes before; it must drop the same samples."""
     assert cause(read_image, raw, only_check=only_check) == expected
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+
+def png_with(*chunks: bytes) -> bytes:
+    content = picture(40, 40)
+    return content[:33] + b"".join(chunks) + content[33:]  # behind the header
+
+
+BOMB = zlib.compress(bytes(50_000_000), 9)  # 50 kB
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with(chunk(b"zTXt", b"Comment\0\0" + BOMB)),
+        png_with(*[chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB)] * 40),
+        png_with(chunk(b"iCCP", b"icc\0\0" + BOMB)),
+    ],
+    ids=["zTXt", "iTXt", "iCCP"],
+)
+def test_packed_texts_and_profiles_are_not_unpacked_without_limit(content: bytes) -> None:
+    """Each would unpack to 50 MB, the second to 2 GB; the image itself is 40 x 40."""
+    tracemalloc.start()
+    with contextlib.suppress(BadSampleError):
+        read_image({"png": content})
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_the_pixel_limit_comes_before_decoding() -> None:
+    """100 megapixels, and 2.5 gigapixels, in a few bytes: their pixels are not there at all."""
+    for width, height in ((10_000, 10_000), (50_000, 50_000)):
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+        assert cause(read_image, {"jpg": content}) == "extreme_image"
+
+
+def test_formats_that_start_programs_are_no_images() -> None:
+    """PostScript would be handed to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n"
+    assert cause(read_image, {"jpg": eps}) == "broken_image"
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])

@@ -3,14 +3,20 @@
 import functools
 import http.server
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.data.stream import Skips, expand_shards, read_shard, stable_hash
+from gradeclip_ft.data.stream import (
+    Part,
+    Skips,
+    TooManyDroppedError,
+    expand_shards,
+    read_shard,
+    stable_hash,
+)
 
 Make = Callable[..., list[Path]]
 Write = Callable[..., Path]
@@ -61,8 +67,8 @@ def test_shell_commands_and_unknown_schemes_are_refused() -> None:
     with pytest.raises(ValueError, match="allow_pipe=true"):
         expand_shards("pipe:touch /tmp/x; cat {0..3}.tar")
     assert expand_shards("pipe:cat {0..3}.tar", allow_pipe=True)[3] == "pipe:cat 3.tar"
-    with pytest.raises(ValueError, match="cannot be read by s3:"):
-        expand_shards("s3://bucket/{0..3}.tar")
+    with pytest.raises(ValueError, match="cannot be read by htgs:"):
+        expand_shards("htgs://bucket/{0..3}.tar")
 
 
 def test_samples_come_in_order_with_all_their_files(five: list[Path]) -> None:
@@ -129,6 +135,31 @@ def test_the_log_names_the_first_and_then_every_1000th(caplog: pytest.LogCapture
     assert skips.take() == {}
 
 
+def test_foreign_names_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A line break in a name from a shard would look like a message of ours."""
+    with caplog.at_level(logging.WARNING):
+        Skips().add("broken_image", "a\nERROR: all is lost\x1b[2J", "\udcff" + "x" * 5000)
+    (record,) = caplog.records
+    assert "\\nERROR" in record.message
+    assert record.message.isprintable()
+    assert len(record.message) < 500
+
+
+@pytest.mark.parametrize(("part", "least"), [("shard", 20), ("sample", 1000)])
+def test_too_large_a_share_of_failures_ends_the_reading(part: Part, least: int) -> None:
+    """A fifth is allowed: one more than that is not, but only after enough was seen."""
+    skips = Skips(most=0.2, tell=lambda *_: None)
+    for _ in range(least - 1):
+        skips.seen[part] += 1
+        skips.drop(part, "cause", "where")
+    skips = Skips(most=0.2, tell=lambda *_: None)
+    skips.seen[part] = least
+    for _ in range(least // 5):
+        skips.drop(part, "cause", "where")
+    with pytest.raises(TooManyDroppedError, match=rf"{least // 5 + 1} of {least} {part}s"):
+        skips.drop(part, "cause", "where")
+
+
 def test_hashes_do_not_depend_on_the_process() -> None:
     """Python's own hash does; the value is `b2sum -l 64` prints, shifted by one bit."""
     assert stable_hash("black car") == int("12100969a7e878ea", 16) >> 1
@@ -149,7 +180,6 @@ def web(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads addresses by curl")
 def test_addresses_are_read_like_files(
     tmp_path: Path, five: list[Path], web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
