@@ -1,0 +1,150 @@
+"""A long epoch over shards with broken samples: is memory bounded, are the counts exact?
+
+    python -m tools.soak samples=1000000
+
+Writes shards of small JPEGs in which every 100th sample is broken, each in another way, and reads
+them through the loader of training (decoding, augmenting, phrases, tokens). Prints the memory of
+all processes at every tenth; exit code 1 if it grows by 50 MB or more after the first tenth, or if
+a single count is not what was put in.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from gradeclip_ft.commands.failures import perform, wants_traceback
+from gradeclip_ft.commands.plain import call
+from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
+from gradeclip_ft.models.transform import ImageTransform, Preprocessing
+from tools.damage import DAMAGES, WORDS, Damage, good, pack
+
+EVERY = 100
+PER_SHARD = 1000
+BATCH = 250
+ALLOWED = 50.0
+MEGABYTE = 2**20
+PROMPT_WORDS = ("a", "black", "near", "house", "this", "is", "photo", "of", "the")
+
+
+def soak(*, samples: int = 1_000_000, workers: int = 1, folder: Path | None = None) -> int:
+    """Write, read, compare; see the module.
+
+    samples=1000000   a multiple of 1,000 for each worker
+    workers=1         loader processes
+    folder=           for the shards, about 2.2 GB per million; default: a temporary one
+    """
+    if samples % (PER_SHARD * workers):
+        raise ValueError(f"samples={samples} must be a multiple of {PER_SHARD} x workers={workers}")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        begun = time.perf_counter()
+        write(Path(place), samples)
+        seconds = time.perf_counter() - begun
+        print(f"{samples:,} samples in {samples // PER_SHARD:,} shards, written in {seconds:.0f} s")
+        print(f"every {EVERY}th is broken, in {len(DAMAGES)} ways in turn", flush=True)
+        return read(place, samples, workers)
+
+
+def damage_of(number: int) -> Damage | None:
+    """What is wrong with a sample; None for 99 in 100."""
+    return DAMAGES[number // EVERY % len(DAMAGES)] if number % EVERY == EVERY // 2 else None
+
+
+def write(folder: Path, samples: int) -> None:
+    """All shards."""
+    for first in range(0, samples, PER_SHARD):
+        rows = range(first, first + PER_SHARD)
+        pack(folder / f"part-{first // PER_SHARD:05d}.tar", map(_sample, rows))
+
+
+def _sample(number: int) -> tuple[str, dict[str, bytes], str | None]:
+    files, damage = good(number), damage_of(number)
+    if damage is None:
+        return f"{number:09d}", files, None
+    return f"{number:09d}", damage.break_(files), damage.header
+
+
+def expected(samples: int, workers: int) -> Counter[str]:
+    """Counts by cause: each worker has a slice, and reads on from its start to fill its batches."""
+    counts: Counter[str] = Counter()
+    size = samples // workers
+    for worker in range(workers):
+        usable = number = 0
+        while usable < size:
+            damage = damage_of(worker * size + number % size)
+            counts.update(damage.causes if damage else {})
+            usable += damage is None or damage.usable
+            number += 1
+    return counts
+
+
+def read(place: str, samples: int, workers: int) -> int:
+    """One epoch; exit code."""
+    source = _source(place, workers)
+    print(source.prepare(), flush=True)
+    got: Counter[str] = Counter()
+    memory: list[tuple[int, float]] = []
+    seen, begun = 0, time.perf_counter()
+    for batch in source.loader(seed=0, epoch=0, rank=0, world_size=1):
+        seen += len(batch.keys)
+        got.update(batch.skipped)
+        if seen * 100 // samples > (seen - len(batch.keys)) * 100 // samples:
+            memory.append((seen, megabytes()))
+            if len(memory) % 10 == 0:
+                rate = seen / (time.perf_counter() - begun)
+                print(f"{seen:>10,} samples {rate:6.0f}/s {memory[-1][1]:7.0f} MB", flush=True)
+    return judge(seen, samples, memory, got, expected(samples, workers))
+
+
+def judge(
+    seen: int,
+    samples: int,
+    memory: list[tuple[int, float]],
+    got: Counter[str],
+    wanted: Counter[str],
+) -> int:
+    """Print what came out; exit code."""
+    settled = [value for place, value in memory if place >= samples // 10]
+    growth = max(settled) - settled[0]
+    print(f"memory grew by {growth:.1f} MB after the first tenth, {ALLOWED:.0f} are allowed")
+    for cause in sorted(wanted | got):
+        print(f"{got[cause]:>8,} {cause}, {wanted[cause]:,} expected")
+    print(f"{seen:,} usable samples of {samples:,} in the epoch; {got.total():,} counts")
+    good_enough = seen == samples and got == wanted and growth < ALLOWED
+    print("passed" if good_enough else "FAILED")
+    return 0 if good_enough else 1
+
+
+def megabytes() -> float:
+    """Resident memory of this process and its workers."""
+    own = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
+    return sum(_resident(number) for number in own) / MEGABYTE
+
+
+def _resident(process: int) -> int:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def _source(place: str, workers: int) -> CaptionShards:
+    words = tuple(dict.fromkeys((*PROMPT_WORDS, *WORDS)))
+    return CaptionShards(
+        shards=place,
+        batch_size=BATCH,
+        tokenizer=Tokenizer(WordTokenizer(words, 24), 24),
+        transform=ImageTransform((8, 8), Preprocessing(), train=True),
+        resampled=False,
+        shuffle=0,
+        workers=workers,
+        tagger="textblob",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(perform(lambda: call(soak, sys.argv[1:]), full=wants_traceback()))
