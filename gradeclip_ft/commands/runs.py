@@ -37,7 +37,9 @@ MAY_CHANGE = (
     "trainer.stop_at",
     "trainer.log_every",
     "trainer.checkpoint_every",
+    "trainer.max_non_finite",
     "trainer.threads",
+    "data.max_dropped",
 )
 
 Json = Any

@@ -108,6 +108,7 @@ class Record(pl.Callback):
             "samples_per_second": sum(each[2] for each in gathered) / max(means["seconds"], 1e-9),
             "gradient_norm": float(self._guard.gradient_norm),
             "learning_rate": self._rate,
+            "left_out_steps": float(self._guard.left_out),
             "skipped": float(self._total.total()),
             **{f"skipped/{cause}": float(count) for cause, count in sorted(self._total.items())},
         }

@@ -42,6 +42,7 @@ def make_trainer(
     accumulate: int = 1,
     log_every: int = 10,
     checkpoint_every: int = 500,
+    max_non_finite: int = 0,
     threads: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> pl.Trainer:
@@ -62,6 +63,8 @@ def make_trainer(
         accumulate: Batches per step. Saves memory, adds no negatives: a loss sees one batch.
         log_every: Steps between two records of the metrics.
         checkpoint_every: Steps between two checkpoints.
+        max_non_finite: Steps of the run whose loss or gradient may be not finite; they are left
+            out, and one more stops the run.
         threads: Of torch on the CPU; None leaves torch's choice.
         extra: Further arguments of `lightning.Trainer`, as they are.
 
@@ -77,7 +80,7 @@ def make_trainer(
         torch.set_num_threads(threads)
     _quieten()
     checkpoints = Checkpoints(folder, every=checkpoint_every)
-    guard = StopOnNonFinite(checkpoints)
+    guard = StopOnNonFinite(folder, checkpoints, most=max_non_finite)
     record = Record(guard, every=log_every)
     shown = progress(record)
     arguments: dict[str, Any] = {
