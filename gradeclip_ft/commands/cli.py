@@ -20,13 +20,50 @@ from omegaconf import DictConfig
 import gradeclip_ft
 from gradeclip_ft.commands import pages
 from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import ConfigurationError, compose
+from gradeclip_ft.commands.compose import ConfigurationError, compose, options
 from gradeclip_ft.commands.failures import perform, wants_traceback
 from gradeclip_ft.commands.names import suggest
 from gradeclip_ft.commands.plain import call
 from gradeclip_ft.commands.signatures import PACKAGE
 
 CONFIGURATION_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Several:
+    """A group of which a command takes several options, each under its own name: `group=[a,b]`.
+
+    Attributes:
+        group: Also the key that holds them.
+        default: Option where none is given.
+        never: Options that make no sense here, with the reason; `group=all` leaves them out.
+    """
+
+    group: str
+    default: str
+    never: Mapping[str, str]
+
+    def overrides(self, given: Sequence[str]) -> list[str]:
+        """The command line with every option as an addition of its own.
+
+        Raises:
+            ConfigurationError: An option makes no sense here.
+        """
+        start = f"{self.group}="
+        others = [override for override in given if not override.startswith(start)]
+        listed = [override for override in given if override.startswith(start)]
+        names = [
+            name.strip(" '\"")
+            for override in listed or [start + self.default]
+            for name in override.removeprefix(start).strip("[]").split(",")
+        ]
+        if "all" in names:
+            names = [name for name in options(self.group) if name not in self.never]
+        for name in names:
+            if name in self.never:
+                raise ConfigurationError(f"{self.group}={name}: {self.never[name]}")
+        added = [f"+{self.group}@{self.group}.{name}={name}" for name in dict.fromkeys(names)]
+        return [*added, *others]
 
 
 @dataclass(frozen=True)
@@ -37,20 +74,18 @@ class Command:
         name: Of the module in `gradeclip_ft.commands` and of the function in it.
         config: Primary file, `conf/<config>.yaml`; None for a plain command without Hydra.
         preset: Overrides that stand before the user's.
-        plain: What the user writes and what it is called in the configuration, where Hydra would
-            take the first for a group: `explainer=[a,b]` is a plain list of names in `explain`.
+        several: A group of which it takes several options.
     """
 
     name: str
     config: str | None
     preset: tuple[str, ...] = ()
-    plain: tuple[tuple[str, str], ...] = ()
+    several: Several | None = None
 
     def overrides(self, given: Sequence[str]) -> list[str]:
-        """All overrides of a command line, under the names of the configuration."""
-        names = dict(self.plain)
-        split = [override.partition("=") for override in given]
-        return [*self.preset, *("".join([names.get(key, key), *rest]) for key, *rest in split)]
+        """All overrides of a command line, as Hydra takes them."""
+        rest = list(given) if self.several is None else self.several.overrides(given)
+        return [*self.preset, *rest]
 
     @property
     def module(self) -> str:

@@ -47,7 +47,7 @@ def _check(name: str, options: dict[str, str], seen: set[str] | None, *, read: b
     """Print what one evaluator's data hold; whether all is well."""
     from hydra.utils import instantiate
 
-    from gradeclip_ft.commands.evaluate import tracked
+    from gradeclip_ft.commands.tracked import tracked
     from gradeclip_ft.data.inspect import image_key, inspect
 
     node = _data(name, options)

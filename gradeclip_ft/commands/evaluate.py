@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
+from gradeclip_ft.commands.tracked import tracked
 
 if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Precision
     from gradeclip_ft.results.record import Result
 
-Item = TypeVar("Item")
 TABLES = ("by_class", "most_confused")  # too long for a terminal
 
 
@@ -99,17 +98,6 @@ def _precision(word: str) -> Precision:
     if word not in get_args(Precision):
         raise ValueError(f"precision={word}: choose {', '.join(get_args(Precision))}")
     return cast("Precision", word)
-
-
-def tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """A progress bar where somebody watches."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        items, what, total, console=console, transient=True, disable=not console.is_terminal
-    )
 
 
 def _tell(subject: Subject, result: Result, fresh: bool) -> None:

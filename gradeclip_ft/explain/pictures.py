@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,10 +15,16 @@ from torch import Tensor
 
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.picture import open_picture
 from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.transform import ImageTransform
+from gradeclip_ft.ops.heatmap import to_pixels
 
-Geometry = Literal["model", "aspect"]
+Geometry: TypeAlias = Literal["model", "aspect"]
+Picture: TypeAlias = Image.Image | str | Path | Tensor
+"""A picture, its file, or its normalised pixels (3, H, W), which are taken as they are."""
+
+ROWS = 64  # maps per call at most: several layers of each are kept at a time
 log = logging.getLogger(__name__)
 
 
@@ -27,13 +34,108 @@ class Explained:
 
     Attributes:
         pixels: The normalised pixels that every method saw.
-        heat: Maps by method.
-        score: Cosine of picture and phrase.
+        heat: Maps by method, on the grid of the patches.
+        score: Cosine of picture and phrase; of a classifier the class logit.
+        embedding: Of the picture, not normalised.
     """
 
     pixels: Float[Tensor, "3 H W"]
     heat: Mapping[str, Float[Tensor, "P h w"]]
     score: Float[Tensor, " P"]
+    embedding: Float[Tensor, " D"]
+
+    def at_pixels(self, method: str) -> Float[Tensor, "P H W"]:
+        """Maps of one method at the size of `pixels`, bilinear."""
+        return to_pixels(self.heat[method], (self.pixels.shape[1], self.pixels.shape[2]))
+
+
+def explain_pictures(
+    loaded: LoadedClip,
+    pictures: Sequence[Picture],
+    targets: Sequence[Float[Tensor, "P D"]],
+    methods: Mapping[str, Explainer],
+    *,
+    geometry: Geometry = "model",
+    longest: int = 640,
+    rows: int = ROWS,
+    skip: bool = False,
+) -> list[Explained]:
+    """Maps of every phrase by every method, pictures of one size together.
+
+    Args:
+        loaded: The model, on its device.
+        pictures: Of any size and mode.
+        targets: Embeddings of the phrases of each picture.
+        methods: By name; those with texts of their own are already `prepared`.
+        geometry: See `transform_for`.
+        longest: See `transform_for`.
+        rows: Phrases per call at most; bounds memory, not the result.
+        skip: Leave out, with a word in the log, what this model cannot do.
+
+    Returns:
+        One per picture, on the CPU.
+
+    Raises:
+        UnsupportedTowerError: The model cannot do a method and `skip` is false, or it can do none.
+        ValueError: Counts of pictures and targets differ, or a file is no picture.
+    """
+    if len(pictures) != len(targets):
+        raise ValueError(f"{len(targets)} sets of phrases for {len(pictures)} pictures; give each")
+    device = loaded.clip.log_scale.device
+    pixels = [pixels_of(loaded, picture, geometry, longest) for picture in pictures]
+    able = dict(methods)
+    done: list[Explained] = []
+    for some in _together(pixels, targets, rows):
+        stacked = torch.stack([pixels[row] for row in some]).to(device)
+        counts = [len(targets[row]) for row in some]
+        owner = torch.repeat_interleave(torch.arange(len(some)), torch.tensor(counts)).to(device)
+        target = torch.cat([targets[row] for row in some]).to(device)
+        heat: dict[str, tuple[Tensor, ...]] = {}
+        for name, method in list(able.items()):
+            try:
+                found = explain_image(method, loaded.clip, stacked, target, owner)
+            except UnsupportedTowerError as error:
+                if not skip:
+                    raise
+                log.warning("%s is left out: %s", name, error)
+                del able[name]
+                continue
+            heat[name] = torch.split(found.cpu(), counts)
+        with torch.no_grad():
+            embedding = loaded.clip.image.encode(stacked).float()
+        score = torch.split(loaded.clip.image.score(embedding[owner], target.float()).cpu(), counts)
+        done += [
+            Explained(
+                pixels[row],
+                {name: parts[place] for name, parts in heat.items()},
+                score[place],
+                embedding[place].cpu(),
+            )
+            for place, row in enumerate(some)
+        ]
+    if methods and not able:
+        raise UnsupportedTowerError(f"{loaded.name} can do none of {', '.join(methods)}")
+    return done
+
+
+def pixels_of(
+    loaded: LoadedClip, picture: Picture, geometry: Geometry = "model", longest: int = 640
+) -> Float[Tensor, "3 H W"]:
+    """Normalised pixels of one picture; see `transform_for`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is no picture, or a tensor is not (3, H, W).
+    """
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point():
+            raise ValueError(
+                f"a picture is a tensor of shape {tuple(picture.shape)} and type {picture.dtype}, "
+                "expected normalised pixels (3, H, W); give a PIL image or a file otherwise"
+            )
+        return picture
+    upright = open_picture(picture)
+    return transform_for(loaded, upright, geometry, longest)(upright)
 
 
 def transform_for(
@@ -63,49 +165,6 @@ def transform_for(
     return ImageTransform(size=(height, width), preprocessing=whole)
 
 
-def explain_picture(
-    loaded: LoadedClip,
-    picture: Image.Image,
-    target: Float[Tensor, "P D"],
-    methods: Mapping[str, Explainer],
-    *,
-    geometry: Geometry = "model",
-    longest: int = 640,
-    skip: bool = False,
-) -> Explained:
-    """Maps of every phrase by every method.
-
-    Args:
-        loaded: The model, on its device.
-        picture: Any size and mode.
-        target: Embeddings of the phrases.
-        methods: By name; those with texts of their own are already prepared.
-        geometry: See `transform_for`.
-        longest: See `transform_for`.
-        skip: Leave out, with a word in the log, what this model cannot do.
-
-    Raises:
-        UnsupportedTowerError: The model cannot do a method and `skip` is false, or it can do none.
-    """
-    device = loaded.clip.log_scale.device
-    pixels = transform_for(loaded, picture, geometry, longest)(picture).to(device)
-    owner = torch.zeros(len(target), dtype=torch.long, device=device)
-    heat: dict[str, Tensor] = {}
-    for name, method in methods.items():
-        try:
-            heat[name] = explain_image(method, loaded.clip, pixels[None], target, owner).cpu()
-        except (UnsupportedTowerError, ValueError) as error:
-            if not skip:
-                raise
-            log.warning("%s is left out: %s", name, error)
-    if not heat:
-        raise UnsupportedTowerError(f"{loaded.name} can do none of {', '.join(methods)}")
-    with torch.no_grad():
-        embedding = torch.nn.functional.normalize(loaded.clip.image.encode(pixels[None]).float())
-    score = torch.nn.functional.normalize(target.float().to(device)) @ embedding[0]
-    return Explained(pixels.cpu(), heat, score.cpu())
-
-
 def prepared(methods: Mapping[str, Explainer], loaded: LoadedClip) -> dict[str, Explainer]:
     """Methods that compare with texts of their own, with these encoded by this model."""
     return {
@@ -120,13 +179,17 @@ def shown(pixels: Float[Tensor, "3 H W"], loaded: LoadedClip) -> Tensor:
     return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
 
 
-def check_phrases(phrases: Sequence[str]) -> None:
-    """Refuse phrases without a word.
-
-    Raises:
-        ValueError: There is none, or one is empty.
-    """
-    if not phrases or any(not phrase.strip() for phrase in phrases):
-        raise ValueError(
-            f"phrases are {list(phrases)}, expected texts; write phrases=[dog,'red car']"
-        )
+def _together(
+    pixels: Sequence[Tensor], targets: Sequence[Tensor], rows: int
+) -> Iterator[Sequence[int]]:
+    """Runs of neighbouring pictures of one size with at most `rows` phrases; at least one each."""
+    some: list[int] = []
+    count = 0
+    for row, (picture, target) in enumerate(zip(pixels, targets, strict=True)):
+        if some and (picture.shape != pixels[some[0]].shape or count + len(target) > rows):
+            yield some
+            some, count = [], 0
+        some.append(row)
+        count += len(target)
+    if some:
+        yield some

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradeclip_ft.models.architecture import Architecture
+from gradeclip_ft.models.picture import open_picture
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.tower import Foreign
 from gradeclip_ft.models.towers.select import image_tower, text_tower
@@ -129,7 +130,7 @@ class LoadedClip:
             FileNotFoundError: No such file.
         """
         transform = self.transform()
-        stacked = torch.stack([transform(_picture(image)) for image in images])
+        stacked = torch.stack([transform(open_picture(image)) for image in images])
         return stacked.to(self.clip.log_scale.device)
 
     @torch.no_grad()
@@ -165,10 +166,6 @@ class LoadedClip:
             for some in _chunks(list(texts), batch_size)
         ]
         return torch.cat(parts)
-
-
-def _picture(image: Image.Image | str | Path) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.open(image)
 
 
 def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:

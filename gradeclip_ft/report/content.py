@@ -69,6 +69,21 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Words:
+    """A sentence, and how much each of its words says for the picture.
+
+    Attributes:
+        words: In order.
+        values: Per method a share for each word; they sum to 1, or are all 0.
+        cut: Rest of the sentence that the model cannot read.
+    """
+
+    words: Sequence[str]
+    values: Mapping[str, Sequence[float]]
+    cut: str = ""
+
+
+@dataclass(frozen=True)
 class Case:
     """One image with its phrases and a heat map for every phrase and method.
 
@@ -78,8 +93,11 @@ class Case:
         heat: Maps per method on any grid that covers the whole image; every map is shown on a 0-1
             scale of its own.
         caption: Sentence the phrases come from.
+        source: Name of the picture.
         boxes: True places of each phrase, xyxy in [0, 1] of the image; empty where unknown.
         values: Numbers below the maps: name of the quantity, then method, then one text per phrase.
+        scores: What stands behind each phrase, whatever the method.
+        sentences: Sentences whose words are coloured.
     """
 
     image: UInt8[np.ndarray, "H W 3"]
@@ -88,6 +106,9 @@ class Case:
     caption: str = ""
     boxes: Sequence[Sequence[Box]] = ()
     values: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    source: str = ""
+    scores: Sequence[str] = ()
+    sentences: Sequence[Words] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,7 @@ class Page:
         intro: One paragraph.
         methods: Names of the methods, in the order of columns.
         kind: What the methods are: models, explainers.
+        first: Method that is shown large at first; None for the last.
         tables: Results.
         charts: Curves.
         cases: Pictures.
@@ -109,6 +131,7 @@ class Page:
     intro: str
     methods: Sequence[str]
     kind: str = "Method"
+    first: str | None = None
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     cases: Sequence[Case] = ()

@@ -97,7 +97,7 @@
 
   const fromAddress = () => choose(Object.fromEntries(
     [...new URLSearchParams(location.hash.slice(1))].filter(([name]) => name in state)), false);
-  state.method = count("method");
+  state.method = Number(root.dataset.first);
   window.addEventListener("hashchange", fromAddress);
   fromAddress();
 })();

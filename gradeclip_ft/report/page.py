@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradeclip_ft.report import curves, figures
-from gradeclip_ft.report.content import Box, Case, Page
+from gradeclip_ft.report.content import Box, Case, Page, Words
 
 SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
@@ -68,12 +68,15 @@ class _Map:
 @dataclass(frozen=True)
 class _ShownCase:
     caption: str
+    source: str
     photo: str
     ratio: str
     small: bool
     phrases: Sequence[str]
     boxes: Sequence[Sequence[Box]]
     values: dict[str, dict[str, Sequence[str]]]
+    scores: Sequence[str]
+    sentences: Sequence[Words]
     maps: dict[str, list[_Map]]
 
 
@@ -82,12 +85,15 @@ def _shown(case: Case, methods: Sequence[str]) -> _ShownCase:
     height, width = case.image.shape[:2]
     return _ShownCase(
         caption=case.caption,
+        source=case.source,
         photo=figures.image_png(case.image),
         ratio=f"{width} / {height}",
         small=max(height, width) <= SMALL,
         phrases=case.phrases,
         boxes=case.boxes or [()] * len(case.phrases),
         values={name: dict(numbers) for name, numbers in case.values.items()},
+        scores=case.scores,
+        sentences=case.sentences,
         maps={method: [_map(heat) for heat in case.heat[method]] for method in methods},
     )
 
@@ -107,6 +113,8 @@ def check_case(case: Case, methods: Sequence[str]) -> None:
         if len(case.heat[method]) != expected:
             got = len(case.heat[method])
             raise ValueError(f"{method!r} has {got} maps for {expected} phrases; expected one each")
+    if case.scores and len(case.scores) != expected:
+        raise ValueError(f"scores for {len(case.scores)} of {expected} phrases; expected one each")
     if case.boxes and len(case.boxes) != expected:
         raise ValueError(f"boxes for {len(case.boxes)} of {expected} phrases; use () for unknown")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 
 from gradeclip_ft.__main__ import COMMANDS
-from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.check import check
+from gradeclip_ft.commands.compose import ConfigurationError, compose, options
 from gradeclip_ft.commands.explain import explain
 
 
@@ -28,10 +30,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*overrides: str) -> None:
     """As typed on the command line."""
-    explain(compose("explain", COMMANDS["explain"].overrides(overrides)))
+    cfg = compose("explain", COMMANDS["explain"].overrides(overrides))
+    check(cfg, "explain")
+    explain(cfg)
 
 
-def test_pictures_arrays_and_page_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_arrays_words_and_page_are_written(capsys: pytest.CaptureFixture[str]) -> None:
     """Several pictures of awkward kinds, phrases and methods at once."""
     run("images=photos", "phrases=[red square,blue star]", "explainer=[grad_eclip,rollout]")
     assert capsys.readouterr().out.strip() == "explanations/index.html"
@@ -43,10 +47,48 @@ def test_pictures_arrays_and_page_are_written(capsys: pytest.CaptureFixture[str]
         assert arrays["cosine"].shape == (2,)
         with Image.open(folder / "red-square-grad_eclip.png") as overlay:
             assert overlay.size == (64, 64)
+        first, second = json.loads((folder / "words.json").read_text())
+        assert first["words"] == ["a", "photo", "of", "a", "red", "square"]
+        assert second["words"][-2:] == ["blue", "star"]
+        assert list(first["values"]) == ["grad_eclip", "rollout"]
+        assert sum(first["values"]["rollout"]) == pytest.approx(1, abs=1e-4)
+        with Image.open(folder / "words-2.png") as drawn:
+            assert drawn.width > drawn.height
     page = Path("explanations/index.html").read_text()
     assert "blue star" in page
+    assert 'title="square: ' in page
     assert 'src="http' not in page
     assert 'href="http' not in page
+
+
+def test_one_command_draws_every_method() -> None:
+    """Catches a method that is defined for this model and does not run on it by its own yaml."""
+    run(
+        "images=photos/a.png",
+        "phrases=[red square]",
+        "explainer=all",
+        "explainer.rise.masks=8",
+        "explainer.integrated_gradients.steps=2",
+        "per_head=true",
+        "picture=sheet.png",
+    )
+    arrays = np.load("explanations/a/maps.npz")
+    methods = set(options("explainer")) - {"uniform", "grad_eclip_text"}
+    assert methods | {"head 0", "head 1", "head 2"} == set(arrays) - {"phrases", "cosine"}
+    (words,) = json.loads(Path("explanations/a/words.json").read_text())
+    assert set(words["values"]) == {"grad_eclip", "raw_attention", "rollout", "game", "m2ib"}
+    with Image.open("sheet.png") as sheet:
+        assert sheet.height > sheet.width
+    assert "masks 8" in Path("explanations/index.html").read_text()
+
+
+def test_an_option_of_one_method_changes_its_map_alone() -> None:
+    both = ("images=photos/a.png", "phrases=[red square]", "explainer=[grad_eclip,raw_attention]")
+    run(*both)
+    run(*both, "explainer.grad_eclip.heads=all", "out=other")
+    before, after = np.load("explanations/a/maps.npz"), np.load("other/a/maps.npz")
+    assert not np.allclose(before["grad_eclip"], after["grad_eclip"])
+    assert np.array_equal(before["raw_attention"], after["raw_attention"])
 
 
 def test_the_whole_picture_in_multiples_of_the_patch() -> None:
@@ -61,6 +103,26 @@ def test_phrases_are_found_in_captions() -> None:
     run("images='photos/*.png'", "captions=[a red square,a big blue star and a circle]")
     assert np.load("explanations/a/maps.npz")["phrases"].tolist() == ["red square"]
     assert np.load("explanations/b/maps.npz")["phrases"].tolist() == ["big blue star", "circle"]
+    (words,) = json.loads(Path("explanations/b/words.json").read_text())
+    assert words["words"] == ["a", "big", "blue", "star", "and", "a", "circle"]
+
+
+def test_what_does_not_fit_into_the_context_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caption = "a red square " + "and a blue star " * 9 + "at the end"
+    run("images=photos/a.png", f"captions=['{caption}']")
+    (words,) = json.loads(Path("explanations/a/words.json").read_text())
+    assert words["cut"].endswith("at the end")
+    assert len(words["words"]) == 30
+    assert "Not read, because" in Path("explanations/index.html").read_text()
+    assert "at the end" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["🙂", "ein rotes Quadrat", "日本", "<b>&"])
+def test_any_script_is_taken(text: str) -> None:
+    """Words that the model does not know, or none at all: a map is drawn, nothing breaks."""
+    run("images=photos/a.png", f"phrases=['{text}']")
+    assert np.load("explanations/a/maps.npz")["grad_eclip"].shape == (1, 8, 8)
+    assert "<b>&" not in Path("explanations/index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -68,18 +130,23 @@ def test_phrases_are_found_in_captions() -> None:
     [
         ("images=photos/no.jpg phrases=[dog]", "images=photos/no.jpg: no such picture"),
         ("images=photos phrases=[dog] explainer=[gradcam]", "did you mean grad_cam"),
+        ("images=photos phrases=[dog] explainer=[uniform]", "shows nothing"),
+        ("images=photos phrases=[dog] explainer.grad_eclip.hads=all", "did you mean"),
+        ("images=photos phrases=[dog] explainer.grad_eclip.heads=two", "expected one of one, all"),
         ("images=photos phrases=['']", "expected texts"),
         ("images=photos", "give phrases="),
         ("images=photos phrases=[dog] captions=[dog]", "give phrases="),
         ("images=photos captions=[dog,cat]", "2 captions for 3 pictures"),
         ("images=photos captions=[slowly]", "no phrase with a noun in 'slowly'"),
-        ("images=bad.jpg phrases=[dog]", "bad.jpg"),
+        ("images=bad.jpg phrases=[dog]", r"bad.jpg cannot be read as a picture"),
+        ("images=cut.jpg phrases=[dog]", r"cut.jpg cannot be read as a picture"),
     ],
 )
 def test_what_cannot_be_explained_is_named(overrides: str, message: str) -> None:
     Path("bad.jpg").write_text("<html>")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run(*overrides.split())
+    Path("cut.jpg").write_bytes(Path("photos/c.jpg").read_bytes()[:500])
+    with pytest.raises((ValueError, FileNotFoundError, ConfigurationError), match=message):
+        run(*overrides.split(" "))
 
 
 def test_a_run_is_explained_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:

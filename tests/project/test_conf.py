@@ -79,7 +79,7 @@ def test_every_primary_file_composes_and_passes_the_check() -> None:
 def test_a_primary_file_fits_a_screen(command: str) -> None:
     """Would catch settings that belong into a group."""
     text = (CONF / f"{command}.yaml").read_text()
-    assert len(text.splitlines()) <= 25
+    assert len(text.splitlines()) <= 30
     assert "exp" not in primary_groups(command)  # else +exp= would not work
 
 

@@ -1,0 +1,116 @@
+"""What `explain` leaves: overlays, arrays, coloured captions, one page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from gradeclip_ft.explain.pictures import Explained, shown
+from gradeclip_ft.report.content import Case, Page, Words
+from gradeclip_ft.report.figures import overlay
+from gradeclip_ft.report.page import render
+from gradeclip_ft.report.still import draw_still
+from gradeclip_ft.report.words import draw_words
+from gradeclip_ft.results.fingerprint import versions
+
+if TYPE_CHECKING:
+    from gradeclip_ft.commands.explain import Question
+    from gradeclip_ft.explain.sentences import Sentence
+    from gradeclip_ft.models.clip import LoadedClip
+
+PAGE, MAPS, SENTENCES = "index.html", "maps.npz", "words.json"
+HIDDEN = ("_target_", "create_graph")  # of a method's settings on the page
+
+
+def case_of(
+    loaded: LoadedClip, explained: Explained, question: Question, sentences: Sequence[Sentence]
+) -> Case:
+    """One picture for the page."""
+    return Case(
+        image=shown(explained.pixels, loaded).numpy(),
+        phrases=question.phrases,
+        heat={method: heat.numpy() for method, heat in explained.heat.items()},
+        caption=question.caption,
+        source=question.file.name,
+        scores=[f"cosine {value:.3f}".replace("-", "−") for value in explained.score.tolist()],
+        sentences=[
+            Words(
+                words=one.words,
+                values={name: value.tolist() for name, value in one.values.items()},
+                cut=one.cut,
+            )
+            for one in sentences
+        ],
+    )
+
+
+def write(out: Path, file: Path, case: Case, explained: Explained) -> None:
+    """Overlays, arrays and coloured captions of one picture, in a folder of its name."""
+    folder = out / slug(file.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    for method, maps in case.heat.items():
+        for phrase, heat in zip(case.phrases, maps, strict=True):
+            name = f"{slug(phrase)}-{slug(method)}.png"
+            Image.fromarray(overlay(case.image, heat)).save(folder / name)
+    arrays: dict[str, Any] = dict(case.heat)
+    np.savez_compressed(
+        folder / MAPS,
+        phrases=np.array(list(case.phrases)),
+        cosine=explained.score.numpy(),
+        **arrays,
+    )
+    read = [one for one in case.sentences if one.values and one.words]
+    lines = [{"words": list(o.words), "cut": o.cut, "values": dict(o.values)} for o in read]
+    (folder / SENTENCES).write_text(json.dumps(lines, ensure_ascii=False, indent=1))
+    for number, one in enumerate(read, start=1):
+        draw_words(one, folder / f"words-{number}.png")
+
+
+def page(cfg: DictConfig, loaded: LoadedClip, cases: Sequence[Case], out: Path) -> Path:
+    """The page, and the sheet of all maps if one is asked for."""
+    methods = [name for name in cases[0].heat if all(name in case.heat for case in cases)]
+    settings = {
+        "model": loaded.name,
+        "weights": str(cfg.run or loaded.weights or "its own"),
+        "pixels": f"{cases[0].image.shape[1]} x {cases[0].image.shape[0]} and so on"
+        if cfg.geometry == "aspect"
+        else f"{loaded.image_size[1]} x {loaded.image_size[0]}",
+        "prompt": str(cfg.prompt),
+        "geometry": str(cfg.geometry),
+    }
+    of_methods = {
+        str(name): _settings(node) for name, node in cfg.explainer.items() if name in methods
+    }
+    if cfg.picture is not None:
+        draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)
+    return render(
+        Page(
+            title="What the match is made of",
+            intro="Where a picture matches a phrase, and which words make it match.",
+            methods=methods,
+            first=next(iter(methods)),
+            kind="Method",
+            cases=cases,
+            facts={"Settings": settings, "Methods": of_methods, "Versions": dict(versions())},
+        ),
+        out / PAGE,
+    )
+
+
+def slug(text: str) -> str:
+    """A file name of a text: letters and digits, the rest as dashes."""
+    return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "phrase"
+
+
+def _settings(node: DictConfig) -> str:
+    plain = OmegaConf.to_container(node)
+    assert isinstance(plain, dict)
+    pairs = [(str(key), value) for key, value in plain.items() if key not in HIDDEN]
+    return ", ".join(f"{key} {value}" for key, value in pairs) or "no settings"
