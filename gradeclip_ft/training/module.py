@@ -75,7 +75,9 @@ class FineTuneModule(pl.LightningModule):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
         """Total loss of the objective, its parts, and the make-up of the batch."""
         terms = self.objective(self.clip, batch)
-        return {"loss": terms.total, "metrics": {**terms.parts, **self._describe(batch)}}
+        # DDP wants every parameter in the graph, also a temperature that this objective ignores
+        loss = terms.total + 0.0 * self.clip.log_scale
+        return {"loss": loss, "metrics": {**terms.parts, **self._describe(batch)}}
 
     def _describe(self, batch: CaptionBatch) -> dict[str, Tensor | float]:
         images = len(batch.images)
