@@ -92,7 +92,7 @@ def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
 def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
     from gradeclip_ft.export.origin import Origin, scores_of
     from gradeclip_ft.results.fingerprint import hash_json
-    from gradeclip_ft.training.checkpoints import step_of
+    from gradeclip_ft.training.run_files import step_of
 
     before = _start_weights(start)
     if cfg.run is None:

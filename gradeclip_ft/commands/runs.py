@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shlex
 import sys
 import time
@@ -20,11 +19,13 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.results.fingerprint import commit, versions
+from gradeclip_ft.results.record import write_atomically
+from gradeclip_ft.training import ledger
+from gradeclip_ft.training.ledger import fault, newest_good
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
-CHECKPOINT = "last.ckpt"
-WEIGHTS = "weights.safetensors"
+CHECKPOINT, WEIGHTS = ledger.CHECKPOINT, ledger.WEIGHTS
 # Any of these makes a folder a run. Other files in it are none of our business.
 TRACES = (CONFIG, CHECKPOINT, WEIGHTS, "metrics.jsonl", "metrics.csv")
 # What a resumed run may change, because the weights it ends with do not depend on it.
@@ -38,9 +39,18 @@ MAY_CHANGE = (
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.max_non_finite",
-    "trainer.threads",
     "data.max_dropped",
+    "trainer.keep",
+    "trainer.on_save_error",
+    "trainer.timeout_minutes",
+    "trainer.threads",
+    # Other processes: the loader knows what they mean, and refuses them where samples have owners.
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
 )
+# The same for data that are drawn with replacement.
+RESAMPLED_MAY_CHANGE = ("data.batch_size", "data.workers", "data.start_method")
 
 Json = Any
 
@@ -76,16 +86,16 @@ def claim(
         rank: Of this process among all of the job. Ranks above 0 neither write nor refuse.
 
     Returns:
-        The checkpoint to continue from, or None for a run that begins.
+        The newest good checkpoint to continue from, or None for a run that begins.
 
     Raises:
         FileExistsError: If the folder holds a run and `resume` is None.
-        ValueError: If the run to continue was made from another configuration.
+        ValueError: If the run to continue was made from another configuration, or all its
+            checkpoints are damaged.
     """
-    checkpoint = folder / CHECKPOINT
     if rank == 0:
         _claim(folder, _plain(cfg), resume)
-    return checkpoint if resume == "auto" and checkpoint.exists() else None
+    return newest_good(folder) if resume == "auto" else None
 
 
 def prospect(
@@ -117,7 +127,7 @@ def _claim(folder: Path, settings: dict[str, Json], resume: Literal["auto"] | No
 def record(folder: Path, facts: Mapping[str, Json]) -> None:
     """Merge facts (the tagger used, the shards found) into `environment.json`. Rank 0 only."""
     merged = {**read_environment(folder), **facts}
-    replace_text(folder / ENVIRONMENT, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / ENVIRONMENT, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_environment(folder: Path) -> dict[str, Json]:
@@ -148,6 +158,7 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
 
     Raises:
         FileNotFoundError: If it is none of them, or the run has not saved weights yet.
+        ValueError: If the run's weights are damaged.
     """
     path = Path(spec)
     if path.is_file():
@@ -156,6 +167,11 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     if folder is None and len(path.parts) == 1:
         folder = run_dir(str(spec), runs_dir)
     if folder is not None and (folder / WEIGHTS).is_file():
+        if reason := fault(folder / WEIGHTS):
+            raise ValueError(
+                f"{folder / WEIGHTS}: {reason}. Name the file itself to take it all the same, or "
+                "continue the run with resume=auto, which writes it again"
+            )
         return folder / WEIGHTS
     if folder is not None and (folder / CONFIG).exists():
         raise FileNotFoundError(
@@ -164,13 +180,6 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     raise FileNotFoundError(
         f"{spec!s} is neither a weights file nor a run; {_known(Path(runs_dir) / path.name)}"
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, never meets half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -193,10 +202,12 @@ def _refusal(folder: Path) -> str:
 def _require_same(folder: Path, settings: Mapping[str, Json]) -> None:
     """Refuse to continue a run under settings that would have led elsewhere."""
     before = _plain(read_config(folder))
+    drawn = (before.get("data") or {}).get("resampled") is True
+    may_change = (*MAY_CHANGE, *(RESAMPLED_MAY_CHANGE if drawn else ()))
     changed = [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in _differences(before, settings)
-        if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+        if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     ]
     if changed:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -14,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.launch import (
+    lost_contact,
+    process_rank,
+    require_as_started,
+    started_by_us,
+    stay_with_parent,
+)
 
 if TYPE_CHECKING:
     from gradeclip_ft.commands.build import Training
-
-# Where launchers say which of a job's processes this is.
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-TERMINATED = 143  # exit code of a program that ended on SIGTERM
 
 
 def train(cfg: DictConfig) -> None:
@@ -34,30 +36,39 @@ def train(cfg: DictConfig) -> None:
     python -m gradeclip_ft train +exp=... name=b16 resume=auto  go on after an interruption
     python -m gradeclip_ft train -m +exp=shapes seed=0,1 name='shapes_${seed}'  several jobs
     """
+    require_as_started(cfg)
     folder = runs.run_dir(cfg.name, cfg.runs_dir)
     rank = process_rank()
     with _claimed(folder, cfg, rank) as checkpoint:
         from gradeclip_ft.commands.build import build
 
+        stay_with_parent()
         job = build(cfg, folder, command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}")
         if rank == 0:
             job.data.on_prepared = lambda facts: runs.record(folder, {"data": facts})
-        try:
-            job.trainer.fit(
-                job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True
-            )
-        except SystemExit as end:  # Lightning's answer to a signal, after all is saved
-            print(f"interrupted behind step {job.trainer.global_step}; resume=auto goes on")
-            raise SystemExit(end.code or TERMINATED) from end
+        _fit(job, checkpoint, rank)
         if rank == 0:
             _finish(job, cfg, folder)
 
 
-def process_rank() -> int:
-    """Number of this process in its job; 0 where it is alone or starts the others."""
-    if int(os.environ.get("NODE_RANK", 0)) and "RANK" not in os.environ:
-        return 1 + int(os.environ.get("LOCAL_RANK", 0))
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
+    """Train; say how a run that ended otherwise goes on."""
+    try:
+        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as end:  # our answer to a signal, after all is saved
+        if rank == 0:
+            print(f"interrupted behind step {job.trainer.global_step}; resume=auto goes on")
+        # Lightning kills the first process as soon as one that it started ends with an error
+        raise SystemExit(0 if started_by_us() else end.code) from end
+    except Exception as error:
+        if job.trainer.world_size > 1 and lost_contact(error):
+            raise RuntimeError(
+                f"process {rank} of {job.trainer.world_size} lost contact with another one of this "
+                f"job at step {job.trainer.global_step + 1}: that one died, or did not answer in "
+                "time; its own message, if any, stands above. Start the job again with "
+                f"resume=auto ({str(error).splitlines()[0]})"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -77,7 +88,7 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
     step = job.trainer.global_step
     if cfg.evaluation.after and job.evaluate.evaluated != step:
         job.module.to(job.trainer.strategy.root_device)
-        job.evaluate.evaluate(job.trainer)
+        job.evaluate.measure(job.trainer)
     _print_results(folder, step)
     if step < cfg.trainer.max_steps:
         print(f"stopped behind step {step} of {cfg.trainer.max_steps}; resume=auto goes on")

@@ -1,6 +1,9 @@
-"""All-gather with gradient, also of row counts that differ between processes."""
+"""All-gather with gradient, also of row counts that differ between processes; long waits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,31 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this process; 0 where no process group exists."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process. A collective: all processes call it."""
+    if world_size() == 1:
+        return here
+    found = torch.tensor(float(here), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def patient_barrier(patience: timedelta) -> Callable[[], None]:
+    """A barrier for work that one process does while the others wait. All processes make it.
+
+    It has a process group of its own: the ordinary collectives keep a short limit, behind which a
+    process that hangs is given up. Over gloo, a process that dies ends the wait at once.
+    """
+    if world_size() == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=patience)
+
+    def wait() -> None:
+        dist.barrier(group)  # type: ignore[arg-type]
+
+    return wait
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from gradeclip_ft.training.checkpoints import write_weights
+from gradeclip_ft.training.run_files import write_weights
 
 BEST = "best.safetensors"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch.optim import Optimizer
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.evaluators.base import Evaluator, run_all
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.distributed import patient_barrier
 from gradeclip_ft.training.best import Best
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.guard import StopOnNonFinite, gather
 from gradeclip_ft.training.loggers import FileLogger
 
+# Other processes wait this long while the first one evaluates.
+PATIENCE = timedelta(days=1)
 logger = logging.getLogger(__name__)
 
 
@@ -163,6 +167,7 @@ class Evaluate(pl.Callback):
         if every is not None and every < 1:
             raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
         self.evaluated: int | None = None
+        self._wait: Callable[[], None] = lambda: None
         self._evaluators = evaluators
         self._loaded = loaded
         self._folder = folder
@@ -175,10 +180,11 @@ class Evaluate(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make or check the data, on one process."""
+        self._wait = patient_barrier(PATIENCE)
         if trainer.is_global_zero and (self._before or self._after or self._every):
             for evaluator in self._evaluators.values():
                 evaluator.prepare()
-        trainer.strategy.barrier("evaluation data")
+        self._wait()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The untouched model, unless the run is a resumed one."""
@@ -205,28 +211,32 @@ class Evaluate(pl.Callback):
             self.evaluate(trainer)
 
     def evaluate(self, trainer: pl.Trainer) -> None:
-        """Evaluate the model as it is; results and loggers get the numbers."""
-        self.evaluated = trainer.global_step
+        """Evaluate the model as it is, on the first process while the others wait. A collective."""
         if trainer.is_global_zero:
-            results = run_all(
-                self._evaluators,
-                self._loaded,
-                folder=self._folder,
-                run=self._run,
-                step=trainer.global_step,
-                command=self._command,
-            )
-            found: dict[str, float] = {}
-            for result in results:
-                place = f"{result.evaluator} at step {result.step}"
-                logger.info("evaluated %s in %.1f s", place, result.seconds)
-                numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
-                log(trainer, numbers)
-                found |= numbers
-            if self._best is not None:
-                weights = self._loaded.clip.model.state_dict()
-                self._best.offer(found, weights, step=trainer.global_step)
-        trainer.strategy.barrier("evaluate")
+            self.measure(trainer)
+        self.evaluated = trainer.global_step
+        self._wait()
+
+    def measure(self, trainer: pl.Trainer) -> None:
+        """Evaluate the model in this process; results and loggers get the numbers."""
+        results = run_all(
+            self._evaluators,
+            self._loaded,
+            folder=self._folder,
+            run=self._run,
+            step=trainer.global_step,
+            command=self._command,
+        )
+        found: dict[str, float] = {}
+        for result in results:
+            place = f"{result.evaluator} at step {result.step}"
+            logger.info("evaluated %s in %.1f s", place, result.seconds)
+            numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
+            log(trainer, numbers)
+            found |= numbers
+        if self._best is not None:
+            weights = self._loaded.clip.model.state_dict()
+            self._best.offer(found, weights, step=trainer.global_step)
 
 
 def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:

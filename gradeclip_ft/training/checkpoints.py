@@ -1,27 +1,26 @@
-"""What a run goes on from: `last.ckpt` (full state), `weights.safetensors` (open_clip's keys).
-
-Both are of the same step and replaced by renaming, so a crash at any moment leaves usable files.
-"""
+"""When a run saves what it goes on from, and what happens where that cannot be written."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+import logging
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.optim import Optimizer
 
+from gradeclip_ft.training.ledger import CHECKPOINT
 from gradeclip_ft.training.module import FineTuneModule
+from gradeclip_ft.training.run_files import sweep, write_both
 
-CHECKPOINT = "last.ckpt"
-WEIGHTS = "weights.safetensors"
+OnSaveError = Literal["stop", "continue"]
+logger = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint cannot be written; those on disk are untouched."""
 
 
 class Checkpoints(Checkpoint):
@@ -30,16 +29,26 @@ class Checkpoints(Checkpoint):
     Args:
         folder: Of the run.
         every: Steps between two checkpoints.
+        keep: Checkpoints on disk: the last one and those before it.
+        on_error: What a checkpoint that cannot be written does to the run. The one behind the last
+            step ends it in any case.
     """
 
-    def __init__(self, folder: Path, *, every: int) -> None:
+    def __init__(
+        self, folder: Path, *, every: int, keep: int = 2, on_error: OnSaveError = "stop"
+    ) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(
                 f"checkpoint_every is {every}; give the steps between checkpoints, 1 or more"
             )
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; a run needs 1 checkpoint or more to go on from")
         self._folder = folder
         self._every = every
+        self._keep = keep
+        self._on_error = on_error
+        self._good: Path | None = None
         self._saved: int | None = None
         self._updating: int | None = None
 
@@ -48,22 +57,23 @@ class Checkpoints(Checkpoint):
         """The checkpoint to go on from, in words."""
         if not self._saved:
             return "none yet"
-        return f"{self._folder / CHECKPOINT} (step {self._saved})"
+        return f"{self._good} (step {self._saved})"
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write both files for the current step; no collective, so one process alone can do it."""
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        if trainer.is_global_zero:
-            module = trainer.lightning_module
-            assert isinstance(module, FineTuneModule)
-            write_both(
-                self._folder, state, module.clip.model.state_dict(), step=trainer.global_step
-            )
-        self._saved = trainer.global_step
+        """Write both files for the current step. A collective: no process goes on before the end.
+
+        Raises:
+            SaveError: They cannot be written, and `on_error` is "stop".
+        """
+        self._write(trainer, self._on_error)
+        trainer.strategy.barrier("checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to save; a resumed run stands at its checkpoint."""
         self._saved = trainer.global_step
+        self._good = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        if trainer.is_global_zero:
+            sweep(self._folder)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -86,79 +96,52 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a run that ended early, by a time limit for example."""
-        self._save_if_ahead(trainer)
+        """Save a run that ended early, by a time limit for example, or whose disk was full."""
+        if self._ahead(trainer):
+            self._write(trainer, "stop")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Save the steps since the last checkpoint, unless an update was cut off half-way."""
-        self._save_if_ahead(trainer)
+        if self._ahead(trainer) and not isinstance(exception, SaveError):
+            self._write(trainer, "continue")
 
-    def _save_if_ahead(self, trainer: pl.Trainer) -> None:
-        if self._saved is not None and trainer.global_step not in (self._saved, self._updating):
-            self.save(trainer)
+    def _ahead(self, trainer: pl.Trainer) -> bool:
+        return self._saved is not None and trainer.global_step not in (self._saved, self._updating)
 
+    def _write(self, trainer: pl.Trainer, on_error: OnSaveError) -> None:
+        """Write both files, on the first process; no collective."""
+        step = trainer.global_step
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if trainer.is_global_zero:
+            module = trainer.lightning_module
+            assert isinstance(module, FineTuneModule)
+            weights = module.clip.model.state_dict()
+            last = self._good == self._folder / CHECKPOINT
+            try:
+                write_both(
+                    self._folder,
+                    state,
+                    weights,
+                    step=step,
+                    keep=self._keep,
+                    before=self._saved if last else None,
+                )
+            except OSError as error:
+                self._tell(error, step, on_error)
+                return
+        self._saved, self._good = step, self._folder / CHECKPOINT
 
-def write_both(
-    folder: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor], *, step: int
-) -> None:
-    """Replace checkpoint and weights in `folder`; both are complete before either is replaced."""
-    writers: dict[Path, Callable[[Path], None]] = {
-        folder / WEIGHTS: _weights_writer(weights, step, {}),
-        folder / CHECKPOINT: lambda path: torch.save(dict(state), path),
-    }
-    _write_all(writers)
-
-
-def write_weights(
-    path: Path, weights: Mapping[str, Tensor], *, step: int, note: Mapping[str, str]
-) -> None:
-    """Replace one weights file.
-
-    Args:
-        path: The file.
-        weights: In open_clip's names.
-        step: Optimiser steps behind them.
-        note: More for the head of the file.
-    """
-    _write_all({path: _weights_writer(weights, step, note)})
-
-
-def _weights_writer(
-    weights: Mapping[str, Tensor], step: int, note: Mapping[str, str]
-) -> Callable[[Path], None]:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"format": "pt", "step": str(step), **note}
-    return lambda path: save_file(tensors, path, metadata=metadata)
-
-
-def _write_all(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write all files aside, then rename them."""
-    written: list[tuple[Path, Path]] = []
-    try:
-        for final, write in writers.items():
-            final.parent.mkdir(parents=True, exist_ok=True)
-            aside = final.parent / f".{final.name}.{os.getpid()}"
-            written.append((aside, final))
-            write(aside)
-            _flush(aside)
-        for aside, final in written:
-            aside.replace(final)
-    finally:
-        for aside, _ in written:
-            aside.unlink(missing_ok=True)
-
-
-def step_of(weights: Path) -> int | None:
-    """Step that a weights file of a run was written at; None for other files."""
-    with safe_open(weights, framework="pt") as file:
-        note: dict[str, str] = file.metadata() or {}
-    return int(note["step"]) if "step" in note else None
-
-
-def _flush(path: Path) -> None:
-    """Bytes on the disk before the name points to them; readable as other files of a run are."""
-    path.chmod(0o644)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    def _tell(self, error: OSError, step: int, on_error: OnSaveError) -> None:
+        free = shutil.disk_usage(self._folder).free / 1e6
+        what = (
+            f"no checkpoint at step {step}: {error} ({free:,.0f} MB free in {self._folder}). "
+            f"Last good checkpoint: {self.last_good}"
+        )
+        if on_error == "stop":
+            raise SaveError(
+                f"{what}. Make room and go on with resume=auto; trainer.keep=1 keeps one "
+                "checkpoint, trainer.on_save_error=continue trains on without"
+            ) from error
+        logger.error("%s; training goes on", what)

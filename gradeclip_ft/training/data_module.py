@@ -3,19 +3,25 @@
 To Lightning the whole run is one pass of `max_steps` batches. Behind it stand the source's epochs,
 each in an order fixed by seed and epoch. Where a pass begins follows from the number of finished
 steps, so a resumed run goes on with the very batch that comes next, also in the middle of an epoch,
-whatever was prefetched when it stopped.
+whatever was prefetched when it stopped. Where samples are drawn with replacement, a run may also go
+on with another number of processes: it then begins new draws, and counts epochs from there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
 from gradeclip_ft.batch import CaptionBatch
+
+ELASTIC = ("world_size", "batches_per_epoch")  # what other processes may change
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -30,6 +36,11 @@ class Epoch(Protocol):
 class CaptionSource(Protocol):
     """Where caption batches come from; an epoch's order depends on `loader`'s arguments alone."""
 
+    @property
+    def resampled(self) -> bool:
+        """Whether samples are drawn with replacement, so that no process has a share of its own."""
+        ...
+
     def prepare(self) -> dict[str, Any]:
         """Make or check what the workers need; returns facts for the run's record."""
         ...
@@ -42,32 +53,43 @@ class CaptionSource(Protocol):
 class RunLoader(Iterable[CaptionBatch]):
     """All batches of a run for one process, from `position()` on.
 
+    Args:
+        open_epoch: Epoch and first batch to the batches of an epoch; the third argument numbers the
+            draws, 0 unless the number of processes changed on the way.
+        total: Batches of the whole run.
+        position: Batches behind the finished steps.
+        identity: What else fixes the order of the batches.
+        resampled: Whether another number of processes may go on.
+
     Attributes:
         seconds_waited: Time spent waiting for batches, in total.
     """
 
     def __init__(
         self,
-        open_epoch: Callable[[int, int], Epoch],
+        open_epoch: Callable[[int, int, int], Epoch],
         *,
         total: int,
         position: Callable[[], int],
         identity: dict[str, int],
+        resampled: bool = False,
     ) -> None:
         self.seconds_waited = 0.0
         self._open = open_epoch
         self._total = total
         self._position = position
         self._identity = identity
+        self._resampled = resampled
+        self._begun = 0  # batches before the present draws
 
     def __len__(self) -> int:
         return self._total
 
     def __iter__(self) -> Iterator[CaptionBatch]:
-        epoch, start = divmod(self._position(), self.batches_per_epoch)
+        epoch, start = divmod(self._position() - self._begun, self.batches_per_epoch)
         while True:
             batches = 0
-            for batch in self._timed(self._open(epoch, start)):
+            for batch in self._timed(self._open(epoch, start, self._begun)):
                 batches += 1
                 yield batch
             if batches != self.batches_per_epoch - start:
@@ -87,28 +109,48 @@ class RunLoader(Iterable[CaptionBatch]):
     @cached_property
     def batches_per_epoch(self) -> int:
         """Batches of a full epoch of this process."""
-        return len(self._open(0, 0))
+        return len(self._open(0, 0, 0))
 
     def state_dict(self) -> dict[str, int]:
         """What fixes the order of the batches; enters the checkpoint."""
-        return {**self._identity, "batches_per_epoch": self.batches_per_epoch}
+        fixed = {**self._identity, "batches_per_epoch": self.batches_per_epoch}
+        return {**fixed, "begun": self._begun}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Compares with a checkpoint's state.
+        """Goes on behind a checkpoint's batches, or begins new draws where that is allowed.
 
         Raises:
             ValueError: If the order would be another one than the interrupted run's.
         """
-        differing = [
-            f"{key} was {state.get(key)}, is {value}"
+        self._begun = state.get("begun", 0)
+        differing = {
+            key: f"{key} was {state.get(key)}, is {value}"
             for key, value in self.state_dict().items()
-            if state.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"the run cannot continue on the same batches: {'; '.join(differing)}. "
-                "Resume with the settings it was started with, or start a new run with init_from="
-            )
+            if state.get(key, 0) != value
+        }
+        if not differing:
+            return
+        if not (self._resampled and differing.keys() <= set(ELASTIC)):
+            raise ValueError(_refusal(differing))
+        logger.warning(
+            "%s: the run goes on with new draws. A step now sees another number of pairs and "
+            "negatives unless data.batch_size makes up for it",
+            "; ".join(differing.values()),
+        )
+        self._begun = self._position()
+
+
+def _refusal(differing: Mapping[str, str]) -> str:
+    reason = (
+        ": data.resampled=false gives every process its own share of every epoch, so other "
+        "processes would repeat some samples and leave out others"
+        if "world_size" in differing
+        else ""
+    )
+    return (
+        f"the run cannot continue on the same batches: {'; '.join(differing.values())}{reason}. "
+        "Resume with the settings it was started with, or start a new run with init_from="
+    )
 
 
 class CaptionDataModule(pl.LightningDataModule):
@@ -135,9 +177,10 @@ class CaptionDataModule(pl.LightningDataModule):
         rank, world_size = trainer.global_rank, trainer.world_size
         per_step = trainer.accumulate_grad_batches
 
-        def open_epoch(epoch: int, start: int) -> Epoch:
+        def open_epoch(epoch: int, start: int, begun: int) -> Epoch:
+            seed = _fresh(self.seed, begun) if begun else self.seed
             return self.source.loader(
-                seed=self.seed, epoch=epoch, rank=rank, world_size=world_size, start=start
+                seed=seed, epoch=epoch, rank=rank, world_size=world_size, start=start
             )
 
         self._loader = RunLoader(
@@ -145,6 +188,7 @@ class CaptionDataModule(pl.LightningDataModule):
             total=trainer.max_steps * per_step,
             position=lambda: trainer.global_step * per_step,
             identity={"seed": self.seed, "world_size": world_size, "batches_per_step": per_step},
+            resampled=self.source.resampled,
         )
         return self._loader
 
@@ -159,3 +203,9 @@ class CaptionDataModule(pl.LightningDataModule):
                 "the data module has no trainer yet; hand it to Trainer.fit(datamodule=...)"
             )
         return self.trainer
+
+
+def _fresh(seed: int, begun: int) -> int:
+    """Seed of the draws that begin behind so many batches."""
+    digest = hashlib.blake2b(f"{seed}/{begun}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1

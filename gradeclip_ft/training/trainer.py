@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from gradeclip_ft.training.callbacks import Record
-from gradeclip_ft.training.checkpoints import Checkpoints
+from gradeclip_ft.training.checkpoints import Checkpoints, OnSaveError
 from gradeclip_ft.training.guard import StopOnNonFinite
 from gradeclip_ft.training.progress import progress
+from gradeclip_ft.training.signals import StopOnSignal
 
-# Other processes wait this long while the first one evaluates.
-PATIENCE = timedelta(hours=4)
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
 
 
@@ -43,6 +43,9 @@ def make_trainer(
     log_every: int = 10,
     checkpoint_every: int = 500,
     max_non_finite: int = 0,
+    keep: int = 2,
+    on_save_error: OnSaveError = "stop",
+    timeout_minutes: int = 30,
     threads: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> pl.Trainer:
@@ -65,6 +68,9 @@ def make_trainer(
         checkpoint_every: Steps between two checkpoints.
         max_non_finite: Steps of the run whose loss or gradient may be not finite; they are left
             out, and one more stops the run.
+        keep: Checkpoints on disk: `last.ckpt` and those before it.
+        on_save_error: Whether a checkpoint that cannot be written (a full disk) ends the run.
+        timeout_minutes: How long a process waits for the others of a step before it gives up.
         threads: Of torch on the CPU; None leaves torch's choice.
         extra: Further arguments of `lightning.Trainer`, as they are.
 
@@ -79,7 +85,7 @@ def make_trainer(
     if threads is not None:
         torch.set_num_threads(threads)
     _quieten()
-    checkpoints = Checkpoints(folder, every=checkpoint_every)
+    checkpoints = Checkpoints(folder, every=checkpoint_every, keep=keep, on_error=on_save_error)
     guard = StopOnNonFinite(folder, checkpoints, most=max_non_finite)
     record = Record(guard, every=log_every)
     shown = progress(record)
@@ -89,12 +95,13 @@ def make_trainer(
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": num_nodes,
-        "strategy": _strategy(strategy),
+        "strategy": _strategy(strategy, timedelta(minutes=timeout_minutes)),
         "precision": precision,
         "gradient_clip_val": gradient_clip,
         "accumulate_grad_batches": accumulate,
         "logger": list(loggers),
-        "callbacks": [guard, record, shown, *callbacks, checkpoints],
+        "callbacks": [guard, record, shown, StopOnSignal(checkpoints), *callbacks, checkpoints],
+        "plugins": _plugins(),
         "log_every_n_steps": log_every,
         "default_root_dir": folder,
         "inference_mode": False,  # explanations need gradients, also in evaluation
@@ -115,8 +122,13 @@ def _start(arguments: dict[str, Any], extra: Mapping[str, Any], asked: str) -> p
         raise ValueError(f"{asked}: {error} trainer=cpu works on every machine") from error
 
 
-def _strategy(name: str) -> str | Strategy:
-    return DDPStrategy(timeout=PATIENCE) if name == "ddp" else name
+def _strategy(name: str, timeout: timedelta) -> str | Strategy:
+    return DDPStrategy(timeout=timeout) if name == "ddp" else name
+
+
+def _plugins() -> list[Any]:
+    """Under SLURM, Lightning without its own way of requeueing: the batch script does it."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _quieten() -> None:

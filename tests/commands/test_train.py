@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.commands.train import process_rank
+from gradeclip_ft.commands.launch import process_rank
 from gradeclip_ft.training.callbacks import Record
 from gradeclip_ft.training.loggers import read_lines
 
@@ -56,12 +56,14 @@ def test_a_run_leaves_the_files_that_others_rely_on(train, home, capsys) -> None
     assert train("name=whole") == 0
     folder = home / "runs" / "whole"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints.json",
         "config.yaml",
         "environment.json",
         "evaluations",
         "last.ckpt",
         "metrics.csv",
         "metrics.jsonl",
+        "step-00000002.ckpt",
         "weights.safetensors",
     ]
     assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [

@@ -18,6 +18,7 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.training.data_module import CaptionDataModule
+from gradeclip_ft.training.ledger import newest_good
 from gradeclip_ft.training.loggers import files, read_lines
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine
@@ -72,6 +73,7 @@ class PositionSource:
     """Batches that name their place: (seed, epoch, rank, number in the epoch)."""
 
     batches: int = 3
+    resampled: bool = False
     prepared: int = 0
     opened: list[tuple[int, int]] = field(default_factory=list)
     change: Callable[[CaptionBatch], CaptionBatch] = lambda batch: batch
@@ -144,7 +146,7 @@ class SmallRun:
         trainer.fit(
             module,
             datamodule=data,
-            ckpt_path=str(self.folder / "last.ckpt") if resume else None,
+            ckpt_path=newest_good(self.folder) if resume else None,
             weights_only=True,
         )
         return trainer

@@ -1,17 +1,23 @@
 """Files to go on from, whatever happens while they are written."""
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.training import checkpoints
-from gradeclip_ft.training.checkpoints import step_of, write_both
+from gradeclip_ft.training import checkpoints, run_files
+from gradeclip_ft.training.checkpoints import SaveError
+from gradeclip_ft.training.ledger import fault, newest_good
+from gradeclip_ft.training.run_files import step_of, write_both
 
 TINY = {"weight": torch.ones(2, 2)}
 
@@ -19,11 +25,12 @@ TINY = {"weight": torch.ones(2, 2)}
 def die_while_writing(folder: Path) -> None:
     """Killed after the weights are complete and while the checkpoint is being written."""
 
-    def half(state: dict, path: Path) -> None:
-        path.write_bytes(b"half")
+    def half(state: dict, file: BinaryIO) -> None:
+        file.write(b"half")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.torch.save = half
+    run_files.torch.save = half
     write_both(folder, {"step": 2}, {"weight": torch.zeros(2, 2)}, step=2)
 
 
@@ -46,11 +53,15 @@ def test_a_full_disk_leaves_the_previous_files_and_nothing_else(tmp_path, monkey
     def refuse(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", refuse)
+    monkeypatch.setattr(run_files.torch, "save", refuse)
     with pytest.raises(OSError, match="no space left"):
         write_both(tmp_path, {"step": 2}, TINY, step=2)
     monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints.json",
+        "last.ckpt",
+        "weights.safetensors",
+    ]
     assert step_of(tmp_path / "weights.safetensors") == 1
 
 
@@ -81,9 +92,9 @@ def test_checkpoints_come_every_so_many_steps(small_run, monkeypatch) -> None:
     steps: list[int] = []
     write = checkpoints.write_both
 
-    def note(*args: object, step: int) -> None:
+    def note(*args: object, step: int, **options: object) -> None:
         steps.append(step)
-        write(*args, step=step)
+        write(*args, step=step, **options)
 
     monkeypatch.setattr(checkpoints, "write_both", note)
     small_run().train(checkpoint_every=3)
@@ -106,3 +117,166 @@ def test_no_checkpoint_before_anything_was_learnt(small_run) -> None:
 def test_every_must_be_positive(small_run) -> None:
     with pytest.raises(ValueError, match="checkpoint_every is 0"):
         small_run().train(checkpoint_every=0)
+
+
+def test_older_checkpoints_are_kept_as_many_as_asked_for(small_run) -> None:
+    run = small_run()
+    run.train(checkpoint_every=2, keep=3)
+    kept = sorted(path.name for path in run.folder.glob("*.ckpt"))
+    assert kept == ["last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
+    assert torch.load(run.folder / kept[1], weights_only=True)["global_step"] == 4
+    assert all(fault(run.folder / name) is None for name in [*kept, "weights.safetensors"])
+    alone = small_run("alone")
+    alone.train(checkpoint_every=2, keep=1)
+    assert [path.name for path in alone.folder.glob("*.ckpt")] == ["last.ckpt"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_run, caplog, damage) -> None:
+    """Would catch a run that goes on from half a file, or that cannot go on at all."""
+    whole, run = small_run("whole"), small_run()
+    whole.train(checkpoint_every=2)
+    run.train(checkpoint_every=2, stop_at=6)
+    damage(run.folder / "last.ckpt")
+    assert newest_good(run.folder) == run.folder / "step-00000004.ckpt"
+    assert ("going on from" in caplog.text) == (damage is not Path.unlink)
+    run.train(resume=True, checkpoint_every=2)
+    assert run.losses == whole.losses
+    assert newest_good(run.folder) == run.folder / "last.ckpt"
+
+
+def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(small_run) -> None:
+    run = small_run()
+    run.train(checkpoint_every=2, stop_at=4)
+    for path in run.folder.glob("*.ckpt"):
+        cut(path)
+    with pytest.raises(ValueError, match=r"no checkpoint can be used: .*cut off"):
+        newest_good(run.folder)
+
+
+def test_a_kill_between_any_two_operations_leaves_a_good_checkpoint(tmp_path, monkeypatch) -> None:
+    """Every rename and every flush in turn is the last thing that happens."""
+    write_both(tmp_path, {"step": 1}, TINY, step=1)
+    for number in range(20):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path, folder, ignore=lambda *_: {str(n) for n in range(20)})
+        process = multiprocessing.get_context("fork").Process(
+            target=die_at_operation, args=(folder, number)
+        )
+        process.start()
+        process.join(60)
+        good = newest_good(folder)
+        assert good is not None
+        state = torch.load(good, weights_only=True)
+        assert fault(folder / "weights.safetensors") is None
+        assert step_of(folder / "weights.safetensors") >= state["step"]
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert number > 6
+    assert state == {"step": 2}
+
+
+def die_at_operation(folder: Path, number: int) -> None:
+    """Killed before the n-th rename, flush or removal of a save."""
+    left = iter(range(number))
+
+    def counted(native):
+        def call(*args, **kwargs):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return native(*args, **kwargs)
+
+        return call
+
+    os.fsync = counted(os.fsync)
+    Path.replace, Path.unlink = counted(Path.replace), counted(Path.unlink)
+    write_both(folder, {"step": 2}, {"weight": torch.zeros(2, 2)}, step=2, keep=2, before=1)
+
+
+def test_what_a_killed_process_left_is_swept_away(small_run) -> None:
+    run = small_run()
+    run.train(stop_at=4)
+    (run.folder / ".last.ckpt.123").write_bytes(b"half")
+    (run.folder / ".mine").touch()
+    run.train(resume=True)
+    assert [path.name for path in run.folder.glob(".*")] == [".mine"]
+
+
+class Full:
+    """A disk that is full at some saves, counted from 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, saves: tuple[int, ...]) -> None:
+        self.count, self.saves, self.native = 0, saves, torch.save
+        monkeypatch.setattr(run_files.torch, "save", self)
+
+    def __call__(self, state: object, file: BinaryIO) -> None:
+        self.count += 1
+        if self.count in self.saves:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.native(state, file)
+
+
+def test_a_full_disk_stops_the_run_with_the_last_good_checkpoint(small_run, monkeypatch) -> None:
+    run = small_run()
+    Full(monkeypatch, (2,))
+    with pytest.raises(SaveError, match=r"step 4: .*No space left.*last.ckpt \(step 2\)") as caught:
+        run.train(checkpoint_every=2)
+    assert "trainer.on_save_error=continue" in str(caught.value)
+    assert torch.load(newest_good(run.folder), weights_only=True)["global_step"] == 2
+    run.train(resume=True, checkpoint_every=2)
+    assert list(run.losses) == list(range(1, 9))
+
+
+def test_a_full_disk_can_be_lived_through(small_run, monkeypatch, caplog) -> None:
+    """Reported each time; the next checkpoint is written when there is room again."""
+    run = small_run()
+    Full(monkeypatch, (2, 3))
+    run.train(checkpoint_every=2, on_save_error="continue")
+    assert caplog.text.count("training goes on") == 2
+    assert torch.load(newest_good(run.folder), weights_only=True)["global_step"] == 8
+
+
+def test_a_run_never_ends_well_without_its_last_checkpoint(small_run, monkeypatch) -> None:
+    run = small_run()
+    Full(monkeypatch, (4, 5))
+    with pytest.raises(SaveError, match=r"step 8: .*last.ckpt \(step 6\)"):
+        run.train(checkpoint_every=2, on_save_error="continue")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 100 kB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("state", "weights"), [(10, 10**5), (10**5, 10)])
+def test_what_the_writers_of_either_file_say_is_understood(
+    tmp_path, small_disk, state, weights
+) -> None:
+    """Torch and safetensors have errors of their own for a disk that takes no more."""
+    write_both(tmp_path, {"step": 1}, TINY, step=1)
+    large = {"state": torch.zeros(state)}, {"weight": torch.zeros(weights)}
+    with pytest.raises(OSError, match="File too large"):
+        write_both(tmp_path, *large, step=2)
+    assert not list(tmp_path.glob(".*"))
+    assert torch.load(newest_good(tmp_path), weights_only=True) == {"step": 1}
+
+
+def test_keep_must_be_positive(small_run) -> None:
+    with pytest.raises(ValueError, match="keep is 0"):
+        small_run().train(keep=0)

@@ -11,17 +11,17 @@ class Epochs:
     def __init__(self, length: int = 4, given: int | None = None) -> None:
         self.length, self.given = length, length if given is None else given
 
-    def open(self, epoch: int, start: int) -> "Epochs":
+    def open(self, epoch: int, start: int, begun: int) -> "Epochs":
         opened = Epochs(self.length, self.given)
-        opened.place = (epoch, start)
+        opened.place = (epoch, start) if not begun else (epoch, start, begun)
         return opened
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self):
-        epoch, start = self.place
-        return ((epoch, number) for number in range(start, self.given))
+        epoch, start, *begun = self.place
+        return ((epoch, number, *begun) for number in range(start, self.given))
 
 
 def take(loader: RunLoader, count: int) -> list:
@@ -58,6 +58,45 @@ def test_another_number_of_processes_is_refused_on_resume() -> None:
     with pytest.raises(ValueError, match="world_size was 2, is 1"):
         loader(Epochs(), world_size=1).load_state_dict(state)
     loader(Epochs(), world_size=2).load_state_dict(state)
+
+
+def test_a_reason_is_given_where_samples_have_owners() -> None:
+    state = loader(Epochs(), world_size=2).state_dict()
+    with pytest.raises(ValueError, match=r"resampled=false gives every process its own share"):
+        loader(Epochs(), world_size=1).load_state_dict(state)
+
+
+def drawing(length: int, position: int, world_size: int) -> RunLoader:
+    return RunLoader(
+        Epochs(length).open,
+        total=100,
+        position=lambda: position,
+        identity={"seed": 0, "world_size": world_size},
+        resampled=True,
+    )
+
+
+def test_drawn_samples_go_on_with_other_processes_and_new_draws(caplog) -> None:
+    """Would catch draws that repeat: epoch 0 of one process holds what epochs 0 and 1 of two do."""
+    other = drawing(8, position=6, world_size=1)
+    other.load_state_dict(drawing(4, position=6, world_size=2).state_dict())
+    assert take(other, 9) == [*((0, number, 6) for number in range(8)), (1, 0, 6)]
+    assert "world_size was 2, is 1" in caplog.text
+
+
+def test_the_new_draws_go_on_at_the_next_resume() -> None:
+    """Would catch a second interruption that falls back to the first draws."""
+    other = drawing(8, position=6, world_size=1)
+    other.load_state_dict(drawing(4, position=6, world_size=2).state_dict())
+    again = drawing(8, position=9, world_size=1)
+    again.load_state_dict(other.state_dict())
+    assert take(again, 2) == [(0, 3, 6), (0, 4, 6)]
+
+
+def test_drawn_samples_do_not_excuse_another_seed() -> None:
+    state = drawing(4, 6, 2).state_dict()
+    with pytest.raises(ValueError, match="seed was 1, is 0"):
+        drawing(4, 6, 2).load_state_dict({**state, "seed": 1})
 
 
 def test_data_are_prepared_once_and_reported(small_run) -> None:

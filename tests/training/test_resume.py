@@ -77,13 +77,20 @@ def test_a_failure_between_steps_loses_nothing(small_run) -> None:
     assert_same_end(parts, parts.train(resume=True), whole, expected)
 
 
-def test_a_termination_signal_loses_nothing(small_run) -> None:
-    """What a cluster sends before it takes a node away."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_inside_a_step_ends_the_run_behind_it(small_run, number) -> None:
+    """What a cluster sends before it takes a node away; the step is finished and saved."""
     whole, parts = small_run("whole"), small_run("parts")
     expected = whole.train()
-    terminate = At(5, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        parts.train(callbacks=(terminate,))
+    send = At(5, lambda trainer: os.kill(os.getpid(), number), inside=True)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        parts.train(callbacks=(send,))
+    assert ended.value.code == 143
+    assert parts.losses.keys() == {1, 2, 3, 4, 5, 6}
+    saved = torch.load(parts.folder / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    assert signal.getsignal(number) == before
     assert_same_end(parts, parts.train(resume=True), whole, expected)
 
 
