@@ -132,7 +132,8 @@ def explain_image(
     target, owner = unit(target.detach()).to(images.device), owner.to(images.device)
     with _evaluating(clip), torch.autocast(images.device.type, enabled=False):
         if isinstance(explainer, InputExplainer):
-            found = explainer.from_input(clip.image, images, target, owner).detach()
+            with torch.enable_grad():
+                found = explainer.from_input(clip.image, images, target, owner).detach()
             if found.ndim == 3:
                 return found
             with torch.no_grad():
@@ -178,7 +179,8 @@ def explain_text(
         with torch.no_grad():
             opened = clip.text.open(texts)
         if isinstance(explainer, InputExplainer):
-            found = explainer.from_input(clip.text, texts, target, owner)
+            with torch.enable_grad():
+                found = explainer.from_input(clip.text, texts, target, owner)
         elif isinstance(explainer, RecordExplainer):
             _, found = _from_record(explainer, clip.text, texts, target, owner)
         else:

@@ -147,3 +147,16 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
     clip = make_tiny_clip("siglip")
     with pytest.raises(ValueError, match="layer is 9 of 2; choose 0 to 1, or null for 1"):
         explain_image(M2ib(9), clip, images(clip, 1), torch.randn(1, 16), ONE)
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients(steps=3), M2ib(layer=1, steps=2)])
+def test_methods_work_where_gradients_are_off(method: IntegratedGradients | M2ib) -> None:
+    """Evaluators run without gradients; these methods need them, and leave the switch as it was."""
+    clip = make_tiny_clip("vit")
+    pixels, target = images(clip, 1), torch.randn(1, 16)
+    expected = explain_image(method, clip, pixels, target, ONE)
+    with torch.no_grad():
+        found = explain_image(method, clip, pixels, target, ONE)
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
