@@ -19,6 +19,7 @@ from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.by_class import class_table, most_confused
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.evaluators.region_source import RegionSource
+from gradeclip_ft.evaluators.square import square_side
 from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
@@ -111,7 +112,7 @@ class RegionEvaluator:
             ValueError: The model has no dense features, the size does not suit its patches, the
                 data are damaged, or the features are not finite.
         """
-        size = self._size(loaded)
+        size = square_side(loaded, self.image_size, self.name)
         regions = self.data(
             image_size=size,
             patch=loaded.patch,
@@ -190,27 +191,6 @@ class RegionEvaluator:
                 found = meter.micro().items()
                 metrics |= {f"{group}/micro_{key}": float(value) for key, value in found}
         return metrics
-
-    def _size(self, loaded: LoadedClip) -> int:
-        """Side of the square; towers interpolate their positions to it."""
-        height, width = loaded.image_size
-        tower = loaded.clip.image
-        if tower.unexplained is not None:
-            raise ValueError(f"{self.name} needs dense features, but {tower.unexplained}")
-        if self.image_size is None and height != width:
-            raise ValueError(
-                f"{self.name} pads photos to squares, the model takes {height} x {width}; set "
-                "the evaluator's image_size"
-            )
-        wanted = height if self.image_size is None else self.image_size
-        if wanted % tower.patch:
-            below = wanted // tower.patch * tower.patch
-            raise ValueError(
-                f"{self.name} asks for {wanted} pixels, no multiple of the model's patch size "
-                f"{tower.patch}; set the evaluator's image_size to {below or tower.patch} or "
-                f"{below + tower.patch}"
-            )
-        return wanted
 
 
 def _details(
