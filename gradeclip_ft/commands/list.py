@@ -14,6 +14,7 @@ CALLED = {
     "exp": "experiments",
     "data": "data",
     "debug": "debug",
+    "methods": "methods",
     "optim": "optim",
     "exp/maps": "exp/maps",
     "exp/photos": "exp/photos",

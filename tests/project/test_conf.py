@@ -31,7 +31,7 @@ EXPERIMENTS = sorted(
 LEAVES = [
     (group, option)
     for group in groups()
-    if group.split("/")[0] != "exp"
+    if group.split("/")[0] not in ("exp", "methods")
     for option in options(group)
 ]
 # Methods that explain but cannot weigh a training step.
