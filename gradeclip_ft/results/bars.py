@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from gradeclip_ft.results.record import Json
+from gradeclip_ft.results.record import Json, unit_of, written
 from gradeclip_ft.results.table import DEVIATION, Row, Table
 
 STYLE = """
@@ -42,10 +42,12 @@ def _number(row: Row, metric: str) -> str:
     value, deviation = row.get(metric), row.get(metric + DEVIATION)
     if not isinstance(value, float):
         return "<td></td>"
-    spread = f" ± {100 * deviation:.1f}" if isinstance(deviation, float) else ""
+    spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    if unit_of(metric) != "%":
+        return f'<td class="number">{written(metric, value)}{spread}</td>'
     width = f"{100 * min(max(value, 0.0), 1.0):.1f}"
     bar = f'<div class="bar"><i style="width:{width}%"></i></div>'
-    return f'<td class="number">{100 * value:.1f}{spread}{bar}</td>'
+    return f'<td class="number">{written(metric, value)}{spread}{bar}</td>'
 
 
 def _fact(value: Json) -> str:

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
+"""Metrics whose last part is one of these are no fractions."""
+
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
@@ -22,7 +25,7 @@ class Measured:
     """What an evaluator hands back.
 
     Attributes:
-        metrics: Fractions by name.
+        metrics: Fractions by name; other values where the name's last part is one of `UNITS`.
         protocol: Every choice that changes the numbers except data and weights.
         data: Fingerprint: files, counts, hash.
         details: Observations beside the metrics: ties, empty masks.
@@ -118,6 +121,25 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def unit_of(metric: str) -> str:
+    """Unit of a metric's value as people read it: percent for fractions, else that of its name."""
+    return UNITS.get(metric.rpartition("/")[2], "%")
+
+
+def written(metric: str, value: float) -> str:
+    """A metric's value in its unit, with the digits that matter.
+
+    >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376)
+    ('41.4', '6.2376')
+    """
+    match unit_of(metric):
+        case "%":
+            return f"{100 * value:.1f}"
+        case "s":
+            return f"{value:.4f}"
+    return f"{value:.2f}"
 
 
 def _finite(value: float) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from gradeclip_ft.results.bars import to_html
-from gradeclip_ft.results.record import Json, write_atomically
+from gradeclip_ft.results.record import Json, unit_of, write_atomically, written
 from gradeclip_ft.results.table import DEVIATION, Table
 
 Format = Literal["text", "markdown", "csv", "html"]
@@ -28,7 +28,7 @@ def render(table: Table, style: Format) -> str:
     lines = [
         [
             *(_fact(row.get(name)) for name in table.facts),
-            *(_percent(row, metric) for metric in table.metrics),
+            *(_number(row, metric) for metric in table.metrics),
             *((["≠"] if row.get("differs") else [""]) if marked else []),
         ]
         for row in table.rows
@@ -56,7 +56,7 @@ def write_table(
             "",
             f"    {command}",
             "",
-            "Metrics in percent.",
+            _units(shown),
             "",
             render(shown, "markdown"),
             *(f"- {line}" for line in (*table.sources, *notes)),
@@ -69,13 +69,20 @@ def write_table(
     return written
 
 
-def _percent(row: Mapping[str, Json], metric: str) -> str:
+def _units(table: Table) -> str:
+    units = {unit_of(metric) for metric in table.metrics}
+    if units == {"%"}:
+        return "Metrics in percent."
+    others = "seconds, and multiples of the time of encode_image"
+    return f"Metrics in {others}." if "%" not in units else f"Metrics in percent; {others}."
+
+
+def _number(row: Mapping[str, Json], metric: str) -> str:
     value, deviation = row.get(metric), row.get(metric + DEVIATION)
     if not isinstance(value, float):
         return ""
-    return f"{100 * value:.1f}" + (
-        f" ± {100 * deviation:.1f}" if isinstance(deviation, float) else ""
-    )
+    spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    return written(metric, value) + spread
 
 
 def _fact(value: Json) -> str:

@@ -1,0 +1,99 @@
+"""Times of maps: what is counted, how often, and in which order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradeclip_ft.evaluators.timing import TimingEvaluator
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.rollout import Rollout
+from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.tower import UnsupportedTowerError
+from tests.evaluators.conftest import Load
+
+CALLS: list[float] = []
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """A method that takes a known time."""
+
+    naps: float = 0.01
+    images_only: ClassVar[bool] = True
+
+    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
+        CALLS.append(self.naps)
+        time.sleep(self.naps)
+        return torch.zeros(len(owner), 4, 4)
+
+
+@dataclass(frozen=True)
+class Unable(Sleeping):
+    """A method that this tower cannot do."""
+
+    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
+        raise UnsupportedTowerError("not this tower")
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    CALLS.clear()
+
+
+def test_times_are_those_of_the_calls_by_picture_and_by_map(load: Load) -> None:
+    timing = TimingEvaluator(
+        "timing", {"nap": Sleeping(0.02)}, batch_size=2, phrases=5, warm_up=2, rounds=3
+    )
+    measured = timing(load(64, 16))
+    found = measured.metrics
+    assert found["nap/seconds"] == pytest.approx(0.01, rel=0.5)
+    assert found["nap/seconds_per_map"] == pytest.approx(found["nap/seconds"] / 5)
+    bare = found["encode_image/seconds"]
+    assert found["nap/times_encode_image"] == pytest.approx(found["nap/seconds"] / bare)
+    assert found["encode_image/times_encode_image"] == 1.0
+    assert "encode_image/seconds_per_map" not in found
+    assert len(CALLS) == 5
+    chosen = ("batch_size", "phrases_per_image", "image_size", "device", "threads", "pictures")
+    assert [measured.protocol[key] for key in chosen] == [
+        *(2, 5, [64, 64], "cpu"),
+        *(torch.get_num_threads(), "random pixels"),
+    ]
+
+
+def test_methods_take_turns(load: Load) -> None:
+    """A machine that slows down meanwhile must not slow down one method alone."""
+    methods = {"a": Sleeping(0.001), "b": Sleeping(0.002)}
+    TimingEvaluator("timing", methods, warm_up=1, rounds=3)(load(64, 16))
+    assert CALLS == [0.001, 0.002] * 4
+
+
+def test_slow_methods_have_fewer_rounds_and_at_least_one(load: Load) -> None:
+    methods = {"fast": Sleeping(0.001), "slow": Sleeping(0.09), "slowest": Sleeping(0.25)}
+    timing = TimingEvaluator("timing", methods, warm_up=2, rounds=4, budget=0.2)
+    measured = timing(load(64, 16))
+    rounds = measured.details["rounds"]
+    assert isinstance(rounds, dict)
+    assert rounds == {"encode_image": 4, "fast": 4, "slow": 2, "slowest": 1}
+    assert [CALLS.count(nap) for nap in (0.001, 0.09, 0.25)] == [6, 3, 1]
+    assert measured.metrics["slowest/seconds"] == pytest.approx(0.25, rel=0.5)
+
+
+def test_what_a_tower_cannot_do_is_left_out_and_said(load: Load) -> None:
+    methods = {"unable": Unable(), "nap": Sleeping(0.001)}
+    measured = TimingEvaluator("timing", methods, rounds=1)(load(64, 16))
+    assert measured.details["left_out"] == {"unable": "not this tower"}
+    assert "unable/seconds" not in measured.metrics
+
+
+def test_real_methods_are_timed_at_another_size() -> None:
+    methods = {"grad_eclip": GradEclip(), "rollout": Rollout()}
+    timing = TimingEvaluator("timing", methods, image_size=32, phrases=2, warm_up=1, rounds=2)
+    measured = timing(load_clip("shapes_tiny"))
+    assert measured.protocol["image_size"] == [32, 32]
+    assert all(value > 0 for value in measured.metrics.values())
