@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m gradeclip_ft
 
-.PHONY: demo test results clean
+.PHONY: demo test results methods clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo_ordinary runs/demo_gradeclip
@@ -20,6 +20,15 @@ results: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 +data.start_method=fork hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(RUN) compare 'runs/maps_*' by=[map,heads,stop_gradient,loss] out=results/shapes_maps
 	$(RUN) compare 'runs/maps_ordinary_*' 'runs/maps_grad_eclip_one_stopped_*' by=[map,heads,stop_gradient,loss] out=results/shapes_demo
+
+# results/shapes_methods: where the maps of every method point, before and after; about 15 minutes.
+methods: runs/demo_gradeclip/weights.safetensors
+	$(RUN) evaluate model=shapes_tiny evaluator=shapes_pointing out=runs/demo_gradeclip/evaluations
+	$(RUN) evaluate run=demo_gradeclip evaluator=shapes_pointing
+	$(RUN) compare runs/demo_gradeclip rows=methods 'metrics=[*/pointing,*/energy,*/any_object]' out=results/shapes_methods
+
+runs/demo_gradeclip/weights.safetensors: | $(VENV)/installed
+	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

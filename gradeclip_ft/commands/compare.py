@@ -5,11 +5,15 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from gradeclip_ft.results import published as papers
 from gradeclip_ft.results.collect import Steps, collect
 from gradeclip_ft.results.render import Format, render, write_table
+from gradeclip_ft.results.rotate import by_method
 from gradeclip_ft.results.table import MAIN, Table, grouped, select, tabulate
+
+Rows = Literal["weights", "methods"]
 
 
 def compare(
@@ -17,6 +21,7 @@ def compare(
     format: Format = "text",
     steps: Steps = "ends",
     by: tuple[str, ...] = (),
+    rows: Rows = "weights",
     fields: tuple[str, ...] = (),
     metrics: tuple[str, ...] = MAIN,
     published: tuple[str, ...] = (),
@@ -31,6 +36,8 @@ def compare(
     format=text|markdown|csv|html   csv holds fractions, the others percent; html has bars
     steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
     by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
+    rows=weights|methods       one row per set of weights; or one per method, where an evaluation
+                               has several: metrics=[*/pointing,*/energy]
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
     published=[table7]         rows of the papers: table7, table9, flickr30k_test, regions_1024,
@@ -48,12 +55,15 @@ def compare(
     table = tabulate([*entries, *papers.published(published, entries)])
     table = replace(table, sources=(*table.sources, *papers.sources(published)))
     shown = select(grouped(table, by) if by else table, metrics)
+    if rows == "methods":
+        shown = by_method(shown, by or ("run",))
     print(render(shown, format), end="")
     if out is None:
         return
     options = {
         "steps": (steps, "ends"),
         "by": (_listed(by), "[]"),
+        "rows": (rows, "weights"),
         "fields": (_listed(fields), "[]"),
         "metrics": (_listed(metrics), _listed(MAIN)),
         "published": (_listed(published), "[]"),
