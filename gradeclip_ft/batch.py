@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 BatchType = TypeVar("BatchType", bound="_Tensors")
@@ -34,7 +34,26 @@ class _Tensors:
             value = getattr(self, entry.name)
             if isinstance(value, Tensor):
                 moved[entry.name] = function(value)
+            elif isinstance(value, _Tensors):
+                moved[entry.name] = value._map(function)
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PackedTexts(_Tensors):
+    """Several texts in each row, their common beginnings once; see `models/packing.py`.
+
+    Attributes:
+        ids: Tokens.
+        position: Of every token in its own text.
+        hidden: Which tokens (last axis) a token does not see: all but its own text up to itself.
+        end: Place of every text's last token in the flattened rows.
+    """
+
+    ids: Int[Tensor, "R T"]
+    position: Int[Tensor, "R T"]
+    hidden: Bool[Tensor, "R T T"]
+    end: Int[Tensor, " M"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,7 @@ class CaptionBatch(_Tensors):
         identity: Hash of each distinct phrase string, the same on every process.
         phrase: Row of `distinct` for every phrase.
         owner: Row of `images` for every phrase.
+        packed: `captions`, then `distinct`, packed; None where the text tower needs them apart.
         keys: Sample keys, for messages.
         skipped: Samples dropped since the previous batch of the same worker, by cause.
     """
@@ -58,6 +78,7 @@ class CaptionBatch(_Tensors):
     identity: Int[Tensor, " U"]
     phrase: Int[Tensor, " P"]
     owner: Int[Tensor, " P"]
+    packed: PackedTexts | None = None
     keys: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
 

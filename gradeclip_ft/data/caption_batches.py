@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.batch import CaptionBatch, PackedTexts
 from gradeclip_ft.data.order import Place
 from gradeclip_ft.data.phrase_index import KEY, stored_phrases
 from gradeclip_ft.data.samples import (
@@ -45,6 +45,10 @@ class Tokenize(Protocol):
 
     def __call__(self, texts: list[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
         """Token ids of some texts."""
+        ...
+
+    def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
+        """Token ids in few rows, for towers that take them."""
         ...
 
 
@@ -150,15 +154,17 @@ def collate(
     phrase = [row.setdefault(text, len(row)) for sample in samples for text in sample.phrases]
     counts = torch.tensor([len(sample.phrases) for sample in samples])
     prompts = [phrase_prompt(prompt, text) for text in row]
+    captions = tokenizer([sample.caption for sample in samples], trim=True)
+    nothing = torch.zeros((0, EMPTY_LENGTH), dtype=torch.long)
+    distinct = tokenizer(prompts, trim=True) if prompts else nothing
     return CaptionBatch(
         images=torch.stack([sample.image for sample in samples]),
-        captions=tokenizer([sample.caption for sample in samples], trim=True),
-        distinct=tokenizer(prompts, trim=True)
-        if prompts
-        else torch.zeros((0, EMPTY_LENGTH), dtype=torch.long),
+        captions=captions,
+        distinct=distinct,
         identity=torch.tensor([stable_hash(text) for text in row], dtype=torch.long),
         phrase=torch.tensor(phrase, dtype=torch.long),
         owner=torch.arange(len(samples)).repeat_interleave(counts),
+        packed=tokenizer.pack(captions, distinct),
         keys=tuple(sample.key for sample in samples),
         skipped=skipped,
     )

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.picture import open_picture
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import Foreign
+from gradeclip_ft.models.tower import Foreign, packs
 from gradeclip_ft.models.towers.select import image_tower, text_tower
 from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 from gradeclip_ft.ops.similarity import unit
@@ -58,6 +59,16 @@ class Clip(nn.Module):
             if frozen or isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.eval()
         return self
+
+    def encode_texts_of(
+        self, batch: CaptionBatch
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "U D"]]:
+        """Embeddings of the captions and of the distinct phrases, not normalised."""
+        if batch.packed is None or not packs(self.text):
+            return self.text.encode(batch.captions), self.text.encode(batch.distinct)
+        both = self.text.encode_packed(batch.packed)
+        count = len(batch.captions)
+        return both[:count], both[count:]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of all blocks but the last again in the backward pass."""

@@ -15,7 +15,7 @@ from gradeclip_ft.models.checkpoint import load_state, read_state, weights_file
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.sizes import pair, set_image_size
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.tower import Foreign
+from gradeclip_ft.models.tower import Foreign, packs
 from gradeclip_ft.models.transform import Preprocessing
 
 RANDOM = "random"
@@ -129,7 +129,8 @@ def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
     text = architecture.model_cfg["text_cfg"]
     length = int(text.get("context_length") or clip.text.context_length)
     if architecture.vocabulary is not None:
-        return Tokenizer(WordTokenizer(architecture.vocabulary, length), length)
+        words = WordTokenizer(architecture.vocabulary, length)
+        return Tokenizer(words, length, packs=packs(clip.text))
     source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     extra = dict(text.get("tokenizer_kwargs") or {})
     if source is None:
@@ -138,7 +139,13 @@ def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
         tokenize = _fetch_tokenizer(str(source), length, extra)
     own = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None)
     pad = clip.text.pad if own is None else int(own)
-    return Tokenizer(tokenize, length, exact_cut=clip.text.cuts_exactly, pad=pad)
+    return Tokenizer(
+        tokenize,
+        length,
+        exact_cut=clip.text.cuts_exactly,
+        pad=pad,
+        packs=packs(clip.text),
+    )
 
 
 def _fetch_tokenizer(source: str, length: int, extra: dict[str, Any]) -> Any:

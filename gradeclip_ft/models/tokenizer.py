@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gradeclip_ft.batch import PackedTexts
+from gradeclip_ft.models.packing import MULTIPLE, pack_texts
 from gradeclip_ft.models.words import Word, words_of
-
-MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Tokenizer:
         context_length: L of the text tower.
         exact_cut: Whether the tower's result survives a shorter context.
         pad: Id of the padding.
+        packs: Whether the tower takes packed texts.
     """
 
     tokenize: Callable[[list[str]], Tensor]
     context_length: int
     exact_cut: bool = True
     pad: int = 0
+    packs: bool = False
 
     def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
         """Token ids; texts that are too long keep their end-of-text token last.
@@ -52,6 +54,19 @@ class Tokenizer:
         longest = int(self.lengths(ids).max())
         length = -(-longest // MULTIPLE) * MULTIPLE
         return ids[:, : min(length, ids.shape[1])]
+
+    def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
+        """Token ids of this tokenizer, one group behind the other; None where the tower cannot.
+
+        A text ends where its last id, the end of a text, stands for the first time.
+        """
+        if not self.packs:
+            return None
+        texts = []
+        for ids in groups:
+            for row, length in zip(ids.tolist(), self.lengths(ids).tolist(), strict=True):
+                texts.append(row[: row.index(row[length - 1]) + 1])
+        return pack_texts(texts, pad=self.pad)
 
     def lengths(self, ids: Int[Tensor, "M L"]) -> Int[Tensor, " M"]:
         """Tokens of every text up to its end; at least one."""

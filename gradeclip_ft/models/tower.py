@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from gradeclip_ft.batch import PackedTexts
 from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.trace import Trace
 from gradeclip_ft.ops.similarity import Score
@@ -86,6 +87,26 @@ class TextTower(Tower, Protocol):
     context_length: int
     pad: int
     cuts_exactly: bool
+
+
+@runtime_checkable
+class PackingTower(Protocol):
+    """A causal encoder of texts that takes several of them in one row.
+
+    Attributes:
+        cuts_exactly: Whether it is causal and pools at the end of the text.
+    """
+
+    cuts_exactly: bool
+
+    def encode_packed(self, packed: PackedTexts) -> Float[Tensor, "M D"]:
+        """Embeddings of all texts, not normalised, equal to those of `encode`."""
+        ...
+
+
+def packs(tower: TextTower) -> TypeGuard[PackingTower]:
+    """Whether a tower takes packed texts."""
+    return isinstance(tower, PackingTower) and tower.cuts_exactly
 
 
 def image_grid(images: Shaped[Tensor, "B 3 H W"], patch: int) -> tuple[int, int]:

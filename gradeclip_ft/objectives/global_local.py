@@ -58,11 +58,11 @@ class GlobalLocal:
             )
 
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
-        """Loss terms of this batch: one image forward, two short text forwards, one gradient."""
+        """Loss terms of this batch: one image forward, one short text forward, one gradient."""
         assert isinstance(self.explainer, TraceExplainer)
         trace = clip.image.trace(batch.images)
-        captions = clip.text.encode(batch.captions)
-        phrases = clip.text.encode(batch.distinct)[batch.phrase]  # (P, D), each string once
+        captions, distinct = clip.encode_texts_of(batch)
+        phrases = distinct[batch.phrase]  # (P, D), each string was computed once
         dense = trace.dense()
         heat = heat_from_trace(self.explainer, trace, phrases, batch.owner)
         with torch.autocast(batch.images.device.type, enabled=False):

@@ -9,9 +9,10 @@ class token stands behind the last position).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gradeclip_ft.batch import PackedTexts
 from gradeclip_ft.models.passes import Pass
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers.base import PassTower
@@ -57,12 +58,34 @@ class TransformerTextTower(PassTower):
         """
         self._check_length(x.shape[1])
         tokens, mask, query = self._embed(x), self._mask(x), self._query(x)
+        return self._pass(tokens, query, self._words(x, tokens.shape[1], mask), mask)
+
+    def encode_packed(self, packed: PackedTexts) -> Float[Tensor, "M D"]:
+        """Embeddings of all texts, equal to those of `encode`.
+
+        Raises:
+            ValueError: The tower is not causal.
+        """
+        text = self._text
+        if not self.cuts_exactly:
+            raise ValueError(f"this tower pools the {self.pooling}; texts cannot share a row")
+        dtype = text.transformer.get_cast_dtype()
+        places = text.positional_embedding.to(dtype)[packed.position]
+        tokens = text.token_embedding(packed.ids).to(dtype) + places
+        mask = torch.zeros_like(packed.hidden, dtype=dtype).masked_fill(packed.hidden, -torch.inf)
+        opened = self._pass(tokens, None, torch.ones_like(packed.ids, dtype=torch.bool), mask)
+        rows = opened.run(tokens, 0, self.depth).flatten(0, 1)
+        return self._head(rows[packed.end])
+
+    def _pass(
+        self, tokens: Tensor, query: Tensor | None, explained: Tensor, mask: Tensor | None
+    ) -> Pass:
         return Pass(
             tokens,
             self._layers,
             self._head,
             query,
-            self._words(x, tokens.shape[1], mask),
+            explained,
             mask=mask,
             checkpointed=self._text.transformer.grad_checkpointing,
         )
