@@ -22,6 +22,10 @@ _CHUNK = re.compile("J*N+")
 # The tokenizer expects one sentence. A full stop inside a caption is set apart; "st." and "u.s."
 # stay.
 _SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})\.(?=\s)")
+# Most captions hold words, commas and a last full stop alone: the Treebank's forty rules do to them
+# what setting these marks apart does, unless a word is one of the contractions it splits.
+_PLAIN = re.compile(r"[a-z0-9]+(?:(?:-| ?,? )[a-z0-9]+)* ?\.?")
+_SPLIT_WORDS = re.compile(r"\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b")
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,15 @@ class Phrases:
         """The distinct phrases of a caption, lower-cased, in the order they first occur."""
         if self.max_phrases == 0:
             return []
-        text = _SENTENCE_END.sub(" .", caption[:_LONGEST_CAPTION].lower())
-        tagged = self.tagger.tag(self._split.tokenize(text))
+        tagged = self.tagger.tag(self._tokens(caption[:_LONGEST_CAPTION].lower()))
         return list(dict.fromkeys(chunks(tagged)))[: self.max_phrases]
+
+    def _tokens(self, text: str) -> list[str]:
+        """Words and marks as the Treebank splits them."""
+        if _PLAIN.fullmatch(text) and not _SPLIT_WORDS.search(text):
+            return text.replace(",", " ,").replace(".", " .").split()
+        tokens: list[str] = self._split.tokenize(_SENTENCE_END.sub(" .", text))
+        return tokens
 
 
 def chunks(tagged: Iterable[tuple[str, str]]) -> list[str]:

@@ -24,6 +24,8 @@ import nltk
 from nltk.tag.perceptron import PerceptronTagger
 from textblob import en
 
+from gradeclip_ft.text.perceptron import Perceptron
+
 PACKAGE = "averaged_perceptron_tagger_eng"
 TaggerKind = Literal["auto", "nltk", "textblob"]
 
@@ -110,7 +112,10 @@ def load_tagger(name: str) -> Tagger:
         LookupError: NLTK's data is missing, refused or wrong.
     """
     if name == "nltk":
-        tagger = _NamedTagger("nltk", _load_perceptron().tag)
+        nltk_tagger = _load_perceptron()
+        model = nltk_tagger.model
+        quick = Perceptron(model.weights, nltk_tagger.tagdict, sorted(model.classes))
+        tagger = _NamedTagger("nltk", quick.tag)
     elif name == "textblob":
         tagger = _NamedTagger("textblob", en.parser.find_tags)
     else:

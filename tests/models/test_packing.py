@@ -98,4 +98,9 @@ def test_other_towers_refuse(family: str) -> None:
     """Would catch packed texts where every token sees all others."""
     clip = make_tiny_text(family)
     assert not packs(clip.text)
-    assert Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77).pack(torch.ones((1, 3), dtype=torch.long)) is None
+    assert (
+        Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77).pack(
+            torch.ones((1, 3), dtype=torch.long)
+        )
+        is None
+    )
