@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,21 +23,6 @@ MULTIPLE = 8  # kernels of GPUs want such lengths
 ROW = 128
 
 
-@dataclass
-class _Row:
-    """Tokens of one row.
-
-    Attributes:
-        ids: Of the tokens.
-        positions: Of the tokens in their texts.
-        paths: Columns of every text, first token to last.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    paths: list[list[int]] = field(default_factory=list)
-
-
 def pack_texts(texts: Sequence[Sequence[int]], *, pad: int = 0) -> PackedTexts:
     """Pack token ids, each text from its start to its end.
 
@@ -46,51 +31,83 @@ def pack_texts(texts: Sequence[Sequence[int]], *, pad: int = 0) -> PackedTexts:
         pad: Id of what fills a row up.
     """
     order = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    ordered = [texts[number] for number in order]
-    rows = _fill(ordered, _capacity(ordered))
+    ordered = [texts[number] for number in order]  # neighbours have most in common
+    shared = [0, *(_common(*pair) for pair in pairwise(ordered))]
+    starts = _balanced(list(map(len, ordered)), shared)
+    rows = [_row(ordered[a:b], shared[a:b]) for a, b in pairwise([*starts, len(texts)])]
     length = -(-max(len(row.ids) for row in rows) // MULTIPLE) * MULTIPLE
     ids = np.full((len(rows), length), pad)
     positions = np.zeros((len(rows), length), dtype=np.int64)
-    hidden = np.repeat(~np.eye(length, dtype=bool)[None], len(rows), axis=0)
+    seen = np.repeat(np.eye(length, dtype=bool)[None], len(rows), axis=0)
     ends = []
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = row.ids
         positions[number, : len(row.ids)] = row.positions
-        for path in row.paths:
-            hidden[number][np.ix_(path, path)] &= np.triu(np.ones((len(path),) * 2, bool), 1)
-            ends.append(number * length + path[-1])
+        for column, parent in enumerate(row.parents):
+            if parent is not None:
+                seen[number, column] |= seen[number, parent]
+        ends += [number * length + column for column in row.ends]
     end = np.empty(len(texts), dtype=np.int64)
     end[order] = ends
-    arrays = (ids, positions, hidden, end)
-    return PackedTexts(*(torch.from_numpy(array) for array in arrays))
+    return PackedTexts(*map(torch.from_numpy, (ids, positions, ~seen, end)))
 
 
-def _capacity(ordered: Sequence[Sequence[int]]) -> int:
-    """Tokens of a row, so that the rows needed are about equally long."""
-    total = len(_fill(ordered, sum(map(len, ordered)))[0].ids)
-    longest = max(map(len, ordered))
+@dataclass(frozen=True)
+class _Row:
+    """Tokens of one row.
+
+    Attributes:
+        ids: Of the tokens.
+        positions: Of the tokens in their texts.
+        parents: Column of the token before each; None at the start of a text.
+        ends: Column of every text's last token.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    parents: list[int | None] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+
+def _row(texts: Sequence[Sequence[int]], shared: Sequence[int]) -> _Row:
+    """A row from texts in alphabetical order, and what each shares with the one before."""
+    row = _Row()
+    path: list[int] = []  # columns of the last text
+    for number, (text, same) in enumerate(zip(texts, shared, strict=True)):
+        kept = same if number else 0
+        del path[kept:]
+        for position in range(kept, len(text)):
+            row.parents.append(path[-1] if path else None)
+            path.append(len(row.ids))
+            row.ids.append(text[position])
+            row.positions.append(position)
+        row.ends.append(path[-1])
+    return row
+
+
+def _balanced(lengths: Sequence[int], shared: Sequence[int]) -> list[int]:
+    """Number of the first text of every row, the rows about equally long."""
+    total, longest = sum(lengths) - sum(shared), max(lengths)
     wanted = -(-total // max(ROW, longest))
     capacity = max(-(-total // wanted), longest)
-    while len(_fill(ordered, capacity)) > wanted and capacity < ROW:
+    while len(starts := _starts(lengths, shared, capacity)) > wanted and capacity < ROW:
         capacity += MULTIPLE
-    return capacity
+    return starts
 
 
-def _fill(ordered: Sequence[Sequence[int]], capacity: int) -> list[_Row]:
-    """Rows from texts in alphabetical order, where neighbours have most in common."""
-    rows = [_Row()]
-    before: Sequence[int] = ()
-    for text in ordered:
-        row = rows[-1]
-        same = zip(before, text, strict=False)
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], same)))
-        if len(row.ids) + len(text) - shared > capacity:
-            row, shared = _Row(), 0
-            rows.append(row)
-        start = len(row.ids)
-        fresh = range(start, start + len(text) - shared)
-        row.paths.append([*(row.paths[-1][:shared] if shared else ()), *fresh])
-        row.ids.extend(text[shared:])
-        row.positions.extend(range(shared, len(text)))
-        before = text
-    return rows
+def _starts(lengths: Sequence[int], shared: Sequence[int], capacity: int) -> list[int]:
+    starts, used = [0], 0
+    for number, (length, same) in enumerate(zip(lengths, shared, strict=True)):
+        used += length - same
+        if used > capacity:
+            starts.append(number)
+            used = length
+    return starts
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for number, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return number
+    return min(len(a), len(b))
