@@ -49,7 +49,8 @@ def test_a_command_of_the_documentation_is_understood(
     elif words[1] != "-m":
         assert (ROOT / words[1]).is_file()
     else:
-        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
+        module = ROOT / words[2].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
 
 
 def understood(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

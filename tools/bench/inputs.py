@@ -1,0 +1,107 @@
+"""What is measured on: real photos with captions and phrases where they are, else written ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.data.caption_batches import Sample, collate
+from gradeclip_ft.data.coco import read_captions
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.text.phrases import Phrases
+from gradeclip_ft.text.taggers import load_tagger, nltk_problem
+
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini_open"
+PROMPT = "This is a photo of the {}"
+COLOURS = ("red", "blue", "white", "old", "small", "wooden", "striped", "tall", "wet", "bright")
+THINGS = (
+    "dog",
+    "car",
+    "table",
+    "boat",
+    "umbrella",
+    "clock tower",
+    "horse",
+    "kite",
+    "street",
+    "cup",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture with its captions and the phrases of all of them."""
+
+    image: Image.Image
+    captions: tuple[str, ...]
+    phrases: tuple[str, ...]
+
+
+def tagger_name() -> str:
+    """NLTK's tagger where its data are, else TextBlob's."""
+    return "nltk" if nltk_problem() is None else "textblob"
+
+
+def read_pairs(least: int, folder: Path = PHOTOS) -> tuple[list[Pair], str]:
+    """Pairs with at least so many phrases, and where they are from.
+
+    Args:
+        least: Phrases; an image's first caption seldom has more than four, so those of its other
+            captions follow.
+        folder: COCO's layout.
+    """
+    listing = folder / "annotations" / "captions_val2017.json"
+    if not listing.is_file():
+        return _written(), "written captions, pixels at random"
+    phrases = Phrases(load_tagger(tagger_name()), 100)
+    pairs = []
+    for entry in read_captions(listing):
+        found = tuple(dict.fromkeys(p for caption in entry.captions for p in phrases(caption)))
+        if len(found) >= least:
+            with Image.open(folder / "images" / entry.file_name) as image:
+                pairs.append(Pair(image.convert("RGB"), entry.captions, found))
+    return pairs, f"{len(pairs)} COCO photos, phrases by {tagger_name()}"
+
+
+def make_batch(loaded: LoadedClip, pairs: list[Pair], size: int, phrases: int) -> CaptionBatch:
+    """The batch a loader would give: first captions, the first so many phrases of each."""
+    transform = loaded.transform(train=True)
+    samples = [
+        Sample(str(row), transform(pair.image), pair.captions[0], list(pair.phrases[:phrases]))
+        for row, pair in zip(range(size), _cycle(pairs, size), strict=True)
+    ]
+    return collate(samples, loaded.tokenizer, PROMPT, {})
+
+
+def full_captions(loaded: LoadedClip, pairs: list[Pair], size: int) -> Tensor:
+    """The captions of `make_batch` at the full context, as open_clip tokenises them."""
+    return loaded.tokenizer([pair.captions[0] for pair in _cycle(pairs, size)])
+
+
+def full_phrases(loaded: LoadedClip, pairs: list[Pair], size: int, phrases: int) -> Tensor:
+    """Every phrase of `make_batch` at the full context, also those that come twice."""
+    return loaded.tokenizer(
+        [PROMPT.format(text) for pair in _cycle(pairs, size) for text in pair.phrases[:phrases]]
+    )
+
+
+def _cycle(pairs: list[Pair], size: int) -> list[Pair]:
+    return [pairs[number % len(pairs)] for number in range(size)]
+
+
+def _written() -> list[Pair]:
+    """Sixty-four pairs of the same kind: ten phrases each, captions of three of them."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(64):
+        colours, things = (torch.randperm(10, generator=generator).tolist() for _ in range(2))
+        found = tuple(f"{COLOURS[c]} {THINGS[t]}" for c, t in zip(colours, things, strict=True))
+        pixels = torch.randint(256, (480, 640, 3), generator=generator, dtype=torch.uint8)
+        caption = f"a {found[0]} stands in front of a {found[1]} next to the {found[2]}"
+        pairs.append(Pair(Image.fromarray(pixels.numpy()), (caption,), found))
+    return pairs
