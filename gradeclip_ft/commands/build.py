@@ -6,7 +6,7 @@ tokenizer and transform, the run's folder) is added here by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from gradeclip_ft.commands.recorded import recorded
 from gradeclip_ft.commands.runs import resolve_weights
+from gradeclip_ft.commands.signatures import signature
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -66,19 +68,19 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
     """The model, from its own weights or from those of `init_from`."""
     start = cfg.get("init_from")
     weights = {} if start is None else {"weights": str(resolve_weights(start, cfg.runs_dir))}
-    loaded: LoadedClip = _make(cfg.model, **weights)
+    loaded: LoadedClip = make(cfg.model, **weights)
     return loaded
 
 
 def build_objective(cfg: DictConfig) -> Objective:
     """Batch to loss."""
-    objective: Objective = _make(cfg.objective)
+    objective: Objective = make(cfg.objective)
     return objective
 
 
 def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
     """Captioned images, tokenised and sized for the model."""
-    source: CaptionSource = _make(cfg.data)(
+    source: CaptionSource = make(cfg.data)(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     return source
@@ -86,12 +88,12 @@ def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
 
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Evaluators by their key below `evaluator`."""
-    return {str(key): _make(node) for key, node in (cfg.get("evaluator") or {}).items()}
+    return {str(key): make(node) for key, node in (cfg.get("evaluator") or {}).items()}
 
 
 def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:
     """The training step with optimiser and schedule."""
-    module: FineTuneModule = _make(cfg.optim)(loaded.clip, objective, seed=cfg.seed)
+    module: FineTuneModule = make(cfg.optim)(loaded.clip, objective, seed=cfg.seed)
     return module
 
 
@@ -113,14 +115,31 @@ def build_evaluate(
 
 def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """The trainer with its loggers."""
-    loggers = _make(cfg.logger)(folder, _plain(cfg))
-    trainer: pl.Trainer = _make(cfg.trainer)(folder, loggers, callbacks)
+    loggers = make(cfg.logger)(folder, recorded(cfg))
+    trainer: pl.Trainer = make(cfg.trainer)(folder, loggers, callbacks)
     return trainer
 
 
-def _make(node: DictConfig, **runtime: Any) -> Any:
-    """Instantiate a node; lists and mappings inside become plain Python."""
+def make(node: Any, **runtime: Any) -> Any:
+    """Instantiate a mapping; lists and mappings inside become plain Python.
+
+    Also of configurations that no command line was checked for, as those of a run read back.
+
+    Raises:
+        UnknownTargetError: A `_target_` anywhere in it is nothing that may be built from yaml.
+    """
+    for target in _targets(OmegaConf.to_container(OmegaConf.create(node), resolve=True)):
+        signature(str(target))
     return instantiate(node, _convert_="all", **runtime)
+
+
+def _targets(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = list(node.values())
+    for entry in node if isinstance(node, list) else ():
+        yield from _targets(entry)
 
 
 def _plain(cfg: DictConfig) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from gradeclip_ft.commands.failures import perform, wants_traceback
 from gradeclip_ft.commands.names import suggest
 from gradeclip_ft.commands.plain import call
 from gradeclip_ft.commands.signatures import PACKAGE
+from gradeclip_ft.results.secrets import masked
 
 CONFIGURATION_ERROR, INTERRUPTED = 2, 130
 
@@ -100,7 +101,9 @@ class Command:
     def start(self, cfg: DictConfig, overrides: Sequence[str], *, full: bool) -> int:
         """Run in this process, with the command line that would repeat this job alone."""
         sys.argv = [sys.argv[0], self.name, *overrides]
-        logging.basicConfig(format="%(levelname)s: %(message)s")
+        shown = logging.StreamHandler()
+        shown.setFormatter(_Masking("%(levelname)s: %(message)s"))
+        logging.basicConfig(handlers=[shown])
         logging.getLogger(PACKAGE.name).setLevel(logging.INFO)
         return perform(lambda: self.function()(cfg), full=full)
 
@@ -124,7 +127,7 @@ def run(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
             raise ConfigurationError(f"there is no command {name}; {suggest(name, commands)}")
         return _run(commands[name], rest)
     except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         return CONFIGURATION_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -161,6 +164,13 @@ def _options(command: Command, arguments: list[str]) -> Namespace:
     parser.add_argument("-i", "--info", nargs="?", const="all")
     parser.add_argument("-cd", "--config-dir", type=Path)
     return parser.parse_intermixed_args(arguments)
+
+
+class _Masking(logging.Formatter):
+    """Log lines, of whatever library, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 class _Parser(ArgumentParser):

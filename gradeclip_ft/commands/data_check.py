@@ -45,14 +45,13 @@ def check(
 
 def _check(name: str, options: dict[str, str], seen: set[str] | None, *, read: bool) -> bool:
     """Print what one evaluator's data hold; whether all is well."""
-    from hydra.utils import instantiate
-
+    from gradeclip_ft.commands.build import make
     from gradeclip_ft.commands.tracked import tracked
     from gradeclip_ft.data.inspect import image_key, inspect
 
     node = _data(name, options)
     try:
-        found = inspect(instantiate(node, _convert_="all"), read=read, track=tracked)
+        found = inspect(make(node), read=read, track=tracked)
     except (FileNotFoundError, ValueError) as error:
         print(f"{name}: {error}")
         return False

@@ -142,10 +142,10 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
     """Shards, and one small batch of them."""
-    from hydra.utils import instantiate
+    from gradeclip_ft.commands.build import make
 
     loaded = structure(cfg)
-    source: CaptionShards = instantiate(cfg.data, _convert_="all")(
+    source: CaptionShards = make(cfg.data)(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     try:
@@ -196,11 +196,11 @@ def structure(cfg: DictConfig) -> LoadedClip:
 
 @cache
 def _structure(settings: str) -> LoadedClip:
-    from hydra.utils import instantiate
+    from gradeclip_ft.commands.build import make
 
     logging.disable(logging.WARNING)  # that weights are random is no news here
     try:
-        loaded: LoadedClip = instantiate(OmegaConf.create(settings), weights="random")
+        loaded: LoadedClip = make(OmegaConf.create(settings), weights="random")
     finally:
         logging.disable(logging.NOTSET)
     return loaded

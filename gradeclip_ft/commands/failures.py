@@ -11,6 +11,7 @@ from typing import Any
 
 from gradeclip_ft.commands.compose import ConfigurationError
 from gradeclip_ft.commands.signatures import PACKAGE
+from gradeclip_ft.results.secrets import masked
 
 FAILURE = 1
 
@@ -35,9 +36,9 @@ def perform(command: Callable[[], Any], *, full: bool) -> int:
     except Exception as error:
         told = unwrapped(error)
         if is_meant(told) and not full:
-            print(f"error: {told}", file=sys.stderr)
+            print(f"error: {masked(str(told))}", file=sys.stderr)
         else:
-            traceback.print_exception(error)
+            print(masked("".join(traceback.format_exception(error))), file=sys.stderr)
         return FAILURE
     return result if isinstance(result, int) else 0
 

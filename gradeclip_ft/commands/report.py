@@ -119,9 +119,7 @@ def introduction(comparison: Comparison) -> str:
 
 def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -> list[Case]:
     """Pictures with the maps of the start and of every run, all by the same explainer."""
-    from hydra.utils import instantiate
-
-    from gradeclip_ft.commands.build import build_data
+    from gradeclip_ft.commands.build import build_data, make
     from gradeclip_ft.commands.scenes import explain_scenes, find_scenes, to_case
     from gradeclip_ft.text.phrases import Phrases
     from gradeclip_ft.text.taggers import load_tagger, prepare_tagger
@@ -132,7 +130,7 @@ def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
     parse = Phrases(load_tagger(tagger), source.max_phrases)
     scenes = find_scenes(*files, parse, count)
-    explainer: Explainer = instantiate(map_settings(comparison), _convert_="all")
+    explainer: Explainer = make(map_settings(comparison))
     maps = {
         method: list(explain_scenes(loaded, explainer, scenes, source.prompt))
         for method, loaded in models.items()

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
+from gradeclip_ft.commands.recorded import recorded
 from gradeclip_ft.results.fingerprint import commit, versions
 from gradeclip_ft.results.record import write_atomically
+from gradeclip_ft.results.secrets import masked_values
 from gradeclip_ft.training import ledger
 from gradeclip_ft.training.ledger import fault, newest_good
 
@@ -126,7 +128,7 @@ def _claim(folder: Path, settings: dict[str, Json], resume: Literal["auto"] | No
 
 def record(folder: Path, facts: Mapping[str, Json]) -> None:
     """Merge facts (the tagger used, the shards found) into `environment.json`. Rank 0 only."""
-    merged = {**read_environment(folder), **facts}
+    merged = {**read_environment(folder), **masked_values(facts)}
     write_atomically(folder / ENVIRONMENT, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -229,11 +231,8 @@ def _differences(before: Json, now: Json, key: str = "") -> Iterator[tuple[str, 
 
 
 def _plain(cfg: DictConfig | Mapping[str, Json]) -> dict[str, Json]:
-    """Resolved plain containers, as they look after a round trip through yaml."""
-    config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    """Resolved plain containers without secrets, as after a round trip through yaml."""
+    return recorded(cfg)
 
 
 def _known(folder: Path) -> str:

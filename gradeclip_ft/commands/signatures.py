@@ -41,6 +41,10 @@ class Signature:
     takes_any: bool
 
 
+# Commands, records and pages write files: nothing in them is built from yaml.
+CLOSED = ("commands", "results", "report")
+
+
 class UnknownTargetError(LookupError):
     """A `_target_` that names nothing in this package."""
 
@@ -53,6 +57,8 @@ def signature(target: str) -> Signature:
         UnknownTargetError: If the path is not in this package, or names no class or function.
     """
     module, names = _split(target)
+    if module.split(".")[1] in CLOSED or any(name.startswith("_") for name in names):
+        raise UnknownTargetError(f"{target} is not built from yaml; `list` shows what is")
     owner, node = definition(module, names[0])
     for name in names[1:]:
         node = next((child for child in getattr(node, "body", []) if _name(child) == name), None)

@@ -107,6 +107,8 @@ def _check_all(config: str, overrides: Sequence[str]) -> None:
         try:
             cfg = compose(config, job, with_hydra=True)
             launcher = str(cfg.hydra.runtime.choices["hydra/launcher"])
+            if cfg.hydra.get("callbacks"):
+                raise ConfigurationError("hydra.callbacks would run other code; leave it empty")
             with open_dict(cfg):
                 del cfg["hydra"]
             check(cfg, config)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gradeclip_ft.results.secrets import masked
+
 UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
 """Metrics whose last part is one of these are no fractions."""
 
@@ -80,7 +82,8 @@ class Result:
                 "the model gives no usable features"
             )
         path = result_path(folder, self.evaluator, self.step)
-        write_atomically(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        content = asdict(self) | {"command": self.command and masked(self.command)}
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return path
 
 

@@ -11,7 +11,7 @@ MASK = "***"
 SECRET_NAME = r"(?:api_?key|access_?key(?:_?id)?|token|secret|passw(?:or)?d|credentials?|signature)"
 NAMED = re.compile(rf"(?:^|[._-]){SECRET_NAME}$", re.IGNORECASE)
 ASSIGNED = re.compile(
-    rf"((?:^|[\s'\"+._-]){SECRET_NAME}['\"]?\s*[=:]\s*)(?!\*\*\*)[^\s,'\"}}]+", re.IGNORECASE
+    rf"((?:^|[\s'\"+._-]){SECRET_NAME}['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*)[^\s,'\"}}]+", re.IGNORECASE
 )
 BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
 USER = re.compile(r"([a-z][\w+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)

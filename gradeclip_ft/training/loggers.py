@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gradeclip_ft.results.record import write_atomically
+from gradeclip_ft.results.secrets import masked
 
 JSONL = "metrics.jsonl"
 CSV = "metrics.csv"
@@ -124,8 +125,9 @@ class WandbLogger(Logger):
             action(self._run)
         except Exception as error:  # a tracker must not end a run of days
             self._broken = True
+            reason = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"Weights & Biases failed ({type(error).__name__}: {error}); nothing more is sent. "
+                f"Weights & Biases failed ({masked(reason)}); nothing more is sent. "
                 f"{JSONL} and {CSV} are complete; logger.mode=offline needs no network",
                 stacklevel=2,
             )
@@ -155,14 +157,15 @@ def files_and_wandb(
         entity: User or team; the account's own if None.
         extra: Further arguments of `wandb.init`.
 
-    Raises:
-        ModuleNotFoundError: If wandb is not installed.
+    Where wandb is not installed, a warning says so and the files alone are written.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise ModuleNotFoundError(
-            "logger=wandb needs the package wandb; pip install 'gradeclip_ft[wandb]', or use "
-            "logger=files"
+        warnings.warn(
+            "logger=wandb needs the package wandb, which is not installed; nothing is sent. "
+            f"{JSONL} and {CSV} are complete; pip install 'gradeclip_ft[wandb]'",
+            stacklevel=2,
         )
+        return [FileLogger(folder)]
     settings = {
         "project": project,
         "mode": mode,

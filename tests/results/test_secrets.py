@@ -1,0 +1,54 @@
+"""What is masked, and what is left alone."""
+
+import pytest
+
+from gradeclip_ft.results.secrets import masked, masked_values
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:pw@host/a.tar", "https://***@host/a.tar"),
+        ("s3://b/a.tar?X-Amz-Signature=1&Expires=2 gave 403", "s3://b/a.tar?*** gave 403"),
+        ("pipe:curl -H 'Authorization: Bearer abcdefgh' https://h/x", None),
+        ("logger.extra.api_key=0123456789", "logger.extra.api_key=***"),
+        ("+hub_token='hf_abc'", "+hub_token='***'"),
+        ('{"password": "tiger"}', '{"password": "***"}'),
+    ],
+)
+def test_credentials_are_masked(text: str, expected: str | None) -> None:
+    shown = masked(text)
+    assert "abcdefgh" not in shown
+    if expected is not None:
+        assert shown == expected
+    assert masked(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python -m gradeclip_ft train +exp=shapes name=a seed=0,1 optim.optimizer.lr=1e-5",
+        "data/cc3m-train-{0000..0575}.tar::other/*.tar",
+        "tokenizer=auto, tokens 77, key 000041, monkey=3, context: basic words",
+        "user@host wrote a.b@c.d; is it so? yes = no",
+    ],
+)
+def test_ordinary_words_stay(text: str) -> None:
+    """A mask over too much would make records useless, and resuming blind to changes."""
+    assert masked(text) == text
+
+
+def test_values_of_secret_variables_are_masked_wherever_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    assert masked("(0123456789abcdef) is short") == "(***) is short"
+
+
+def test_keys_that_name_a_secret_hide_their_value() -> None:
+    value = {"logger": {"extra": {"api_key": "abc", "tags": ["https://a:b@h/", 1]}}, "token": None}
+    assert masked_values(value) == {
+        "logger": {"extra": {"api_key": "***", "tags": ["https://***@h/", 1]}},
+        "token": None,
+    }
