@@ -128,7 +128,8 @@ def make(node: Any, **runtime: Any) -> Any:
     Raises:
         UnknownTargetError: A `_target_` anywhere in it is nothing that may be built from yaml.
     """
-    for target in _targets(OmegaConf.to_container(OmegaConf.create(node), resolve=True)):
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    for target in _targets(plain):
         signature(str(target))
     return instantiate(node, _convert_="all", **runtime)
 
