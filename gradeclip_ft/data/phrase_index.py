@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradeclip_ft.data.samples import MOST_CHARACTERS
 from gradeclip_ft.text.phrases import RULE, Phrases
 
 KEY = "phrases"
@@ -42,4 +43,12 @@ def stored_phrases(
     enough = isinstance(stored, int) and stored >= max_phrases
     if not (same and enough and isinstance(found, Mapping) and caption in found):
         return None
-    return [str(phrase) for phrase in found[caption]][:max_phrases]
+    phrases = found[caption]
+    if not isinstance(phrases, list) or not all(map(_is_phrase, phrases)):
+        return None
+    return phrases[:max_phrases]
+
+
+def _is_phrase(entry: object) -> bool:
+    """Words of a caption, in characters that every tokenizer knows."""
+    return isinstance(entry, str) and 0 < len(entry) <= MOST_CHARACTERS and entry.isprintable()

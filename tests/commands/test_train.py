@@ -143,7 +143,14 @@ def test_a_start_that_fails_leaves_no_run_behind(train, home, capsys) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(train, home, capsys) -> None:
     assert (
-        train("name=broken", "optim.optimizer.lr=1e30", "trainer.gradient_clip=null", *QUIET) == 1
+        train(
+            "name=broken",
+            "optim.optimizer.lr=1e30",
+            "trainer.max_non_finite=0",
+            "trainer.gradient_clip=null",
+            *QUIET,
+        )
+        == 1
     )
     message = capsys.readouterr().err
     assert "is not finite, training stopped before the update" in message
