@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from gradeclip_ft.__main__ import EXPLAINERS
 from gradeclip_ft.commands.build import build_evaluators
 from gradeclip_ft.commands.check import check
 from gradeclip_ft.commands.compose import compose, options
 
 SHAPES = ("shapes_regions", "shapes_retrieval")
+MAPS = ("shapes_pointing", "coco_pointing", "timing")
 
 
 @pytest.mark.parametrize("name", options("evaluator"))
@@ -57,9 +59,19 @@ def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> 
 
 
 def test_evaluate_alone_makes_the_world_of_the_training_data() -> None:
-    alone = OmegaConf.to_container(compose("evaluate", []), resolve=True)
+    alone = OmegaConf.to_container(
+        compose("evaluate", ["evaluator=[shapes_regions,shapes_retrieval,shapes_pointing]"]),
+        resolve=True,
+    )
     train = OmegaConf.to_container(compose("train", ["name=x"]), resolve=True)
     assert isinstance(alone, dict)
     assert isinstance(train, dict)
-    for name in SHAPES:
+    for name in (*SHAPES, "shapes_pointing"):
         assert alone["evaluator"][name]["data"]["make"] == train["data"]["make"]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_an_evaluation_of_maps_compares_every_method_for_pictures(name: str) -> None:
+    """Would catch a new method that stands in no table."""
+    (evaluator,) = build_evaluators(compose("evaluate", [f"evaluator={name}"])).values()
+    assert set(evaluator.protocol["methods"]) == set(options("explainer")) - set(EXPLAINERS.never)
