@@ -11,11 +11,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.image_model import ImageModel
 from gradeclip_ft.models.record import Record, record_layers
-from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.models.tower import Tower, UnsupportedTowerError
 from gradeclip_ft.models.trace import Heads, Trace
 from gradeclip_ft.ops.heatmap import to_grid
 from gradeclip_ft.ops.similarity import unit
+
+WITHOUT_TEXTS = "grad_eclip, raw_attention, rollout, grad_cam, game or integrated_gradients"
 
 
 @runtime_checkable
@@ -112,7 +115,7 @@ def heat_from_trace(
 
 def explain_image(
     explainer: Explainer,
-    clip: Clip,
+    clip: ImageModel,
     images: Float[Tensor, "B 3 H W"],
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
@@ -121,14 +124,15 @@ def explain_image(
 
     Args:
         explainer: The method.
-        clip: The model.
+        clip: The model: a CLIP, or a classifier.
         images: Normalised pixels.
-        target: Embeddings of the phrases, any length.
-        owner: Image row of each phrase.
+        target: Embeddings of the phrases, any length; for a classifier, unit vectors of classes.
+        owner: Image row of each target.
 
     Raises:
         UnsupportedTowerError: The image tower cannot do this method.
     """
+    _check_texts(explainer, clip)
     target, owner = unit(target.detach()).to(images.device), owner.to(images.device)
     with _evaluating(clip), torch.autocast(images.device.type, enabled=False):
         if isinstance(explainer, InputExplainer):
@@ -190,6 +194,15 @@ def explain_text(
     words = found.detach().masked_fill(~opened.explained[owner], 0.0).clamp(min=0)
     total = words.sum(1, keepdim=True)
     return words / total.masked_fill(total == 0, 1.0)
+
+
+def _check_texts(explainer: Explainer, model: ImageModel) -> None:
+    """Refuse a comparison with texts where there are none."""
+    if not isinstance(model, Clip) and getattr(explainer, "compares_texts", False):
+        raise UnsupportedTowerError(
+            f"{type(explainer).__name__} compares tokens with the embedding of a text, which a "
+            f"classifier has not; choose {WITHOUT_TEXTS}"
+        )
 
 
 def _from_record(

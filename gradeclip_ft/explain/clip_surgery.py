@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.image_model import LoadedImageModel
 from gradeclip_ft.models.record import Record
 from gradeclip_ft.models.trace import Heads
 from gradeclip_ft.ops.attention import attend
@@ -35,8 +37,12 @@ class ClipSurgery:
     others: Sequence[str] = ()
     embedded: Float[Tensor, "M D"] | None = None
 
-    def prepare(self, loaded: LoadedClip) -> ClipSurgery:
-        """This method with its texts encoded."""
+    compares_texts: ClassVar[bool] = True
+
+    def prepare(self, loaded: LoadedImageModel) -> ClipSurgery:
+        """This method with its texts encoded; as it is where the model takes no texts."""
+        if not isinstance(loaded, LoadedClip):
+            return self
         return replace(self, embedded=loaded.encode_texts(list(self.others) or [""]))
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:

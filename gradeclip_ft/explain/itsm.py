@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,8 @@ class Itsm:
     reverse: bool = False
     depth: int | None = 1
     heads: Heads = "all"
+
+    compares_texts: ClassVar[bool] = True
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Similarity of every token, from 0 to 1 over the explained ones."""

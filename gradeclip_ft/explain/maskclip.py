@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,8 @@ class MaskClip:
 
     key_factor: bool = False
     create_graph: bool = False
+
+    compares_texts: ClassVar[bool] = True
 
     def from_trace(
         self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]

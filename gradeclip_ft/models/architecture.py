@@ -73,7 +73,7 @@ def find_architecture(name: str) -> Architecture:
     if name in PACKAGED:
         return _packaged(name)
     if name.startswith(HUB):
-        return _from_folder(name, _fetch(name.removeprefix(HUB)))
+        return _from_folder(name, fetch_repository(name.removeprefix(HUB)))
     if name.startswith(FOLDER) or Path(name).is_dir():
         return _from_folder(name, Path(name.removeprefix(FOLDER)))
     if "/" in name:
@@ -118,7 +118,7 @@ def _from_folder(name: str, folder: Path) -> Architecture:
             "layout; to take only weights from it, name the architecture and give the folder as "
             "weights="
         )
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ValueError(f"{path} has no model_cfg; write it with open_clip, or export again")
     words = folder / WORDS_NAME
@@ -126,7 +126,7 @@ def _from_folder(name: str, folder: Path) -> Architecture:
         name,
         _absolute(config["model_cfg"], folder),
         config.get("preprocess_cfg") or {},
-        vocabulary=tuple(_read_json(words)) if words.is_file() else None,
+        vocabulary=tuple(read_json(words)) if words.is_file() else None,
         folder=folder,
     )
 
@@ -146,7 +146,7 @@ def _absolute(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**model_cfg, "vision_cfg": vision, "text_cfg": text}
 
 
-def _fetch(repository: str) -> Path:
+def fetch_repository(repository: str) -> Path:
     """A repository of the model hub, as a folder."""
     from huggingface_hub import snapshot_download
 
@@ -161,7 +161,12 @@ def _fetch(repository: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Content of a file.
+
+    Raises:
+        ValueError: It is no complete JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -76,6 +76,19 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: No such file.
         ValueError: Not a weights file, or one that needs to execute code.
     """
+    state = read_tensors(path)
+    if TRANSFORMERS_MARK in state:
+        return from_huggingface(state)
+    return from_evaclip(state) if is_evaclip(state) else state
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a weights file or folder under its own keys, without a wrapper's prefix.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a weights file, or one that needs to execute code.
+    """
     file = Path(path)
     if file.is_dir():
         file = weights_file(file)
@@ -85,11 +98,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             "`open_clip.list_pretrained()`, or `random`"
         )
     state = _unwrap(_read(file), file)
-    if TRANSFORMERS_MARK in state:
-        return from_huggingface(state)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return from_evaclip(state) if is_evaclip(state) else state
+    return state
 
 
 def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None:
@@ -108,7 +119,16 @@ def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None
         if key in tensors and key in expected and tensors[key].numel() == 1:
             tensors[key] = tensors[key].reshape(expected[key].shape)
     _resize(model, tensors, expected)
-    _compare(expected, tensors, source)
+    load_exactly(model, tensors, source)
+
+
+def load_exactly(model: Foreign, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy the tensors into the model.
+
+    Raises:
+        ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
+    """
+    _compare(model.state_dict(), tensors, source)
     model.load_state_dict(tensors, strict=True)
 
 

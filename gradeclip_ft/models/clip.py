@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,17 @@ from torch import Tensor, nn
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.architecture import Architecture
-from gradeclip_ft.models.picture import open_picture
+from gradeclip_ft.models.image_model import ImageModel, LoadedImageModel
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.tower import Foreign, packs
 from gradeclip_ft.models.towers.select import image_tower, text_tower
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
+from gradeclip_ft.models.transform import Preprocessing
 from gradeclip_ft.ops.similarity import unit
 
 Item = TypeVar("Item")
 
 
-class Clip(nn.Module):
+class Clip(ImageModel):
     """An open_clip model, sole owner of the parameters, with an adapter per tower.
 
     Attributes:
@@ -35,9 +34,7 @@ class Clip(nn.Module):
     """
 
     def __init__(self, model: Foreign) -> None:
-        super().__init__()
-        self.model: Foreign = model
-        self.image = image_tower(model.visual)
+        super().__init__(model, image_tower(model.visual))
         self.text = text_tower(model)
 
     @property
@@ -76,7 +73,7 @@ class Clip(nn.Module):
 
 
 @dataclass(frozen=True)
-class LoadedClip:
+class LoadedClip(LoadedImageModel):
     """A model with its tokenizer and preprocessing.
 
     Attributes:
@@ -99,50 +96,6 @@ class LoadedClip:
     def name(self) -> str:
         """Name of the architecture."""
         return self.architecture.name
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean of the pixels by channel, for values in [0, 1]."""
-        return self.preprocessing.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation of the pixels by channel, for values in [0, 1]."""
-        return self.preprocessing.std
-
-    @property
-    def patch(self) -> int:
-        """Side of a patch in pixels."""
-        return self.clip.image.patch
-
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256 of the current parameters and buffers, independent of any file format."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.clip.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    def transform(self, train: bool = False, size: int | None = None) -> ImageTransform:
-        """Picture to normalised pixels; for training a random crop, never a flip.
-
-        Args:
-            train: Random instead of central crop.
-            size: Side in pixels where it is not the model's.
-        """
-        target = self.image_size if size is None else (size, size)
-        return ImageTransform(size=target, preprocessing=self.preprocessing, train=train)
-
-    def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
-        """Pictures, or their files, as the model takes them, on its device.
-
-        Raises:
-            FileNotFoundError: No such file.
-        """
-        transform = self.transform()
-        stacked = torch.stack([transform(open_picture(image)) for image in images])
-        return stacked.to(self.clip.log_scale.device)
 
     @torch.no_grad()
     def encode_images(

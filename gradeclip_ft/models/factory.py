@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer
 
 from gradeclip_ft.models.architecture import Architecture, find_architecture
 from gradeclip_ft.models.checkpoint import load_state, read_state, weights_file
 from gradeclip_ft.models.clip import Clip, LoadedClip
-from gradeclip_ft.models.sizes import pair, set_image_size
-from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
+from gradeclip_ft.models.sizes import checked_size, set_image_size
+from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, fetch_tokenizer
 from gradeclip_ft.models.tower import Foreign, packs
 from gradeclip_ft.models.transform import Preprocessing
 
@@ -47,11 +47,12 @@ def load_clip(
     chosen = weights if weights is not None else _own_weights(architecture)
     model, preprocess = _build(architecture, chosen, image_size)
     clip = Clip(model)
+    own = architecture.model_cfg["vision_cfg"].get("image_size", 224)
     return LoadedClip(
         clip=clip.eval(),
         tokenizer=_tokenizer(architecture, clip),
         preprocessing=_preprocessing(preprocess),
-        image_size=_image_size(clip, architecture, image_size),
+        image_size=checked_size(image_size, own, clip.image.patch, name),
         architecture=architecture,
         weights=str(chosen) if weights is not None else None,
     )
@@ -136,7 +137,7 @@ def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
     if source is None:
         tokenize = SimpleTokenizer(context_length=length, **extra)
     else:
-        tokenize = _fetch_tokenizer(str(source), length, extra)
+        tokenize = fetch_tokenizer(str(source), length, extra)
     own = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None)
     pad = clip.text.pad if own is None else int(own)
     return Tokenizer(
@@ -146,38 +147,6 @@ def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
         pad=pad,
         packs=packs(clip.text),
     )
-
-
-def _fetch_tokenizer(source: str, length: int, extra: dict[str, Any]) -> Any:
-    try:
-        return HFTokenizer(source, context_length=length, **extra)
-    except ImportError as error:
-        raise ValueError(
-            f"the tokenizer {source} needs transformers; pip install 'gradeclip_ft[huggingface]'"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer {source} cannot be fetched ({str(error).splitlines()[0]}); download "
-            "its folder where there is a network, and name it as text_cfg.hf_tokenizer_name in an "
-            "open_clip_config.json beside the weights"
-        ) from error
-
-
-def _image_size(
-    clip: Clip, architecture: Architecture, wanted: int | Sequence[int] | None
-) -> tuple[int, int]:
-    """Size of the images that this model gets, checked against its patches."""
-    own = architecture.model_cfg["vision_cfg"].get("image_size", 224)
-    height, width = size = pair(own if wanted is None else wanted)
-    patch = clip.image.patch
-    if patch and (height % patch or width % patch):
-        wrong = height if height % patch else width
-        below = wrong // patch * patch
-        raise ValueError(
-            f"image size {wrong} is not a multiple of the patch size {patch} of "
-            f"{architecture.name}; use {below or patch} or {below + patch}"
-        )
-    return size
 
 
 def _tags(name: str) -> str:

@@ -29,6 +29,31 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def checked_size(
+    wanted: int | Sequence[int] | None, own: int | Sequence[int], patch: int, name: str
+) -> tuple[int, int]:
+    """(height, width) of the images that a model gets.
+
+    Args:
+        wanted: By the user; None for the model's own.
+        own: What the model was made for.
+        patch: Side of a patch; 0 where unknown.
+        name: Of the model.
+
+    Raises:
+        ValueError: A side is no multiple of the patch.
+    """
+    height, width = size = pair(own if wanted is None else wanted)
+    if patch and (height % patch or width % patch):
+        wrong = height if height % patch else width
+        below = wrong // patch * patch
+        raise ValueError(
+            f"image size {wrong} is not a multiple of the patch size {patch} of {name}; use "
+            f"{below or patch} or {below + patch}"
+        )
+    return size
+
+
 def set_image_size(model: Foreign, size: int | Sequence[int] | None) -> None:
     """Resize a native ViT's table of positions; tell trunks without one what to expect.
 

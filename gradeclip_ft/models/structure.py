@@ -12,8 +12,8 @@ def image_sentence(loaded: LoadedClip) -> str:
     if tower.unexplained is not None:
         return f"encodes only, no heat maps and no dense features: {tower.unexplained}"
     sides = f"patch {tower.patch}, grid {height // tower.patch} x {width // tower.patch}"
-    kind = type(loaded.clip.model.visual).__name__
-    trunk = getattr(loaded.clip.model.visual, "trunk", None)
+    visual = getattr(loaded.clip.model, "visual", loaded.clip.model)
+    kind, trunk = type(visual).__name__, getattr(visual, "trunk", None)
     what = kind if trunk is None else f"{kind} around timm's {type(trunk).__name__}"
     return f"{what}: {_parts(tower)}, {sides}; maps and dense features at any multiple of the patch"
 

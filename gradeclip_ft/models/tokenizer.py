@@ -1,4 +1,4 @@
-"""Texts to token ids: open_clip's tokenizers, and the word tokenizer of the shapes world.
+"""Texts to token ids: open_clip's and Hugging Face's tokenizers, and the shapes world's words.
 
 Cutting the padding behind the longest text of a call saves most of the cost of short phrases. It is
 exact for causal towers that pool at the end of the text, and for towers that mask their padding
@@ -8,11 +8,13 @@ exact for causal towers that pool at the end of the text, and for towers that ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from gradeclip_ft.batch import PackedTexts
@@ -128,6 +130,31 @@ class WordTokenizer:
     def words(self, text: str) -> list[Word]:
         """Words of a text, one token each."""
         return [Word(word, 1) for word in split_words(text)]
+
+
+def fetch_tokenizer(source: str, length: int, extra: Mapping[str, Any]) -> HFTokenizer:
+    """A tokenizer of Hugging Face, from a folder or the model hub.
+
+    Args:
+        source: Folder or repository.
+        length: Tokens of a row.
+        extra: Options of open_clip's tokenizer around it.
+
+    Raises:
+        ValueError: transformers is not installed, or there is no such tokenizer.
+    """
+    try:
+        return HFTokenizer(source, context_length=length, **extra)
+    except ImportError as error:
+        raise ValueError(
+            f"the tokenizer {source} needs transformers; pip install 'gradeclip_ft[huggingface]'"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer {source} cannot be fetched ({str(error).splitlines()[0]}); download "
+            "its folder where there is a network, and name it as text_cfg.hf_tokenizer_name in an "
+            "open_clip_config.json beside the weights"
+        ) from error
 
 
 def split_words(text: str) -> list[str]:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gradeclip_ft.models.passes import Layer, Pick
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
+from gradeclip_ft.models.towers.fused import project_fused
 
 
 def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
@@ -32,12 +32,8 @@ def block_layer(block: Foreign) -> Layer:
     heads = int(block.attn.num_heads)
 
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
-        y = block.ln_1(tokens)
-        width = y.shape[-1]
         weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
-        q = linear(pick(y), weight[:width], bias[:width])
-        k, v = linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)
-        return q, k, v
+        return project_fused(block.ln_1(tokens), pick, weight, bias)
 
     def add(o: Tensor) -> Tensor:
         added: Tensor = block.ls_1(block.attn.out_proj(o))

@@ -13,39 +13,33 @@ from torch import Tensor
 from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.models.trace import Rows
 from gradeclip_ft.ops.attention import attend as attend_all
 
 POOLERS = ("ClsPooler", "ClsLastHiddenStatePooler")
 LAYOUTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
-class HuggingFaceTextTower(PassTower):
-    """Text tower around an HFTextEncoder that pools the first token."""
+class BertTextTower(PassTower):
+    """Text tower around an encoder of BERT's layout, whose first token becomes the embedding."""
 
     pooling = "first token"
     cuts_exactly = True
 
-    def __init__(self, text: Foreign) -> None:
-        check_pooling(text)
-        self._text = text
-        self._layers = tuple(_layer(layer) for layer in text.transformer.encoder.layer)
-        config = text.config
+    def __init__(self, transformer: Foreign, head: Rows, context_length: int) -> None:
+        self._transformer, self._head = transformer, head
+        self._layers = tuple(_layer(layer) for layer in transformer.encoder.layer)
+        config = transformer.config
         self.width = int(config.hidden_size)
         self.heads = int(config.num_attention_heads)
         self.depth = int(config.num_hidden_layers)
-        self.context_length = context_length(text)
+        self.context_length = context_length
         self.pad = int(config.pad_token_id)
-
-    def encode(self, x: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-        """Embeddings F_T, not normalised, as the library computes them."""
-        result = self._text(x)
-        embedding: Tensor = result[0] if isinstance(result, tuple) else result
-        return embedding
 
     def open(self, x: Int[Tensor, "M L"]) -> Pass:
         """This forward pass; the query is the first token, the padding is hidden."""
         visible = x != self.pad
-        tokens = self._text.transformer.embeddings(input_ids=x)
+        tokens = self._transformer.embeddings(input_ids=x)
         hidden = torch.zeros_like(tokens[..., 0]).masked_fill(~visible, -torch.inf)
         position = torch.arange(x.shape[1], device=x.device)
         last = visible.sum(1, keepdim=True) - 1  # the separator behind the words
@@ -58,7 +52,22 @@ class HuggingFaceTextTower(PassTower):
             mask=hidden.unsqueeze(1).expand(-1, x.shape[1], -1),
         )
 
-    def _head(self, rows: Tensor) -> Tensor:
+
+class HuggingFaceTextTower(BertTextTower):
+    """Text tower around open_clip's HFTextEncoder that pools the first token."""
+
+    def __init__(self, text: Foreign) -> None:
+        check_pooling(text)
+        super().__init__(text.transformer, self._pool, context_length(text))
+        self._text = text
+
+    def encode(self, x: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
+        """Embeddings F_T, not normalised, as the library computes them."""
+        result = self._text(x)
+        embedding: Tensor = result[0] if isinstance(result, tuple) else result
+        return embedding
+
+    def _pool(self, rows: Tensor) -> Tensor:
         """The pooler of the tower and its projection."""
         text = self._text
         pooler = getattr(text.transformer, "pooler", None)

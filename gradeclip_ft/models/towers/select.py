@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -9,6 +11,8 @@ from open_clip.transformer import VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVisionTransformer
 
 from gradeclip_ft.models.tower import Foreign, ImageTower, TextTower, UnsupportedTowerError
 from gradeclip_ft.models.towers import hf_text
@@ -16,10 +20,12 @@ from gradeclip_ft.models.towers.coca import CocaTower
 from gradeclip_ft.models.towers.eva import EvaTower
 from gradeclip_ft.models.towers.hf_text import HuggingFaceTextTower
 from gradeclip_ft.models.towers.latent_pool import LatentPoolTower
+from gradeclip_ft.models.towers.logits import LogitTower
 from gradeclip_ft.models.towers.opaque import OpaqueImageTower, OpaqueTextTower, library_text
 from gradeclip_ft.models.towers.resnet import ResNetTower
 from gradeclip_ft.models.towers.text import TransformerTextTower
 from gradeclip_ft.models.towers.timm_vit import TimmVitTower
+from gradeclip_ft.models.towers.torchvision_vit import TorchvisionVitTower
 from gradeclip_ft.models.towers.vit import VitTower
 
 
@@ -29,6 +35,17 @@ def image_tower(visual: Foreign) -> ImageTower:
         return _image_tower(visual)
     except UnsupportedTowerError as error:
         return OpaqueImageTower(visual, str(error))
+
+
+def classifier_tower(model: Foreign) -> ImageTower:
+    """The adapter of a classifier of timm or torchvision.
+
+    Raises:
+        UnsupportedTowerError: None is exact.
+    """
+    if isinstance(model, TorchvisionVisionTransformer):
+        return LogitTower(TorchvisionVitTower(model))
+    return LogitTower(_trunk_tower(SimpleNamespace(trunk=model, head=nn.Identity())))
 
 
 def text_tower(model: Foreign) -> TextTower:
@@ -56,6 +73,11 @@ def _image_tower(visual: Foreign) -> ImageTower:
         return ResNetTower(visual)
     if not isinstance(visual, TimmModel):
         raise UnsupportedTowerError(f"image tower is {type(visual).__name__}")
+    return _trunk_tower(visual)
+
+
+def _trunk_tower(visual: Foreign) -> ImageTower:
+    """The adapter of a timm trunk with a head behind it."""
     trunk = visual.trunk
     if isinstance(getattr(trunk, "attn_pool", None), AttentionPoolLatent):
         return LatentPoolTower(visual)

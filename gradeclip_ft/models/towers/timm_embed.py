@@ -62,6 +62,7 @@ def check_trunk(trunk: Foreign) -> None:
     problems = {
         "has no patch embedding": not hasattr(trunk, "patch_embed"),
         "drops patches": patch_drop is not None and not isinstance(patch_drop, nn.Identity),
+        "has a second class token, of a distillation": hasattr(trunk, "dist_token"),
         "mixes rotary positions by depth": bool(getattr(trunk, "rope_mixed", False)),
     }
     refuse(problems)

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gradeclip_ft.models.passes import Layer, Pass, Pick
 from gradeclip_ft.models.tower import Foreign, image_grid
 from gradeclip_ft.models.towers.base import PassTower
+from gradeclip_ft.models.towers.fused import project_fused
 from gradeclip_ft.models.towers.timm_embed import check_trunk, embed_patches, refuse
 from gradeclip_ft.models.trace import class_token_query
 
@@ -59,11 +59,8 @@ def block_layer(block: Foreign) -> Layer:
     attention, heads = block.attn, int(block.attn.num_heads)
 
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
-        y, width = block.norm1(tokens), attention.attn_dim
         weight, bias = attention.qkv.weight, attention.qkv.bias
-        first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = linear(pick(y), weight[:width], first)
-        k, v = linear(y, weight[width:], rest).chunk(2, dim=-1)
+        q, k, v = project_fused(block.norm1(tokens), pick, weight, bias)
         return by_head(q, attention.q_norm, heads), by_head(k, attention.k_norm, heads), v
 
     def add(o: Tensor) -> Tensor:
