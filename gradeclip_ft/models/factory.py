@@ -11,6 +11,7 @@ import open_clip
 from open_clip.tokenizer import SimpleTokenizer
 
 from gradeclip_ft.models.architecture import Architecture, find_architecture
+from gradeclip_ft.models.blip import BLIP, load_blip
 from gradeclip_ft.models.checkpoint import load_state, read_state, weights_file
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.sizes import checked_size, set_image_size
@@ -31,7 +32,8 @@ def load_clip(
 
     Args:
         name: A model name of open_clip; a folder in open_clip's layout (also `local-dir:FOLDER`,
-            `hf-hub:OWNER/NAME`); or `shapes_tiny`, the small CLIP of this package.
+            `hf-hub:OWNER/NAME`); `blip:FOLDER` or `blip:OWNER/NAME`, Hugging Face's BLIP for
+            retrieval; or `shapes_tiny`, the small CLIP of this package.
         weights: A tag of open_clip for this model, a file, a folder of Hugging Face's
             `CLIPModel`, or `random`. May be left out for a folder and for the packaged model,
             which have their own.
@@ -43,6 +45,8 @@ def load_clip(
             the patch.
         FileNotFoundError: No such file or folder.
     """
+    if name.startswith(BLIP):
+        return load_blip(name, weights, image_size=image_size)
     architecture = find_architecture(name)
     chosen = weights if weights is not None else _own_weights(architecture)
     model, preprocess = _build(architecture, chosen, image_size)
