@@ -67,6 +67,8 @@ def make_tiny_blip_model(seed: int = 0) -> nn.Module:
         "vocab_size": len(SPECIAL) + len(WORDS),
         "max_position_embeddings": 24,
         "pad_token_id": 0,
+        "bos_token_id": 2,
+        "sep_token_id": 3,
     }
     vision = {"image_size": 32, "patch_size": 8}
     layers = {"num_hidden_layers": 2}
