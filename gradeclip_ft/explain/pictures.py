@@ -52,7 +52,7 @@ class Explained:
 def explain_pictures(
     loaded: LoadedClip,
     pictures: Sequence[Picture],
-    targets: Sequence[Float[Tensor, "P D"]],
+    targets: Sequence[Float[Tensor, "_ D"]],
     methods: Mapping[str, Explainer],
     *,
     geometry: Geometry = "model",

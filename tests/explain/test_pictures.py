@@ -1,0 +1,224 @@
+"""Any picture a user hands in, alone and with others, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradeclip_ft.explain.base import explain_image, explain_text
+from gradeclip_ft.explain.game import Game
+from gradeclip_ft.explain.grad_cam import GradCam
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.grad_eclip_deep import GradEclipDeep
+from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
+from gradeclip_ft.explain.m2ib import M2ib
+from gradeclip_ft.explain.pictures import explain_pictures
+from gradeclip_ft.explain.rise import Rise
+from gradeclip_ft.explain.rollout import Rollout
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.picture import open_picture
+from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.ops.heatmap import to_pixels
+from tests.tiny import images, make_tiny_clip, make_tiny_text
+
+METHODS = {"grad_eclip": GradEclip(), "rollout": Rollout()}
+EVERY = [
+    GradEclip(),
+    GradEclipDeep(2),
+    GradCam(),
+    Rollout(),
+    Game(),
+    M2ib(steps=2, samples=2),
+    Rise(masks=4),
+    IntegratedGradients(steps=2),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedClip:
+    return load_clip("shapes_tiny")
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """96 x 64 pixels, blue, with a red top left corner."""
+    picture = Image.new("RGB", (96, 64), (20, 20, 200))
+    picture.paste((220, 20, 20), (0, 0, 24, 16))
+    return picture
+
+
+def corner(picture: Image.Image) -> tuple[int, int]:
+    """Column and row of the reddest quarter."""
+    red = np.asarray(picture.convert("RGB"), dtype=float)
+    red = red[..., 0] - red[..., 2]
+    row, column = np.unravel_index(red.argmax(), red.shape)
+    return column * 2 // picture.width, row * 2 // picture.height
+
+
+def test_pictures_are_turned_as_their_exif_says(photo: Image.Image, tmp_path: Path) -> None:
+    """Catches maps on a picture that lies on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    photo.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = open_picture(tmp_path / "turned.jpg")
+    assert upright.size == (64, 96)
+    assert corner(upright) == (1, 0)
+
+
+MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "palette": lambda photo: photo.quantize(),
+    "CMYK": lambda photo: photo.convert("CMYK"),
+    "alpha": lambda photo: photo.convert("RGBA"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_become_the_same_colours(photo: Image.Image, mode: str) -> None:
+    found = np.asarray(open_picture(MODES[mode](photo)), dtype=int)
+    assert np.abs(found - np.asarray(photo, dtype=int)).max() < 12
+
+
+def test_transparent_parts_are_white() -> None:
+    """PIL alone shows whatever colour hides behind alpha 0."""
+    layer = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert open_picture(layer).getpixel((3, 3)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0] * 256)
+    palette.info["transparency"] = 0
+    assert open_picture(palette).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_sixteen_bits_keep_their_shades() -> None:
+    """PIL alone makes everything above 255 white."""
+    ramp = np.tile(np.linspace(0, 65535, 256), (4, 1)).astype(np.uint16)
+    grey = np.asarray(open_picture(Image.fromarray(ramp)))[0, :, 0]
+    assert grey[0] == 0
+    assert grey[128] == pytest.approx(128, abs=1)
+    assert grey[255] == 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (7300, 5500)])
+def test_extreme_sizes_are_drawn(tiny: LoadedClip, size: tuple[int, int]) -> None:
+    """One pixel, a line, 40 megapixels."""
+    target = [tiny.encode_texts(["a red circle"])]
+    (found,) = explain_pictures(tiny, [Image.new("RGB", size, "green")], target, METHODS)
+    assert found.heat["grad_eclip"].shape == (1, 8, 8)
+    assert found.heat["grad_eclip"].isfinite().all()
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb.png: .* make it smaller first"):
+        open_picture(tmp_path / "bomb.png")
+
+
+def test_files_pictures_and_tensors_are_the_same(
+    tiny: LoadedClip, photo: Image.Image, tmp_path: Path
+) -> None:
+    photo.save(tmp_path / "a.png")
+    target = tiny.encode_texts(["a red circle", "blue"])
+    pixels = tiny.transform()(photo)
+    kinds = [photo, tmp_path / "a.png", str(tmp_path / "a.png"), pixels]
+    first, *others = explain_pictures(tiny, kinds, [target] * 4, METHODS)
+    for other in others:
+        torch.testing.assert_close(other.heat["grad_eclip"], first.heat["grad_eclip"])
+    with pytest.raises(ValueError, match=r"shape \(64, 64\).*expected normalised pixels"):
+        explain_pictures(tiny, [torch.zeros(64, 64)], [target], METHODS)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_many_pictures_of_several_sizes_equal_single_ones(tiny: LoadedClip, rows: int) -> None:
+    generator = np.random.default_rng(0)
+    sizes = [(64, 64), (64, 64), (96, 64), (64, 64), (64, 64)]
+    pictures = [
+        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
+    texts = ["a red circle", "a blue star", "green"]
+    targets = [tiny.encode_texts(texts[: 1 + row % 3]) for row in range(5)]
+    found = explain_pictures(tiny, pictures, targets, METHODS, geometry="aspect", rows=rows)
+    for row, picture in enumerate(pictures):
+        (one,) = explain_pictures(
+            tiny, [picture], targets[row : row + 1], METHODS, geometry="aspect"
+        )
+        for method in METHODS:
+            torch.testing.assert_close(found[row].heat[method], one.heat[method])
+        torch.testing.assert_close(found[row].score, one.score)
+        assert found[row].at_pixels("rollout").shape == (len(targets[row]), *sizes[row][::-1])
+
+
+def test_permuted_texts_permute_maps(tiny: LoadedClip, photo: Image.Image) -> None:
+    target = tiny.encode_texts(["a red circle", "a blue star", "green"])
+    order = torch.tensor([2, 0, 1])
+    (found,) = explain_pictures(tiny, [photo], [target], METHODS)
+    (turned,) = explain_pictures(tiny, [photo], [target[order]], METHODS)
+    for method in METHODS:
+        torch.testing.assert_close(turned.heat[method], found.heat[method][order])
+
+
+def test_maps_enlarge_around_the_centres_of_patches() -> None:
+    heat = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
+    assert to_pixels(heat, (8, 8))[0].argmax() % 8 >= 5
+    assert to_pixels(heat, (2, 2)).equal(heat)
+
+
+def test_what_no_method_can_do_is_said() -> None:
+    loaded = load_clip("RN50", "random", image_size=32)
+    target = [torch.randn(1, 1024)]
+    pictures = [Image.new("RGB", (32, 32))]
+    with pytest.raises(UnsupportedTowerError, match="pooled by attention"):
+        explain_pictures(loaded, pictures, target, METHODS)
+    (found,) = explain_pictures(loaded, pictures, target, METHODS, skip=True)
+    assert list(found.heat) == ["grad_eclip"]
+    with pytest.raises(UnsupportedTowerError, match="RN50 can do none of rollout"):
+        explain_pictures(loaded, pictures, target, {"rollout": Rollout()}, skip=True)
+
+
+def test_nothing_is_left_behind_in_the_model() -> None:
+    """Hooks, gradients, modes and requires_grad are as before, whatever they were."""
+    clip = make_tiny_clip("vit")
+    clip.train()
+    clip.model.visual.conv1.weight.requires_grad_(False)
+    clip.model.visual.proj.grad = torch.ones_like(clip.model.visual.proj)
+
+    def state() -> list[object]:
+        modules = [
+            (m.training, len(m._forward_hooks), len(m._backward_hooks)) for m in clip.modules()
+        ]
+        return [*modules, *((p.requires_grad, p.grad is None) for p in clip.parameters())]
+
+    before, weights = state(), [p.detach().clone() for p in clip.parameters()]
+    for method in EVERY:
+        explain_image(method, clip, images(clip, 2), torch.randn(3, 16), torch.tensor([0, 1, 1]))
+    text = make_tiny_text("causal")
+    ids = torch.tensor([[2, 7, 9, 11, 49, 0, 0, 0]])
+    for method in (Rollout(), Game(), GradEclipDeep(2), M2ib(steps=2, samples=2)):
+        explain_text(method, text, ids, torch.randn(1, 16), torch.tensor([0]))
+    assert state() == before
+    assert all(p.equal(old) for p, old in zip(clip.parameters(), weights, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' memory figures")
+@pytest.mark.parametrize("method", EVERY, ids=lambda method: type(method).__name__)
+def test_memory_is_flat_over_two_hundred_calls(method: object) -> None:
+    """Catches graphs, hooks or caches that stay: less than 5 MB after a warm-up."""
+    clip = make_tiny_clip("vit")
+    pixels, target, owner = images(clip, 2), torch.randn(3, 16), torch.tensor([0, 1, 1])
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    for _ in range(20):
+        explain_image(method, clip, pixels, target, owner)
+    before = resident()
+    for _ in range(200):
+        explain_image(method, clip, pixels, target, owner)
+    assert resident() - before < 5
