@@ -10,7 +10,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from gradeclip_ft.models.passes import Pass
-from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.models.record import ONE_LAYER
+from gradeclip_ft.models.tower import Tower, UnsupportedTowerError
 
 START = 5.0  # σ(5): nearly everything passes
 
@@ -48,10 +49,16 @@ class M2ib:
         """Relevance of every token for each target; images and texts.
 
         Raises:
+            UnsupportedTowerError: The tower has no layers before its pool.
             ValueError: The tower has fewer layers.
         """
         opened = tower.open(x)
         blocks = len(opened.layers) - opened.is_pooled
+        if not blocks:
+            raise UnsupportedTowerError(
+                "M2IB puts its bottleneck between two layers, but this tower is an attention pool "
+                f"alone; choose {ONE_LAYER}"
+            )
         layer = 3 * blocks // 4 if self.layer is None else self.layer
         if not 0 <= layer < blocks:
             raise ValueError(

@@ -13,6 +13,7 @@ from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib, information
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.ops.similarity import cosine
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 
@@ -160,3 +161,10 @@ def test_methods_work_where_gradients_are_off(method: IntegratedGradients | M2ib
         assert not torch.is_grad_enabled()
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad
+
+
+def test_a_tower_without_layers_cannot_do_m2ib() -> None:
+    """Would crash an evaluation that leaves out what a tower cannot do."""
+    clip = make_tiny_clip("resnet")
+    with pytest.raises(UnsupportedTowerError, match="attention pool alone; choose grad_eclip"):
+        explain_image(M2ib(), clip, images(clip, 1), torch.randn(1, 16), ONE)
