@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from gradeclip_ft.report.content import Case, Chart, Page, Row, Table
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 METHODS = ("Untouched", "Ordinary", "Grad-ECLIP")
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
@@ -56,3 +59,11 @@ def page() -> Page:
         cases=[make_case(0, ("red circle", HOSTILE, "blue star")), make_case(1, ("a", "b"))],
         facts={f"Run {HOSTILE}": {"seed": "0", HOSTILE: HOSTILE}},
     )
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    found = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if found is None:
+        pytest.skip(f"no headless browser: none of {', '.join(BROWSERS)} is installed")
+    return found

@@ -1,0 +1,120 @@
+"""A page of many methods with coloured words: what `explain` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gradeclip_ft.report.content import Case, Page, Words
+from gradeclip_ft.report.page import render
+from gradeclip_ft.report.words import draw_words
+from tests.report.browsing import open_page, shown, told, with_script
+
+METHODS = [f"method_{letter}" for letter in "abcdefghijklmn"]
+SENTENCE = Words(
+    ["a", "<i>red</i>", "dog"], {"one": [0.25, 0.0, 0.75], "two": [0.0, 0.0, 0.0]}, "$5 & more"
+)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    rng = np.random.default_rng(0)
+    return Case(
+        image=np.full((48, 64, 3), 90, dtype=np.uint8),
+        phrases=("dog", "grass"),
+        heat={method: rng.random((2, 4, 4)).astype(np.float32) for method in METHODS},
+        source="<b>.jpg",
+        scores=["cosine 0.312", "cosine −0.020"],
+        sentences=[SENTENCE],
+    )
+
+
+@pytest.fixture(scope="module")
+def page(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = Page("Maps", "Intro", METHODS, first="method_b", cases=[case])
+    return render(made, tmp_path_factory.mktemp("page") / "index.html")
+
+
+def test_words_carry_their_share_and_the_largest_the_deepest_colour(page: Path) -> None:
+    text = page.read_text()
+    words = re.findall(r'--share: ([\d.]+)" title="([^"]*)">([^<]*)<small>(\d+)', text)
+    assert [word[:1] + word[2:] for word in words[:3]] == [
+        ("0.333", "a", "25"),
+        ("0.000", "&lt;i&gt;red&lt;/i&gt;", "0"),
+        ("1.000", "dog", "75"),
+    ]
+    assert words[2][1] == "dog: 0.750 of the relevance by one"
+    assert "no relevance anywhere" in text
+    assert "“$5 &amp; more”" in text
+
+
+def test_a_score_stands_once_behind_each_phrase(page: Path) -> None:
+    assert page.read_text().count("cosine 0.312") == 1
+
+
+def test_scores_that_do_not_fit_are_refused(case: Case, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(case, scores=["cosine 0.1"])
+    with pytest.raises(ValueError, match="scores for 1 of 2 phrases"):
+        render(Page("a", "b", METHODS, cases=[wrong]), tmp_path / "x.html")
+
+
+@pytest.mark.browser
+def test_the_page_opens_on_the_first_method_and_keys_reach_all(
+    browser: str, page: Path, tmp_path: Path
+) -> None:
+    assert shown(open_page(browser, page, "", tmp_path / "a"))[0] == "method_b: dog"
+    said = "root.querySelector('.shown .stage .now').textContent"
+    action = f"press('m'); press('2'); tell({said})"
+    acted = with_script(page, tmp_path, action)
+    assert told(open_page(browser, acted, "", tmp_path / "b")) == "method_c: grass"
+
+
+@pytest.mark.browser
+def test_many_methods_fit_a_screen_and_a_phone(browser: str, page: Path, tmp_path: Path) -> None:
+    """No sideways scrolling at 1280 or 390 pixels, and every name can be read."""
+    action = (
+        "const side = root.querySelector('.shown .grid-side');"
+        "const names = [...root.querySelectorAll('.shown .cell .name')];"
+        "parent.postMessage([document.documentElement.scrollWidth - innerWidth,"
+        "side.scrollWidth - side.clientWidth,"
+        "names.filter((name) => name.offsetHeight > 0).length].join(' '), '*')"
+    )
+    name = with_script(page, tmp_path, action).name
+    for width in (1280, 390):
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            "<script>onmessage = (event) => { document.title = event.data; }</script>"
+            f'<iframe style="width: {width}px; border: 0" src="{name}"></iframe>'
+        )
+        assert told(open_page(browser, frame, "", tmp_path / str(width))) == "0 0 28"
+
+
+@pytest.mark.browser
+def test_nothing_is_fetched(browser: str, page: Path, tmp_path: Path) -> None:
+    """The browser's own list of what the page loaded from elsewhere is empty."""
+    action = (
+        "const all = performance.getEntriesByType('resource');"
+        "tell(`fetched ${all.filter((one) => !one.name.startsWith('data:')).length}`)"
+    )
+    acted = with_script(page, tmp_path, action)
+    assert told(open_page(browser, acted, "", tmp_path / "p")) == "fetched 0"
+
+
+def test_coloured_words_wrap_and_deepen(tmp_path: Path) -> None:
+    """The most relevant word has the darkest ground; a long sentence takes several lines."""
+    short = draw_words(SENTENCE, tmp_path / "short.png")
+    many = Words(["relevance"] * 40, {"one": [1 / 40] * 40})
+    long = draw_words(many, tmp_path / "long.png")
+    with Image.open(short) as picture, Image.open(long) as taller:
+        assert taller.height > picture.height
+        assert taller.width == picture.width
+        pixels = np.asarray(picture.convert("RGB"), dtype=int)
+    orange = pixels[..., 0] - pixels[..., 2]
+    columns = np.flatnonzero(orange.max(0) > 150)
+    assert columns.size > 10
+    assert columns.min() > np.flatnonzero(orange.max(0) > 20).min() + 40
