@@ -59,7 +59,8 @@ class Several:
             for name in override.removeprefix(start).strip("[]").split(",")
         ]
         if "all" in names:
-            names = [name for name in options(self.group) if name not in self.never]
+            known = [name for name in options(self.group) if name not in self.never]
+            names = [self.default, *known]
         for name in names:
             if name in self.never:
                 raise ConfigurationError(f"{self.group}={name}: {self.never[name]}")

@@ -16,6 +16,7 @@ from gradeclip_ft.report.content import Box, Case
 from gradeclip_ft.report.figures import overlay
 
 TILE = 1.5  # inches
+LETTER = 0.085  # inches that a letter of a label takes
 SIDE = 288  # pixels of a tile before the figure's own scaling
 
 
@@ -37,14 +38,15 @@ def draw_still(
     places = [(case, row) for case in cases for row in range(len(case.phrases))[:each]][:columns]
     if not places:
         raise ValueError("no phrase to draw; give at least one case")
-    width, height = len(places) * TILE + 1.0, (1 + len(methods)) * TILE + 0.3
+    left = 0.25 + LETTER * max(map(len, ["Picture", *methods]))
+    width, height = len(places) * TILE + left, (1 + len(methods)) * TILE + 0.3
     figure = Figure(figsize=(width, height), dpi=144, facecolor="white")
     axes = figure.subplots(
         1 + len(methods),
         len(places),
         squeeze=False,
         gridspec_kw={
-            "left": 1.0 / width,
+            "left": left / width,
             "right": 1 - 0.04 / width,
             "top": 1 - 0.28 / height,
             "bottom": 0.04 / height,
