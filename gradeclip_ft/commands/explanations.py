@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gradeclip_ft.explain.pictures import Explained, shown
+from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.report.content import Case, Page, Words
 from gradeclip_ft.report.figures import overlay
 from gradeclip_ft.report.page import render
@@ -21,25 +22,26 @@ from gradeclip_ft.report.words import draw_words
 from gradeclip_ft.results.fingerprint import versions
 
 if TYPE_CHECKING:
-    from gradeclip_ft.commands.explain import Question
+    from gradeclip_ft.commands.explain import Loaded
+    from gradeclip_ft.commands.questions import Question
     from gradeclip_ft.explain.sentences import Sentence
-    from gradeclip_ft.models.clip import LoadedClip
 
 PAGE, MAPS, SENTENCES = "index.html", "maps.npz", "words.json"
 HIDDEN = ("_target_", "create_graph")  # of a method's settings on the page
 
 
 def case_of(
-    loaded: LoadedClip, explained: Explained, question: Question, sentences: Sequence[Sentence]
+    loaded: Loaded, explained: Explained, question: Question, sentences: Sequence[Sentence]
 ) -> Case:
     """One picture for the page."""
+    kind = "cosine" if isinstance(loaded, LoadedClip) else "logit"
     return Case(
         image=shown(explained.pixels, loaded).numpy(),
         phrases=question.phrases,
         heat={method: heat.numpy() for method, heat in explained.heat.items()},
         caption=question.caption,
         source=question.file.name,
-        scores=[f"cosine {value:.3f}".replace("-", "−") for value in explained.score.tolist()],
+        scores=[f"{kind} {value:.3f}".replace("-", "−") for value in explained.score.tolist()],
         sentences=[
             Words(
                 words=one.words,
@@ -63,7 +65,7 @@ def write(out: Path, file: Path, case: Case, explained: Explained) -> None:
     np.savez_compressed(
         folder / MAPS,
         phrases=np.array(list(case.phrases)),
-        cosine=explained.score.numpy(),
+        score=explained.score.numpy(),
         **arrays,
     )
     read = [one for one in case.sentences if one.values and one.words]
@@ -73,7 +75,7 @@ def write(out: Path, file: Path, case: Case, explained: Explained) -> None:
         draw_words(one, folder / f"words-{number}.png")
 
 
-def page(cfg: DictConfig, loaded: LoadedClip, cases: Sequence[Case], out: Path) -> Path:
+def page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> Path:
     """The page, and the sheet of all maps if one is asked for."""
     methods = [name for name in cases[0].heat if all(name in case.heat for case in cases)]
     settings = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.image_model import LoadedImageModel
 from gradeclip_ft.models.picture import open_picture
 from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.transform import ImageTransform
@@ -50,7 +51,7 @@ class Explained:
 
 
 def explain_pictures(
-    loaded: LoadedClip,
+    loaded: LoadedImageModel,
     pictures: Sequence[Picture],
     targets: Sequence[Float[Tensor, "_ D"]],
     methods: Mapping[str, Explainer],
@@ -81,7 +82,7 @@ def explain_pictures(
     """
     if len(pictures) != len(targets):
         raise ValueError(f"{len(targets)} sets of phrases for {len(pictures)} pictures; give each")
-    device = loaded.clip.log_scale.device
+    device = loaded.clip.device
     pixels = [pixels_of(loaded, picture, geometry, longest) for picture in pictures]
     able = dict(methods)
     done: list[Explained] = []
@@ -114,12 +115,12 @@ def explain_pictures(
             for place, row in enumerate(some)
         ]
     if methods and not able:
-        raise UnsupportedTowerError(f"{loaded.name} can do none of {', '.join(methods)}")
+        raise UnsupportedTowerError(f"this model can do none of {', '.join(methods)}")
     return done
 
 
 def pixels_of(
-    loaded: LoadedClip, picture: Picture, geometry: Geometry = "model", longest: int = 640
+    loaded: LoadedImageModel, picture: Picture, geometry: Geometry = "model", longest: int = 640
 ) -> Float[Tensor, "3 H W"]:
     """Normalised pixels of one picture; see `transform_for`.
 
@@ -139,7 +140,7 @@ def pixels_of(
 
 
 def transform_for(
-    loaded: LoadedClip, picture: Image.Image, geometry: Geometry, longest: int
+    loaded: LoadedImageModel, picture: Image.Image, geometry: Geometry, longest: int
 ) -> ImageTransform:
     """How a picture becomes pixels.
 
@@ -157,7 +158,7 @@ def transform_for(
         return loaded.transform()
     patch = loaded.patch
     if not patch:
-        raise ValueError(f"{loaded.name} takes pictures of one size; choose geometry=model")
+        raise ValueError("this model takes pictures of one size; choose geometry=model")
     scale = min(1.0, longest / max(picture.size))
     width, height = (max(1, round(side * scale / patch)) * patch for side in picture.size)
     how = loaded.preprocessing
@@ -165,15 +166,17 @@ def transform_for(
     return ImageTransform(size=(height, width), preprocessing=whole)
 
 
-def prepared(methods: Mapping[str, Explainer], loaded: LoadedClip) -> dict[str, Explainer]:
-    """Methods that compare with texts of their own, with these encoded by this model."""
+def prepared(methods: Mapping[str, Explainer], loaded: LoadedImageModel) -> dict[str, Explainer]:
+    """Methods that compare with texts of their own, with these encoded by this model if it can."""
     return {
-        name: method.prepare(loaded) if hasattr(method, "prepare") else method
+        name: method.prepare(loaded)
+        if hasattr(method, "prepare") and isinstance(loaded, LoadedClip)
+        else method
         for name, method in methods.items()
     }
 
 
-def shown(pixels: Float[Tensor, "3 H W"], loaded: LoadedClip) -> Tensor:
+def shown(pixels: Float[Tensor, "3 H W"], loaded: LoadedImageModel) -> Tensor:
     """The picture as the model saw it, (H, W, 3) in bytes: maps belong on this one."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (loaded.mean, loaded.std))
     return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)

@@ -44,7 +44,7 @@ def test_pictures_arrays_words_and_page_are_written(capsys: pytest.CaptureFixtur
         arrays = np.load(folder / "maps.npz")
         assert arrays["phrases"].tolist() == ["red square", "blue star"]
         assert arrays["grad_eclip"].shape == arrays["rollout"].shape == (2, 8, 8)
-        assert arrays["cosine"].shape == (2,)
+        assert arrays["score"].shape == (2,)
         with Image.open(folder / "red-square-grad_eclip.png") as overlay:
             assert overlay.size == (64, 64)
         first, second = json.loads((folder / "words.json").read_text())
@@ -74,7 +74,7 @@ def test_one_command_draws_every_method() -> None:
     )
     arrays = np.load("explanations/a/maps.npz")
     methods = set(options("explainer")) - {"uniform", "grad_eclip_text"}
-    assert methods | {"head 0", "head 1", "head 2"} == set(arrays) - {"phrases", "cosine"}
+    assert methods | {"head 0", "head 1", "head 2"} == set(arrays) - {"phrases", "score"}
     (words,) = json.loads(Path("explanations/a/words.json").read_text())
     assert set(words["values"]) == {"grad_eclip", "raw_attention", "rollout", "game", "m2ib"}
     with Image.open("sheet.png") as sheet:
@@ -154,6 +154,24 @@ def test_a_run_is_explained_with_its_own_weights(monkeypatch: pytest.MonkeyPatch
 
     train(compose("train", ["+exp=smoke", "name=tuned", "evaluator=[]"]))
     run("images=photos/a.png", "phrases=[red square]")
-    before = np.load("explanations/a/maps.npz")["cosine"]
+    before = np.load("explanations/a/maps.npz")["score"]
     run("images=photos/a.png", "phrases=[red square]", "run=tuned")
-    assert abs(np.load("explanations/a/maps.npz")["cosine"] - before) > 1e-4
+    assert abs(np.load("explanations/a/maps.npz")["score"] - before) > 1e-4
+
+
+def test_a_classifier_is_explained_by_class_names(caplog: pytest.LogCaptureFixture) -> None:
+    """A timm classifier: logits of classes; methods that need texts are left out, words too."""
+    Path("classes.txt").write_text("red square\nblue star\ngrey\n")
+    model = (
+        "model=classifier model.name=timm:test_vit model.weights=random model.classes=classes.txt"
+    )
+    given = [*model.split(), "images=photos/a.png", "explainer=[grad_eclip,clip_surgery]"]
+    run(*given, "phrases=[blue star,'2']")
+    arrays = np.load("explanations/a/maps.npz")
+    assert arrays["grad_eclip"].ndim == 3
+    assert "clip_surgery" not in arrays
+    assert "clip_surgery is left out" in caplog.text
+    assert json.loads(Path("explanations/a/words.json").read_text()) == []
+    assert "logit" in Path("explanations/index.html").read_text()
+    with pytest.raises(ValueError, match="knows classes, no captions"):
+        run(*given, "captions=[a red square]")
