@@ -16,7 +16,8 @@ from gradeclip_ft.report.content import Box, Case
 from gradeclip_ft.report.figures import overlay
 
 TILE = 1.5  # inches
-LETTER = 0.085  # inches that a letter of a label takes
+LETTER = 0.075  # inches that a letter of a label takes
+FEW = 40  # maps; more are drawn smaller
 SIDE = 288  # pixels of a tile before the figure's own scaling
 
 
@@ -40,7 +41,8 @@ def draw_still(
         raise ValueError("no phrase to draw; give at least one case")
     left = 0.25 + LETTER * max(map(len, ["Picture", *methods]))
     width, height = len(places) * TILE + left, (1 + len(methods)) * TILE + 0.3
-    figure = Figure(figsize=(width, height), dpi=144, facecolor="white")
+    few = len(places) * len(methods) <= FEW
+    figure = Figure(figsize=(width, height), dpi=144 if few else 96, facecolor="white")
     axes = figure.subplots(
         1 + len(methods),
         len(places),
