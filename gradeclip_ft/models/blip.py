@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gradeclip_ft.models.architecture import Architecture, fetch_repository, read_json
-from gradeclip_ft.models.checkpoint import load_exactly, read_tensors
+from gradeclip_ft.models.checkpoint import load_exactly
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.image_model import ImageModel
 from gradeclip_ft.models.sizes import checked_size
+from gradeclip_ft.models.tensor_files import read_tensors
 from gradeclip_ft.models.tokenizer import Tokenizer, fetch_tokenizer
 from gradeclip_ft.models.tower import Foreign
 from gradeclip_ft.models.towers.blip_vision import BlipVisionTower

@@ -9,11 +9,12 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from gradeclip_ft.models.checkpoint import load_exactly, read_tensors
+from gradeclip_ft.models.checkpoint import load_exactly
 from gradeclip_ft.models.class_names import one_hot, read_classes
 from gradeclip_ft.models.classifier_sources import Source, find_source
 from gradeclip_ft.models.image_model import ImageModel, LoadedImageModel
 from gradeclip_ft.models.sizes import checked_size
+from gradeclip_ft.models.tensor_files import read_tensors
 from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError
 from gradeclip_ft.models.towers.select import classifier_tower
 from gradeclip_ft.models.transform import Preprocessing

@@ -12,9 +12,10 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from gradeclip_ft.models.architecture import Architecture, find_architecture
 from gradeclip_ft.models.blip import BLIP, load_blip
-from gradeclip_ft.models.checkpoint import load_state, read_state, weights_file
+from gradeclip_ft.models.checkpoint import load_state, read_state
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.sizes import checked_size, set_image_size
+from gradeclip_ft.models.tensor_files import weights_file
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, fetch_tokenizer
 from gradeclip_ft.models.tower import Foreign, packs
 from gradeclip_ft.models.transform import Preprocessing
