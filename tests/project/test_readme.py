@@ -84,17 +84,32 @@ def test_the_readme_shows_the_main_commands() -> None:
         assert words in shown
 
 
-def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, but for the model: the packaged one needs no download."""
+def python_of(page: str, folder: Path) -> dict[str, Any]:
+    """What the one block of Python of a page leaves; with the packaged model for the large one."""
     from PIL import Image
 
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (90, 60), "red").save("dog.jpg")
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    for name in ("dog.jpg", "a.jpg", "b.jpg"):
+        Image.new("RGB", (90, 60), "red").save(folder / name)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     names: dict[str, Any] = {}
     exec(block.replace('load_clip("ViT-B-16", "openai")', 'load_clip("shapes_tiny")'), names)
+    return names
+
+
+def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = python_of("README.md", tmp_path)
     assert names["match"].shape == (1, 2)
-    assert names["heat"].shape == (2, 8, 8)
+    assert names["found"].heat["grad_eclip"].shape == (2, 8, 8)
+    assert names["found"].at_pixels("grad_eclip").shape == (2, 64, 64)
+
+
+def test_the_python_on_maps_and_words_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = python_of("docs/explain.md", tmp_path)
+    assert len(names["found"]) == 2
+    assert names["words"][0].words == ("a", "dog", "on", "the", "grass")
+    assert names["words"][0].values["grad_eclip"].shape == (5,)
 
 
 def test_the_readme_is_not_long() -> None:
