@@ -73,13 +73,16 @@ def explain_sentences(
     read = [loaded.tokenizer.words(text) for text in texts]
     ids = loaded.tokenizer(texts, trim=True).to(loaded.clip.log_scale.device)
     found: dict[str, Tensor] = {}
+    left: dict[str, list[str]] = {}
     for name, method in methods.items():
         try:
             found[name] = explain_text(method, loaded.clip, ids, target, owner).cpu()
         except UnsupportedTowerError as error:
             if not skip:
                 raise
-            log.warning("words by %s are left out: %s", name, error)
+            left.setdefault(str(error), []).append(name)
+    for reason, names in left.items():
+        log.warning("words by %s are left out: %s", ", ".join(names), reason)
     first = _first_words(loaded, ids) if found else torch.zeros(len(texts), dtype=torch.long)
     sentences = []
     for row, text in enumerate(owner.tolist()):
