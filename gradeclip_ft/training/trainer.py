@@ -135,6 +135,8 @@ def _quieten() -> None:
     """Notes on hardware, workers and names that libraries call outdated; none is for the user."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What it says when it ends a job of which one process has died; else that job ends mute.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel("INFO")
     for message in (
         "The .* does not have many workers",
         r"Found \d+ module\(s\) in eval mode",  # models are loaded so, frozen parts stay so

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from gradeclip_ft.commands import runs
+from gradeclip_ft.training import ledger
 
 SETTINGS = {
     "name": "a",
@@ -178,3 +179,40 @@ def test_a_folder_without_a_run_has_no_configuration(tmp_path: Path) -> None:
     """Would catch a traceback from the yaml reader for `evaluate run=typo`."""
     with pytest.raises(FileNotFoundError, match="no run in"):
         runs.read_config(tmp_path / "a")
+
+
+def test_other_processes_may_go_on_and_the_loader_judges(tmp_path: Path) -> None:
+    """Would catch a job that has lost a machine and cannot use those that are left."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    runs.claim(tmp_path / "a", changed(trainer__devices=4, trainer__num_nodes=2), resume="auto")
+
+
+@pytest.mark.parametrize("resampled", [True, False, None])
+def test_only_drawn_samples_allow_another_batch_size(
+    tmp_path: Path, resampled: bool | None
+) -> None:
+    """Would catch a second half of an epoch that repeats samples of the first."""
+    settings = {**SETTINGS, "data": {"resampled": resampled, "batch_size": 64, "workers": 8}}
+    runs.claim(tmp_path / "a", settings)
+    other = {**settings, "data": {"resampled": resampled, "batch_size": 128, "workers": 4}}
+    if resampled:
+        runs.claim(tmp_path / "a", other, resume="auto")
+    else:
+        with pytest.raises(ValueError, match=r"data.batch_size: 64 -> 128"):
+            runs.claim(tmp_path / "a", other, resume="auto")
+
+
+def test_damaged_weights_of_a_run_are_not_taken_for_granted(tmp_path: Path) -> None:
+    """Would catch an export of half a file."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    weights = tmp_path / "a" / "weights.safetensors"
+    weights.write_bytes(b"whole")
+    ledger.enter(tmp_path / "a", {weights.name: weights}, step=2, room=4)
+    assert runs.resolve_weights("a", tmp_path) == weights
+    weights.write_bytes(b"whale")
+    with pytest.raises(ValueError, match=r"damaged.*resume=auto"):
+        runs.resolve_weights("a", tmp_path)
+    weights.write_bytes(b"who")
+    with pytest.raises(ValueError, match="cut off"):
+        runs.resolve_weights("a", tmp_path)
+    assert runs.resolve_weights(str(weights)) == weights

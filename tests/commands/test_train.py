@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.commands.launch import process_rank
 from gradeclip_ft.training.callbacks import Record
 from gradeclip_ft.training.loggers import read_lines
 
@@ -218,24 +217,3 @@ def test_half_of_the_way_back_to_the_start(train, home, origin) -> None:
 def test_an_export_that_cannot_be_says_why(train, capsys, options, message) -> None:
     assert run(COMMANDS, ["export", *options]) == 1
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("environment", "rank"),
-    [
-        ({}, 0),
-        ({"LOCAL_RANK": "1"}, 1),
-        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
-        ({"RANK": "4", "LOCAL_RANK": "0", "NODE_RANK": "1"}, 4),
-        ({"SLURM_PROCID": "2"}, 2),
-        ({"NODE_RANK": "1"}, 1),
-        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, 0),
-    ],
-)
-def test_only_one_process_of_a_job_is_the_first(monkeypatch, environment, rank) -> None:
-    """A6: two processes that both write the run's files spoil them."""
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert process_rank() == rank

@@ -1,0 +1,115 @@
+"""Which process this is, who started it, and whether that fits the configuration."""
+
+import os
+
+import pytest
+from omegaconf import OmegaConf
+
+from gradeclip_ft.commands import launch
+from gradeclip_ft.commands.compose import ConfigurationError, compose
+from gradeclip_ft.commands.launch import lost_contact, process_rank, require_as_started
+from gradeclip_ft.commands.sweep import refuse_shared_process
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "b16"}
+VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", *SLURM)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Sets the variables of a launcher and no others."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_all(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
+        ({"RANK": "4", "LOCAL_RANK": "0", "NODE_RANK": "1"}, 4),
+        (SLURM, 5),
+        ({"NODE_RANK": "1"}, 1),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_only_one_process_of_a_job_is_the_first(environment, variables, rank) -> None:
+    """A6: two processes that both write the run's files spoil them."""
+    environment(variables)
+    assert process_rank() == rank
+
+
+def trainer(devices: object, nodes: int = 1):
+    return OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes"),
+    [
+        ({}, 2, 1),  # we start the second one ourselves
+        (TORCHRUN, 4, 1),
+        (TORCHRUN, 2, 2),
+        (TORCHRUN, "auto", 1),
+        (SLURM, 4, 2),
+        ({**SLURM, "SLURM_JOB_NAME": "interactive"}, 1, 1),
+        ({"SLURM_NTASKS": "8"}, 1, 1),  # in the batch script itself, not below srun
+    ],
+)
+def test_a_job_started_as_configured_may_begin(environment, variables, devices, nodes) -> None:
+    environment(variables)
+    require_as_started(trainer(devices, nodes))
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes", "words"),
+    [
+        (TORCHRUN, 1, 1, "torchrun started 4 processes, but trainer.devices=1"),
+        (TORCHRUN, 2, 1, "trainer.devices=2 x trainer.num_nodes=1"),
+        (SLURM, 4, 1, "srun started 8 processes"),
+    ],
+)
+def test_a_job_started_otherwise_is_refused(environment, variables, devices, nodes, words) -> None:
+    """Would catch four processes that each train a run of their own and write the same files."""
+    environment(variables)
+    with pytest.raises(ConfigurationError, match=words):
+        require_as_started(trainer(devices, nodes))
+
+
+def test_the_slurm_file_is_one_task_per_gpu(environment) -> None:
+    """H3: Lightning and SLURM must agree on tasks, and only one of them requeues."""
+    cfg = compose("train", ["name=a", "trainer=slurm", "trainer.num_nodes=2"])
+    assert (cfg.trainer.strategy, cfg.trainer.accelerator) == ("ddp", "gpu")
+    environment(SLURM)
+    require_as_started(cfg)
+
+
+def test_a_sweep_through_slurm_may_have_several_processes_per_job() -> None:
+    """Submitit starts the tasks of each job itself; basic and joblib share one process."""
+    refuse_shared_process(trainer(4), "submitit_slurm")
+    for launcher in ("basic", "joblib"):
+        with pytest.raises(ConfigurationError, match="submitit_slurm"):
+            refuse_shared_process(trainer(4), launcher)
+
+
+def test_the_echo_of_a_death_is_told_from_an_error_of_our_own() -> None:
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert lost_contact(gone)
+    assert not lost_contact(RuntimeError("out of memory"))
+    assert not lost_contact(BrokenPipeError("Broken pipe"))
+
+
+def test_children_of_this_process_know_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a first process that takes itself for a child and exits with 0 on SIGTERM."""
+    monkeypatch.delenv(launch.PARENT, raising=False)
+    launch.stay_with_parent()
+    assert os.environ[launch.PARENT] == str(os.getpid())
+    assert not launch.started_by_us()
+    monkeypatch.setenv(launch.PARENT, str(os.getppid()))
+    assert launch.started_by_us()
