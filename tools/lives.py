@@ -7,6 +7,7 @@ kill never falls into the start of Python, where there is nothing to lose.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import socket
@@ -19,11 +20,11 @@ from pathlib import Path
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
 from gradeclip_ft.training.ledger import newest_good
-from gradeclip_ft.training.loggers import read_lines
 
-# What `train` imports late.
+# What `train` imports late, and we before the first fork only: workers that are spawned to draw
+# shapes import this file as well.
 LATE = ("commands.build", "training.trainer", "models.factory", "data.captions", "data.shapes")
-PATIENCE = 240.0  # seconds that anything may take
+PATIENCE = 900.0  # seconds that anything may take
 QUIET = ("evaluation.before=false", "evaluation.after=false", "trainer.log_every=1")
 SMOKE = ("train", "+exp=smoke", *QUIET, "trainer.checkpoint_every=2")
 
@@ -137,7 +138,8 @@ def until(condition: Callable[[], bool], *lives: Life, every: float = 0.005) -> 
 def losses(name: str) -> dict[int, float]:
     """Loss of each logged step of a run."""
     path = Path("runs") / name / "metrics.jsonl"
-    lines = read_lines(path) if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 

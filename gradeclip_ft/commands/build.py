@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Evaluator
     from gradeclip_ft.models.clip import LoadedClip
     from gradeclip_ft.objectives.base import Objective
-    from gradeclip_ft.training.callbacks import Evaluate
     from gradeclip_ft.training.data_module import CaptionDataModule, CaptionSource
+    from gradeclip_ft.training.evaluation import Evaluate
     from gradeclip_ft.training.module import FineTuneModule
 
 EVALUATIONS = "evaluations"
@@ -101,7 +101,7 @@ def build_evaluate(
     cfg: DictConfig, folder: Path, loaded: LoadedClip, command: str | None
 ) -> Evaluate:
     """Evaluation before, during and after training."""
-    from gradeclip_ft.training.callbacks import Evaluate
+    from gradeclip_ft.training.evaluation import Evaluate
 
     return Evaluate(
         build_evaluators(cfg),

@@ -1,13 +1,10 @@
-"""What happens around the steps: metrics are recorded and evaluators run."""
+"""What happens around the steps: metrics of all processes are collected and recorded."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,17 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.evaluators.base import Evaluator, run_all
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.ops.distributed import patient_barrier
-from gradeclip_ft.training.best import Best
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.guard import StopOnNonFinite, gather
 from gradeclip_ft.training.loggers import FileLogger
-
-# Other processes wait this long while the first one evaluates.
-PATIENCE = timedelta(days=1)
-logger = logging.getLogger(__name__)
 
 
 class Record(pl.Callback):
@@ -128,115 +117,6 @@ class Record(pl.Callback):
         """Goes on counting where the interrupted run stopped."""
         self._before = Counter(state_dict["skipped"])
         self._total = self._before.copy()
-
-
-class Evaluate(pl.Callback):
-    """Runs evaluators before the first step, every `every` steps and after the last one.
-
-    The first process evaluates, the others wait. The data are checked before training begins, so
-    that a missing file does not show days later.
-
-    Args:
-        evaluators: By any key.
-        loaded: The model that is trained.
-        folder: Where the results go, one JSON per evaluator and step.
-        run: Name of the run.
-        every: Steps between two evaluations; None for none in between.
-        before: Whether to evaluate the untouched model.
-        after: Whether to evaluate the finished one.
-        best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`.
-        command: Command line for the results.
-
-    Attributes:
-        evaluated: Step of the last evaluation; None before the first.
-    """
-
-    def __init__(
-        self,
-        evaluators: Mapping[str, Evaluator],
-        loaded: LoadedClip,
-        *,
-        folder: Path,
-        run: str,
-        every: int | None = None,
-        before: bool = True,
-        after: bool = True,
-        best: str | None = None,
-        command: str | None = None,
-    ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
-        self.evaluated: int | None = None
-        self._wait: Callable[[], None] = lambda: None
-        self._evaluators = evaluators
-        self._loaded = loaded
-        self._folder = folder
-        self._run = run
-        self._every = every
-        self._before = before
-        self._after = after
-        self._best = None if best is None else Best(folder.parent, best)
-        self._command = command
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make or check the data, on one process."""
-        self._wait = patient_barrier(PATIENCE)
-        if trainer.is_global_zero and (self._before or self._after or self._every):
-            for evaluator in self._evaluators.values():
-                evaluator.prepare()
-        self._wait()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The untouched model, unless the run is a resumed one."""
-        if self._before and trainer.global_step == 0:
-            self.evaluate(trainer)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Where it is time; the last step is left to `on_train_end`."""
-        step = trainer.global_step
-        due = self._every is not None and step % self._every == 0 and step < trainer.max_steps
-        if due and step != self.evaluated:
-            self.evaluate(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The finished model."""
-        if self._after:
-            self.evaluate(trainer)
-
-    def evaluate(self, trainer: pl.Trainer) -> None:
-        """Evaluate the model as it is, on the first process while the others wait. A collective."""
-        if trainer.is_global_zero:
-            self.measure(trainer)
-        self.evaluated = trainer.global_step
-        self._wait()
-
-    def measure(self, trainer: pl.Trainer) -> None:
-        """Evaluate the model in this process; results and loggers get the numbers."""
-        results = run_all(
-            self._evaluators,
-            self._loaded,
-            folder=self._folder,
-            run=self._run,
-            step=trainer.global_step,
-            command=self._command,
-        )
-        found: dict[str, float] = {}
-        for result in results:
-            place = f"{result.evaluator} at step {result.step}"
-            logger.info("evaluated %s in %.1f s", place, result.seconds)
-            numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
-            log(trainer, numbers)
-            found |= numbers
-        if self._best is not None:
-            weights = self._loaded.clip.model.state_dict()
-            self._best.offer(found, weights, step=trainer.global_step)
 
 
 def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 
 from gradeclip_ft.training.ledger import CHECKPOINT
@@ -23,7 +22,7 @@ class SaveError(RuntimeError):
     """A checkpoint cannot be written; those on disk are untouched."""
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(pl.Callback):
     """Saves every `every` steps, after the last, and when interrupted between two updates.
 
     Args:

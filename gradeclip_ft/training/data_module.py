@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 
 from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.ops.distributed import rank as process_rank
 
 ELASTIC = ("world_size", "batches_per_epoch")  # what other processes may change
 logger = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ class RunLoader(Iterable[CaptionBatch]):
             return
         if not (self._resampled and differing.keys() <= set(ELASTIC)):
             raise ValueError(_refusal(differing))
-        logger.warning(
+        logger.log(
+            logging.DEBUG if process_rank() else logging.WARNING,
             "%s: the run goes on with new draws. A step now sees another number of pairs and "
             "negatives unless data.batch_size makes up for it",
             "; ".join(differing.values()),

@@ -100,7 +100,9 @@ def make_trainer(
         "gradient_clip_val": gradient_clip,
         "accumulate_grad_batches": accumulate,
         "logger": list(loggers),
-        "callbacks": [guard, record, shown, StopOnSignal(checkpoints), *callbacks, checkpoints],
+        # a step is saved before it is evaluated, which may take longer than a node lives
+        "callbacks": [guard, record, shown, StopOnSignal(checkpoints), checkpoints, *callbacks],
+        "enable_checkpointing": False,  # Lightning's own
         "plugins": _plugins(),
         "log_every_n_steps": log_every,
         "default_root_dir": folder,

@@ -11,7 +11,7 @@ from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.models.transform import Preprocessing
 from gradeclip_ft.results.record import Measured, read
-from gradeclip_ft.training.callbacks import Evaluate
+from gradeclip_ft.training.evaluation import Evaluate
 from gradeclip_ft.training.run_files import step_of
 
 
@@ -24,11 +24,14 @@ class Watch:
         self.protocol: dict = {}
         self.prepared = 0
         self.modes: list[bool] = []
+        self.dies = False  # at the second evaluation
 
     def prepare(self) -> None:
         self.prepared += 1
 
     def __call__(self, loaded: LoadedClip, **_: object) -> Measured:
+        if self.dies and self.modes:
+            raise RuntimeError("the node is gone")
         self.modes.append(any(module.training for module in loaded.clip.modules()))
         torch.manual_seed(99)
         value = float(loaded.clip.log_scale.detach())
@@ -138,6 +141,20 @@ def test_a_resumed_run_is_not_evaluated_as_untouched(small_run, evaluation) -> N
     clip, _, callback, folder = evaluation()
     run.train(clip=clip, callbacks=(callback,), resume=True)
     assert steps(folder) == [8]
+
+
+def test_an_evaluation_that_an_interruption_left_out_is_made_up(small_run, evaluation) -> None:
+    """The step is saved first; a node that dies meanwhile must not cost its evaluation."""
+    run = small_run()
+    clip, watch, callback, folder = evaluation(every=3)
+    watch.dies = True
+    with pytest.raises(RuntimeError, match="node is gone"):
+        run.train(clip=clip, callbacks=(callback,), checkpoint_every=3)
+    assert steps(folder) == [0]
+    assert torch.load(run.folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    clip, _, callback, _ = evaluation(every=3)
+    run.train(clip=clip, callbacks=(callback,), checkpoint_every=3, resume=True)
+    assert steps(folder) == [0, 3, 6, 8]
 
 
 def test_only_every_so_many_steps_are_recorded_and_the_last(small_run) -> None:
