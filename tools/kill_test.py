@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file
+
 from gradeclip_ft.commands.plain import call
 from gradeclip_ft.training.ledger import CHECKPOINT, WEIGHTS
 from tools.kill_ranks import kill_ranks
@@ -85,7 +88,7 @@ def kill_one(kills: int, steps: int, draw: random.Random) -> int:
         f"{code}. Against the undisturbed run: {len(killed)} of {steps} losses logged, "
         f"{len(apart)} differ{f' from step {apart[0]} on' if apart else ''}; largest difference of "
         f"a loss {furthest(whole, killed):.1e}, weights "
-        f"{'equal to the last bit' if state('whole') == state('killed') else 'not equal'}"
+        f"{'equal to the last bit' if same_weights('whole', 'killed') else 'not equal'}"
     )
     return 0 if code == 0 and whole.keys() == killed.keys() and not apart else 1
 
@@ -123,9 +126,12 @@ def furthest(whole: dict[int, float], killed: dict[int, float]) -> float:
     return max(abs(killed.get(step, float("inf")) / loss - 1) for step, loss in whole.items())
 
 
-def state(name: str) -> bytes:
-    """Final weights."""
-    return (Path("runs") / name / WEIGHTS).read_bytes()
+def same_weights(*names: str) -> bool:
+    """Whether two runs ended with equal weights; the files may name their metadata in any order."""
+    first, second = (load_file(Path("runs") / name / WEIGHTS) for name in names)
+    return first.keys() == second.keys() and all(
+        np.array_equal(value, second[name]) for name, value in first.items()
+    )
 
 
 @contextmanager

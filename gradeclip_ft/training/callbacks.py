@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.training.checkpoints import lives_through
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.guard import StopOnNonFinite, gather
 from gradeclip_ft.training.loggers import FileLogger
+
+logger = logging.getLogger(__name__)
 
 
 class Record(pl.Callback):
@@ -122,4 +126,9 @@ class Record(pl.Callback):
 def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Hand metrics of the current step to every logger; loggers write on the first process only."""
     for receiver in trainer.loggers:
-        receiver.log_metrics(dict(metrics), step=trainer.global_step)
+        try:
+            receiver.log_metrics(dict(metrics), step=trainer.global_step)
+        except OSError as error:
+            if not lives_through(trainer, error):
+                raise
+            logger.error("metrics of step %d are lost: %s", trainer.global_step, error)

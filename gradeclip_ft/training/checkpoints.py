@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from gradeclip_ft.training.ledger import CHECKPOINT
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.run_files import sweep, write_both
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OnSaveError = Literal["stop", "continue"]
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Checkpoints(pl.Callback):
         keep: Checkpoints on disk: the last one and those before it.
         on_error: What a checkpoint that cannot be written does to the run. The one behind the last
             step ends it in any case.
+
+    Attributes:
+        on_error: As given.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Checkpoints(pl.Callback):
         self._folder = folder
         self._every = every
         self._keep = keep
-        self._on_error = on_error
+        self.on_error = on_error
         self._good: Path | None = None
         self._saved: int | None = None
         self._updating: int | None = None
@@ -64,7 +69,7 @@ class Checkpoints(pl.Callback):
         Raises:
             SaveError: They cannot be written, and `on_error` is "stop".
         """
-        self._write(trainer, self._on_error)
+        self._write(trainer, self.on_error)
         trainer.strategy.barrier("checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,3 +149,10 @@ class Checkpoints(pl.Callback):
                 "checkpoint, trainer.on_save_error=continue trains on without"
             ) from error
         logger.error("%s; training goes on", what)
+
+
+def lives_through(trainer: pl.Trainer, error: OSError) -> bool:
+    """Whether a run goes on although a file beside the checkpoints finds no room."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    owners = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    return error.errno in FULL and any(owner.on_error == "continue" for owner in owners)

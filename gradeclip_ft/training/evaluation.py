@@ -16,6 +16,7 @@ from gradeclip_ft.ops.distributed import patient_barrier
 from gradeclip_ft.results.record import result_path
 from gradeclip_ft.training.best import Best
 from gradeclip_ft.training.callbacks import log
+from gradeclip_ft.training.checkpoints import lives_through
 
 # Other processes wait this long while the first one evaluates.
 PATIENCE = timedelta(days=1)
@@ -84,7 +85,7 @@ class Evaluate(pl.Callback):
             self.evaluate(trainer)
         elif self._due(trainer):
             if trainer.is_global_zero and not self._stands(trainer.global_step):
-                self.measure(trainer)
+                self._try(trainer)
             self._wait()
 
     def on_train_batch_end(
@@ -107,9 +108,18 @@ class Evaluate(pl.Callback):
     def evaluate(self, trainer: pl.Trainer) -> None:
         """Evaluate the model as it is, on the first process while the others wait. A collective."""
         if trainer.is_global_zero:
-            self.measure(trainer)
+            self._try(trainer)
         self.evaluated = trainer.global_step
         self._wait()
+
+    def _try(self, trainer: pl.Trainer) -> None:
+        """Evaluate; on a full disk without results, if training is to go on there."""
+        try:
+            self.measure(trainer)
+        except OSError as error:
+            if not lives_through(trainer, error):
+                raise
+            logger.error("results of step %d are lost: %s", trainer.global_step, error)
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -52,11 +53,9 @@ class FileLogger(Logger):
         """Append one line; values that are not finite become null."""
         row = {"step": step, **{name: _number(value) for name, value in metrics.items()}}
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / JSONL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self._folder / JSONL, json.dumps(row) + "\n")
         if set(row) <= set(self._columns):
-            with (self._folder / CSV).open("a", encoding="utf-8", newline="") as file:
-                file.write(_table([row], self._columns))
+            _append(self._folder / CSV, _table([row], self._columns))
         else:
             self._rewrite_table()
 
@@ -76,9 +75,10 @@ class FileLogger(Logger):
 
     def _rewrite_table(self) -> None:
         rows = read_lines(self._folder / JSONL)
-        self._columns = list(dict.fromkeys(name for row in rows for name in row))
-        header = _table([dict(zip(self._columns, self._columns, strict=True))], self._columns)
-        write_atomically(self._folder / CSV, header + _table(rows, self._columns))
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        header = _table([dict(zip(columns, columns, strict=True))], columns)
+        write_atomically(self._folder / CSV, header + _table(rows, columns))
+        self._columns = columns
 
 
 class WandbLogger(Logger):
@@ -184,6 +184,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def _append(path: Path, text: str) -> None:
+    """Add whole lines, or nothing where the disk is full."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def _wandb_id(folder: Path) -> str:

@@ -8,7 +8,9 @@ the resumed run writes them again.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,8 @@ def _weights_writer(
         try:
             save_file(tensors, path, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+            found = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
 
     return write
 
@@ -107,7 +110,9 @@ def _save_state(state: Mapping[str, Any], path: Path) -> None:
         with path.open("wb") as file:
             torch.save(dict(state), file)
     except RuntimeError as error:
-        raise OSError(f"{path}: {error.__context__ or error}") from error
+        cause = error.__context__
+        code = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        raise OSError(code, str(cause or error), str(path)) from error
 
 
 def _write_all(

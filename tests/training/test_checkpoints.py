@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import lightning.pytorch as pl
 import open_clip
 import pytest
 import torch
@@ -275,6 +276,40 @@ def test_what_the_writers_of_either_file_say_is_understood(
         write_both(tmp_path, *large, step=2)
     assert not list(tmp_path.glob(".*"))
     assert torch.load(newest_good(tmp_path), weights_only=True) == {"step": 1}
+
+
+class NoRoom(pl.Callback):
+    """Files may not grow in steps 4 and 5."""
+
+    def __init__(self, run) -> None:
+        self.file = run.folder / "metrics.jsonl"
+        self.resource = pytest.importorskip("resource")
+        self.before = self.resource.getrlimit(self.resource.RLIMIT_FSIZE)
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        full = trainer.global_step in (3, 4)
+        self.limit(self.file.stat().st_size + 10 if full else self.before[0])
+
+    def on_exception(self, *_) -> None:
+        self.limit(self.before[0])
+
+    def limit(self, size: int) -> None:
+        self.resource.setrlimit(self.resource.RLIMIT_FSIZE, (size, self.before[1]))
+
+
+def test_metrics_without_room_do_not_end_a_run_that_is_to_go_on(small_run, caplog) -> None:
+    """Would catch `continue` that survives the large files and dies of the small ones."""
+    run = small_run()
+    run.train(callbacks=(NoRoom(run),), on_save_error="continue", checkpoint_every=8)
+    assert list(run.losses) == [1, 2, 3, 6, 7, 8]
+    assert "metrics of step 4 are lost" in caplog.text
+
+
+def test_metrics_without_room_end_any_other_run(small_run) -> None:
+    run = small_run()
+    with pytest.raises(OSError, match="File too large"):
+        run.train(callbacks=(NoRoom(run),), checkpoint_every=8)
+    assert list(run.losses) == [1, 2, 3]
 
 
 def test_keep_must_be_positive(small_run) -> None:
