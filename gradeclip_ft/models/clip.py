@@ -16,8 +16,8 @@ from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.image_model import ImageModel, LoadedImageModel
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import Foreign, packs
-from gradeclip_ft.models.towers.select import image_tower, text_tower
+from gradeclip_ft.models.tower import Foreign, UnsupportedTowerError, packs
+from gradeclip_ft.models.towers.select import BLOCKS, image_tower, text_tower
 from gradeclip_ft.models.transform import Preprocessing
 from gradeclip_ft.ops.similarity import unit
 
@@ -70,6 +70,26 @@ class Clip(ImageModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of all blocks but the last again in the backward pass."""
         self.model.set_grad_checkpointing(enable)
+
+    def compile_blocks(self, backend: str) -> None:
+        """Compile the transformer blocks, all but what is explained, at their first use.
+
+        Maps stay outside: the gradient inside a step goes through the last layer alone, and that is
+        taken apart, not called.
+
+        Args:
+            backend: Of `torch.compile`, `inductor` for example.
+
+        Raises:
+            UnsupportedTowerError: The model has no such blocks.
+        """
+        blocks = [part for part in self.model.modules() if isinstance(part, BLOCKS)]
+        if not blocks:
+            raise UnsupportedTowerError(
+                "there is no transformer block to compile in this model; leave optim.compile null"
+            )
+        for block in blocks:
+            block.compile(backend=backend)
 
 
 @dataclass(frozen=True)

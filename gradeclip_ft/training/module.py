@@ -39,6 +39,7 @@ class FineTuneModule(pl.LightningModule):
         train_temperature: Whether the temperature learns.
         image_blocks: Number of last image blocks that learn; all if None.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Backend of `torch.compile` for the transformer blocks; None compiles nothing.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FineTuneModule(pl.LightningModule):
         train_temperature: bool = True,
         image_blocks: int | None = None,
         grad_checkpointing: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         objective.check(clip)
@@ -71,6 +73,8 @@ class FineTuneModule(pl.LightningModule):
         )
         if grad_checkpointing:
             clip.set_grad_checkpointing()
+        if compile is not None:
+            clip.compile_blocks(compile)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
         """Total loss of the objective, its parts, and the make-up of the batch."""

@@ -14,6 +14,7 @@ from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.explain.uniform import Uniform
 from gradeclip_ft.losses.alignment import AlignmentOptions
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.packing import pack_texts
 from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.towers.select import image_tower
 from gradeclip_ft.objectives.global_local import GlobalLocal
@@ -95,6 +96,45 @@ def test_distinct_phrases_encoded_once_give_the_plain_loss(
     torch.testing.assert_close(
         objective(tiny_clip, tiny_batch).total, objective(tiny_clip, plain).total
     )
+
+
+def test_packed_texts_give_the_plain_loss(tiny_clip: Clip, tiny_batch: CaptionBatch) -> None:
+    """Captions and phrases in shared rows against two calls; value and gradient."""
+    rows = [*tiny_batch.captions.tolist(), *tiny_batch.distinct.tolist()]
+    packed = dataclasses.replace(tiny_batch, packed=pack_texts(rows))
+    objective = GlobalLocal(GradEclip(create_graph=True))
+    apart, together = (objective(tiny_clip, batch).total for batch in (tiny_batch, packed))
+    torch.testing.assert_close(together, apart)
+    expected, got = gradients(tiny_clip, apart), gradients(tiny_clip, together)
+    for name, gradient in expected.items():
+        # other sums in fp32, and the logarithm of a small cosine is steep
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "eva02", "dinov2"])
+def test_compiled_blocks_give_the_plain_loss(family: str, tiny_batch: CaptionBatch) -> None:
+    """The gradient inside the step, differentiated again, beside traced and cut-up graphs."""
+    clip = make_tiny_clip(family)
+    objective = GlobalLocal(GradEclip(create_graph=True))
+    plain = objective(clip, tiny_batch).total
+    expected = gradients(clip, plain)
+    torch.compiler.reset()
+    clip.compile_blocks("aot_eager")
+    for checkpointed in (False, True):
+        clip.set_grad_checkpointing(checkpointed)
+        compiled = objective(clip, tiny_batch).total
+        torch.testing.assert_close(compiled, plain)
+        got = gradients(clip, compiled)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_compile_is_said() -> None:
+    clip = make_tiny_clip("resnet")
+    clip.model.text = torch.nn.Identity()
+    with pytest.raises(UnsupportedTowerError, match=r"leave optim\.compile null"):
+        clip.compile_blocks("aot_eager")
 
 
 def test_phrase_order_does_not_change_the_loss(tiny_clip: Clip, tiny_batch: CaptionBatch) -> None:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVisionTransformer
@@ -27,6 +28,9 @@ from gradeclip_ft.models.towers.text import TransformerTextTower
 from gradeclip_ft.models.towers.timm_vit import TimmVitTower
 from gradeclip_ft.models.towers.torchvision_vit import TorchvisionVitTower
 from gradeclip_ft.models.towers.vit import VitTower
+
+BLOCKS = (ResidualAttentionBlock, EvaBlock, EvaBlockPostNorm, Block)
+"""Transformer blocks that passes run by the library's own code."""
 
 
 def image_tower(visual: Foreign) -> ImageTower:
