@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy import ndarray
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from gradeclip_ft.batch import PackedTexts
 from gradeclip_ft.models.packing import MULTIPLE, pack_texts
 from gradeclip_ft.models.words import Word, words_of
+
+KEPT = 20_000  # texts whose ids are remembered, 12 MB at CLIP's context
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Tokenizer:
     exact_cut: bool = True
     pad: int = 0
     packs: bool = False
+    _known: dict[str, ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
         """Token ids; texts that are too long keep their end-of-text token last.
@@ -50,12 +55,22 @@ class Tokenizer:
         if not texts:
             length = min(MULTIPLE, self.context_length) if trim else self.context_length
             return torch.full((0, length), self.pad, dtype=torch.long)
-        ids = self.tokenize(list(texts)).long()
+        ids = self._ids(texts)
         if not (trim and self.exact_cut):
             return ids
         longest = int(self.lengths(ids).max())
         length = -(-longest // MULTIPLE) * MULTIPLE
         return ids[:, : min(length, ids.shape[1])]
+
+    def _ids(self, texts: Sequence[str]) -> Int[Tensor, "M L"]:
+        """At the full context; texts that came before, as phrases do, are looked up."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(fresh) > KEPT:
+            self._known.clear()
+            fresh = list(dict.fromkeys(texts))
+        if fresh:
+            self._known.update(zip(fresh, self.tokenize(fresh).long().numpy(), strict=True))
+        return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
     def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
         """Token ids of this tokenizer, one group behind the other; None where the tower cannot.

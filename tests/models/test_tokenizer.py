@@ -64,3 +64,15 @@ def test_word_ids_equal_those_of_trimmed_calls() -> None:
     words = Tokenizer(WordTokenizer(("a", "red", "circle"), 24), 24)
     assert words(["a red circle"], trim=True).shape == (1, 8)
     assert torch.equal(words(["a red circle"])[:, :8], words(["a red circle"], trim=True))
+
+
+def test_texts_that_come_again_have_the_same_ids(monkeypatch) -> None:
+    """Would catch a mix-up of remembered rows, also when the memory is full and starts anew."""
+    monkeypatch.setattr("gradeclip_ft.models.tokenizer.KEPT", 3)
+    words = Tokenizer(WordTokenizer(("a", "red", "circle"), 24), 24)
+    texts = ["a circle", "a", "red", "a circle", "circle red", ""]
+    for some in (texts[:2], texts[1:4], texts, texts[::-1], texts):
+        torch.testing.assert_close(words(some), words.tokenize(some))
+    ids = words(["a"])
+    ids.zero_()
+    assert words(["a"]).any()
