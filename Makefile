@@ -30,6 +30,12 @@ methods: runs/demo_gradeclip/weights.safetensors
 runs/demo_gradeclip/weights.safetensors: | $(VENV)/installed
 	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
 
+# The tables of results/speed.md; about 40 minutes of one core that has nothing else to do.
+speed: $(VENV)/installed-dev
+	for what in 'step model=ViT-B-16' 'step model=EVA02-B-16' 'memory model=ViT-B-16' 'memory model=EVA02-B-16' \
+	    scaling explain phrases loader evaluate startup; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench $$what out=results/speed || exit 1; done
+
 test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
