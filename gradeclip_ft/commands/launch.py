@@ -29,8 +29,12 @@ def process_rank() -> int:
 
 
 def started_by_us() -> bool:
-    """Whether `train` started this process for another rank of its own job."""
-    return PARENT in os.environ and os.environ[PARENT] != str(os.getpid())
+    """Whether `train` started this process for another rank of its own job.
+
+    A process that is none of its ranks may inherit the number of a run that another program did.
+    """
+    is_other_rank = int(os.environ.get("LOCAL_RANK", 0)) > 0 and _launcher(os.environ)[0] is None
+    return is_other_rank and PARENT in os.environ
 
 
 def require_as_started(cfg: DictConfig) -> None:

@@ -105,11 +105,19 @@ def test_the_echo_of_a_death_is_told_from_an_error_of_our_own() -> None:
     assert not lost_contact(BrokenPipeError("Broken pipe"))
 
 
-def test_children_of_this_process_know_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a first process that takes itself for a child and exits with 0 on SIGTERM."""
-    monkeypatch.delenv(launch.PARENT, raising=False)
-    launch.stay_with_parent()
-    assert os.environ[launch.PARENT] == str(os.getpid())
-    assert not launch.started_by_us()
-    monkeypatch.setenv(launch.PARENT, str(os.getppid()))
+def test_only_other_ranks_watch_their_parent(environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a first process that takes itself for a child: it exits with 0 on SIGTERM.
+
+    Also one that inherits the number of another program's run, such as a notebook's.
+    """
+    environment({})
+    for inherited in ("", str(os.getppid())):
+        monkeypatch.setenv(launch.PARENT, inherited)
+        assert not launch.started_by_us()
+        launch.stay_with_parent()
+        assert os.environ[launch.PARENT] == str(os.getpid())
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert launch.started_by_us()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launch.started_by_us()
