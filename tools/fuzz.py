@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from gradeclip_ft.commands.compose import ConfigurationError
 from gradeclip_ft.commands.failures import is_meant, perform, wants_traceback
 from gradeclip_ft.commands.plain import call
+from gradeclip_ft.text.taggers import load_tagger
 from tools import fuzz_data, fuzz_files
 
 FORBIDDEN = (
@@ -38,6 +39,7 @@ FORBIDDEN = (
     "os.fork",
     "socket.connect",
 )
+IDLE = 10
 WRITING = ("w", "a", "x", "+")
 
 
@@ -51,10 +53,10 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("sample", 7, fuzz_data.sample_input, fuzz_data.run_sample),
-    Kind("shard", 6, fuzz_data.shard_input, fuzz_data.run_shard),
-    Kind("checkpoint", 4, fuzz_files.checkpoint_input, fuzz_files.run_checkpoint),
-    Kind("config", 2, fuzz_files.config_input, fuzz_files.run_config),
+    Kind("sample", 14, fuzz_data.sample_input, fuzz_data.run_sample),
+    Kind("shard", 12, fuzz_data.shard_input, fuzz_data.run_shard),
+    Kind("checkpoint", 9, fuzz_files.checkpoint_input, fuzz_files.run_checkpoint),
+    Kind("config", 4, fuzz_files.config_input, fuzz_files.run_config),
     Kind("override", 1, fuzz_files.override_input, fuzz_files.run_override),
 )
 DECK = tuple(kind for kind in KINDS for _ in range(kind.share))
@@ -80,16 +82,19 @@ def fuzz(
 
     cases=20000          how many
     seed=0               of all of them
-    seconds=10           a case may take
+    seconds=10           of the processor a case may take, and ten times as many of the clock
     only=                number of one case to run again
     out=fuzz_failures    for inputs of failed cases
     """
+    watch = _Watch()
     outcomes: dict[str, Counter[str]] = {kind.name: Counter() for kind in KINDS}
     failed, slowest, begun = 0, (0.0, 0), time.perf_counter()
-    with tempfile.TemporaryDirectory() as place, _watched(Path(place)):
+    fuzz_data.batches()
+    load_tagger("textblob")
+    with tempfile.TemporaryDirectory() as place:
         for number in range(cases) if only is None else (only,):
             started = time.perf_counter()
-            kind, outcome, report = one(number, seed, seconds, Path(place))
+            kind, outcome, report = one(number, Path(place), watch, seed=seed, seconds=seconds)
             slowest = max(slowest, (time.perf_counter() - started, number))
             outcomes[kind][outcome] += 1
             if report is not None:
@@ -104,7 +109,9 @@ def fuzz(
     return 1 if failed else 0
 
 
-def one(number: int, seed: int, seconds: float, folder: Path) -> tuple[str, str, str | None]:
+def one(
+    number: int, folder: Path, watch: _Watch, *, seed: int, seconds: float
+) -> tuple[str, str, str | None]:
     """Kind, outcome, and a report if it failed."""
     rng = random.Random(f"{seed}/{number}")
     kind = DECK[number % len(DECK)]
@@ -114,7 +121,7 @@ def one(number: int, seed: int, seconds: float, folder: Path) -> tuple[str, str,
         warnings.simplefilter("ignore")
         path = kind.make(rng, folder)
         try:
-            with _limited(seconds):
+            with watch(folder), _limited(seconds):
                 return kind.name, kind.run(path), None
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
@@ -129,40 +136,50 @@ def one(number: int, seed: int, seconds: float, folder: Path) -> tuple[str, str,
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
     def ring(*_: Any) -> None:
-        raise HangError(f"still running after {seconds:g} s")
+        raise HangError(f"more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    clocks = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+    before = {number: signal.signal(number, ring) for number in clocks}
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor: the machine may be busy
+    signal.setitimer(signal.ITIMER_REAL, IDLE * seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, clock in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, before[number])
 
 
-@contextlib.contextmanager
-def _watched(folder: Path) -> Iterator[None]:
+class _Watch:
     """Programs started, connections, and files opened for writing elsewhere are breaches."""
-    active = [True]
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if not active[0]:
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        sys.addaudithook(self._hook)  # for good: it cannot be taken off, only look away
+
+    @contextlib.contextmanager
+    def __call__(self, folder: Path) -> Iterator[None]:
+        self._folder = folder.resolve()
+        try:
+            yield
+        finally:
+            self._folder = None
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        folder = self._folder
+        if folder is None:
             return
         if event in FORBIDDEN:
             raise BreachError(f"{event} {arguments}")
-        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set(WRITING):
-            path = Path(str(arguments[0]))
-            if not path.resolve().is_relative_to(folder.resolve()) and path.parts[:2] != (
-                "/",
-                "dev",
-            ):
+        if event != "open" or not isinstance(arguments[1], str):
+            return
+        path = Path(str(arguments[0]))
+        if set(arguments[1]) & set(WRITING) and path.parts[:2] != ("/", "dev"):
+            self._folder = None  # resolving must not be watched
+            inside = path.resolve().is_relative_to(folder)
+            self._folder = folder
+            if not inside:
                 raise BreachError(f"opens {path} for writing")
-
-    sys.addaudithook(hook)  # for good: it cannot be taken off, only told to look away
-    try:
-        yield
-    finally:
-        active[0] = False
 
 
 def _keep(out: Path, number: int, kind: str, folder: Path, report: str) -> None:

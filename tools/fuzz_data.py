@@ -34,7 +34,7 @@ RECORD = {
     },
 }
 PLACE = Place(0, 0, 0, 1, 0, 1)
-BATCH = 12
+BATCH = 6
 SUFFIXES = (
     "jpg",
     "png",

@@ -53,7 +53,7 @@ class Hostile:
                 (os.system, ("touch fuzz-was-here",)),
                 (eval, ("open('fuzz-was-here', 'w')",)),
                 (torch.load, ("/etc/passwd",)),
-                (getattr, (os, "system")),
+                (exec, ("import os; os.system('touch fuzz-was-here')",)),
                 (torch.zeros, ((2**40,),)),
                 (OrderedDict, (5,)),
                 (bytearray, (2**45,)),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gradeclip_ft.data.remote import shard_name
 from gradeclip_ft.data.stream import BadSampleError, RawSample, escaped
@@ -132,6 +132,8 @@ def read_image(raw: RawSample, *, only_check: bool = False) -> Image.Image:
                 return image.convert("RGB")
     except BadSampleError:
         raise
+    except UnidentifiedImageError as error:
+        raise BadSampleError("broken_image", f"{len(data):,} bytes that are no photo") from error
     except Image.DecompressionBombError as error:
         raise BadSampleError("extreme_image", str(error)) from error
     except (

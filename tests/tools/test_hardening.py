@@ -1,0 +1,56 @@
+"""A short part of what tools/ does at length: faults, soak, fuzz."""
+
+from pathlib import Path
+
+import pytest
+
+from tools import faults_data, faults_safety, fuzz, soak
+from tools.faults_data import Row
+
+
+def failures(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if not row.handled]
+
+
+def test_every_fault_of_data_costs_what_is_broken_and_no_more(tmp_path: Path) -> None:
+    rows = list(faults_data.rows(tmp_path))
+    assert failures(rows) == []
+    assert len(rows) >= 30
+
+
+def test_no_attack_succeeds_and_no_secret_is_written(tmp_path: Path) -> None:
+    rows = list(faults_safety.rows(tmp_path / "f"))
+    assert failures(rows) == []
+    assert sum(row.outcome == "refused" for row in rows) >= 10
+
+
+def test_two_hundred_mutated_inputs_raise_nothing_unforeseen(tmp_path: Path) -> None:
+    """All kinds, a fixed seed; 20,000 by `python -m tools.fuzz`."""
+    assert fuzz.fuzz(cases=200, seed=0, out=tmp_path / "failed") == 0
+
+
+def test_a_fault_of_the_fuzzed_code_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fuzzer that cannot fail proves nothing: an error, and a file written elsewhere."""
+
+    def breaks(path: Path) -> str:
+        raise KeyError(path.name)
+
+    def writes(path: Path) -> str:
+        (tmp_path / "elsewhere").write_text("")
+        return "fine"
+
+    kinds = {run: fuzz.DECK[0]._replace(run=run) for run in (breaks, writes)}
+    for kind in kinds.values():
+        monkeypatch.setattr(fuzz, "DECK", (kind,))
+        assert fuzz.fuzz(cases=1, seed=0, out=tmp_path / "failed") == 1
+    assert (tmp_path / "failed" / "0-sample" / "report.txt").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_counts_over_two_workers_are_exact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert soak.soak(samples=4000, workers=2, folder=tmp_path) == 0
+    assert "4,000 usable samples of 4,000" in capsys.readouterr().out
