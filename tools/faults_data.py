@@ -23,6 +23,7 @@ from tools.damage import BLOCK, DAMAGES, WORDS, Damage, good, pack, tar_header
 
 SHARDS, SIZE = 4, 10
 TOTAL = SHARDS * SIZE
+BOMB = 300 * 2**20
 QUICK = Patience(seconds=0.4, attempts=3, pause=0.02)
 
 
@@ -159,7 +160,7 @@ def _claim(path: Path) -> None:
 def _bomb(path: Path) -> None:
     content = path.read_bytes()
     at = content.index(b"0015.jpg")
-    size = 300 * 2**20
+    size = BOMB
     packed = gzip.compress(content[:at] + tar_header("bomb.jpg", size), 1)
     path.write_bytes(packed + gzip.compress(bytes(size), 1) + gzip.compress(content[at:], 1))
 

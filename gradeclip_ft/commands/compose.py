@@ -11,9 +11,8 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from gradeclip_ft.commands.names import close_to, suggest
 from gradeclip_ft.commands.signatures import PACKAGE, UnknownTargetError, signature
@@ -43,7 +42,7 @@ def compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False)
     try:
         with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
             return hydra_compose(command, list(overrides), return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # of Hydra, also ValueError for data=1 and OSError for long names
         raise ConfigurationError(explain(error, command, overrides)) from error
 
 
@@ -125,7 +124,7 @@ def _known_keys(command: str, overrides: Sequence[str]) -> tuple[list[str], list
         try:
             with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
                 cfg = hydra_compose(command, overrides=attempt)
-        except (HydraException, OmegaConfBaseException):
+        except Exception:  # the caller says what is wrong
             continue
         plain = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(plain, dict)

@@ -90,12 +90,10 @@ def entries(stream: BufferedReader, note: Note, *, read: bool = True) -> Iterato
             note("oversized_file", f"{name} claims {size:,} bytes")
             source.lost = True  # that many bytes may follow, or none
         elif header.type in REGULAR:
-            if read:
-                yield Entry(name, source.take(size))
-                source.skip(_padded(size) - size, needed=0)
-            else:
-                source.skip(_padded(size), needed=size)
-                yield Entry(name, b"")
+            if not read:
+                source.skip(size, needed=size)
+            yield Entry(name, source.take(size) if read else b"")
+            source.skip(_padded(size) - size, needed=0)
         elif header.type not in WITHOUT_DATA:
             source.skip(_padded(size), needed=size)
 

@@ -70,3 +70,10 @@ def test_an_evaluator_of_ones_own_may_be_added() -> None:
     target = "gradeclip_ft.evaluators.regions.RegionEvaluator"
     text = complaint(f"+evaluator.mine={{_target_: {target}, nmae: mine}}")
     assert "evaluator.mine.nmae: RegionEvaluator takes no nmae" in text
+
+
+@pytest.mark.parametrize("override", ["data=1", "trainer=nan", f"{'a' * 300}=b", "=1"])
+def test_what_hydra_cannot_even_read_is_a_configuration_error(override: str) -> None:
+    """Hydra answers these with a bare ValueError or OSError from its inside."""
+    with pytest.raises(ConfigurationError):
+        compose("train", ["name=a", override])
