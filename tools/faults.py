@@ -1,7 +1,7 @@
 """Injects every fault that runs are meant to survive, and prints what happened.
 
     python -m tools.faults                        all, about two minutes
-    python -m tools.faults data out=faults.md     one part: data, numbers (with the tracker), safety
+    python -m tools.faults data out=faults.md     one part: data, remote, numbers (with the tracker), safety
 
 Exit code 1 if a fault is not handled: lost more than it must, stopped what should go on, or was let
 through. docs/faults.md holds the printed table.
@@ -17,12 +17,13 @@ from pathlib import Path
 
 from gradeclip_ft.commands.failures import perform, wants_traceback
 from gradeclip_ft.commands.plain import call
-from tools import faults_data, faults_safety, faults_training
+from tools import faults_data, faults_remote, faults_safety, faults_training
 from tools.faults_data import Row
 
 LONGEST = 150
 PARTS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "data": ("Data", faults_data.rows),
+    "remote": ("Remote shards", faults_remote.rows),
     "numbers": ("Numbers and tracker", faults_training.rows),
     "safety": ("Safety", faults_safety.rows),
 }

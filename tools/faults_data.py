@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import http.server
 import logging
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from gradeclip_ft.data.captions import CaptionShards
-from gradeclip_ft.data.remote import Patience
-from gradeclip_ft.data.stream import Skips, read_shard
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 from tools.damage import BLOCK, DAMAGES, WORDS, Damage, good, pack, tar_header
@@ -24,7 +18,6 @@ from tools.damage import BLOCK, DAMAGES, WORDS, Damage, good, pack, tar_header
 SHARDS, SIZE = 4, 10
 TOTAL = SHARDS * SIZE
 BOMB = 300 * 2**20
-QUICK = Patience(seconds=0.4, attempts=3, pause=0.02)
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,6 @@ def rows(folder: Path) -> Iterator[Row]:
         yield _sample_row(folder, damage)
     for name, change, lost in SHARD_FAULTS:
         yield _shard_row(folder, name, change, lost)
-    yield from _remote_rows(folder)
     yield _too_many(folder)
 
 
@@ -212,70 +204,6 @@ def _shard_row(folder: Path, name: str, change: Callable[[Path], object], lost: 
         "all of that shard" if gone == ALL else "its tail" if gone == TAIL else _lost(sorted(gone))
     )
     return Row(name, "survived", shown, message.replace(str(folder), "..."), handled)
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Behaves as the path says."""
-
-    content = b""
-    requests: ClassVar[Counter[str]] = Counter()
-
-    def do_GET(self) -> None:
-        """Answer."""
-        self.requests[self.path] += 1
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        match self.path:
-            case "/gone.tar":
-                self._send(b"", 404)
-            case "/busy.tar":
-                self._send(self.content, 503 if self.requests[self.path] < 3 else 200)
-            case "/down.tar":
-                self._send(b"", 500)
-            case "/silent.tar":
-                time.sleep(1.0)
-            case "/breaks.tar":
-                rest = self.content[start:]
-                self._send(rest[: len(self.content) // 3 + 1], 206 if start else 200, len(rest))
-                self.close_connection = True
-            case "/away.tar":
-                self.send_response(302)
-                self.send_header("Location", "file:///etc/passwd")
-                self.end_headers()
-
-    def _send(self, content: bytes, code: int, claimed: int | None = None) -> None:
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content) if claimed is None else claimed))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-
-REMOTE_FAULTS = (
-    ("remote shard that is not there (404)", "gone", 0),
-    ("server that is busy twice (503)", "busy", SIZE),
-    ("server that fails always (500)", "down", 0),
-    ("server that never answers", "silent", 0),
-    ("connection that breaks off twice", "breaks", SIZE),
-    ("redirect to a file of this machine", "away", 0),
-)
-
-
-def _remote_rows(folder: Path) -> Iterator[Row]:
-    _Handler.content = write(folder)[0].read_bytes()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        for name, path, wanted in REMOTE_FAULTS:
-            with logged() as lines:
-                url = f"http://127.0.0.1:{server.server_port}/{path}.tar"
-                got = len(list(read_shard(url, Skips(), QUICK)))
-            message = lines[0].replace(f":{server.server_port}", "") if lines else ""
-            lost = "none" if got == SIZE else "all of that shard"
-            yield Row(name, "survived", lost, message, got == wanted and bool(lines) == (got == 0))
-        server.shutdown()
-        thread.join()
 
 
 def _too_many(folder: Path) -> Row:

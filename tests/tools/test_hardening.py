@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gradeclip_ft.data import archive
-from tools import faults_data, faults_safety, fuzz, soak
+from tools import faults_data, faults_remote, faults_safety, fuzz, soak
 from tools.faults_data import Row
 
 
@@ -18,7 +18,7 @@ def test_every_fault_of_data_costs_what_is_broken_and_no_more(
 ) -> None:
     monkeypatch.setattr(archive, "MOST_BYTES", 4 * 2**20)  # typechecked, the true sizes take long
     monkeypatch.setattr(faults_data, "BOMB", 5 * 2**20)
-    rows = list(faults_data.rows(tmp_path))
+    rows = [*faults_data.rows(tmp_path), *faults_remote.rows(tmp_path)]
     assert failures(rows) == []
     assert len(rows) >= 30
 
