@@ -62,7 +62,10 @@ class Clip(ImageModel):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "U D"]]:
         """Embeddings of the captions and of the distinct phrases, not normalised."""
         if batch.packed is None or not packs(self.text):
-            return self.text.encode(batch.captions), self.text.encode(batch.distinct)
+            captions = self.text.encode(batch.captions)
+            if not len(batch.distinct):  # some towers refuse a call without texts
+                return captions, captions.new_zeros(0, captions.shape[1])
+            return captions, self.text.encode(batch.distinct)
         both = self.text.encode_packed(batch.packed)
         count = len(batch.captions)
         return both[:count], both[count:]

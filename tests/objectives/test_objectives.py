@@ -19,7 +19,7 @@ from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.towers.select import image_tower
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
-from tests.tiny import make_tiny_clip, timm_vit
+from tests.tiny import TEXTS, make_tiny_clip, make_tiny_text, timm_vit
 
 EXPLAINERS = [GradEclip(), GradEclip(create_graph=True), GradCam(), MaskClip(), Uniform()]
 
@@ -80,6 +80,22 @@ def test_a_batch_without_phrases_trains_on_the_global_loss_alone(
     got = gradients(tiny_clip, GlobalLocal(GradEclip())(tiny_clip, batch).total)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_every_text_tower_takes_a_batch_without_phrases(
+    family: str, tiny_batch: CaptionBatch
+) -> None:
+    """Would catch a tower that refuses a call without texts, as the loader then makes one."""
+    clip = make_tiny_text(family)
+    length, generator = clip.text.context_length, torch.Generator().manual_seed(0)
+    captions = torch.randint(3, 40, (len(tiny_batch.images), min(length, 16)), generator=generator)
+    captions = torch.nn.functional.pad(captions, (0, length - captions.shape[1]), value=49)
+    empty = without_phrases(dataclasses.replace(tiny_batch, captions=captions, packed=None))
+    terms = GlobalLocal(GradEclip())(clip, dataclasses.replace(empty, distinct=captions[:0, :8]))
+    assert terms.parts["local"] == 0
+    assert terms.total.isfinite()
+    assert all(g.isfinite().all() for g in gradients(clip, terms.total).values())
 
 
 def test_distinct_phrases_encoded_once_give_the_plain_loss(
