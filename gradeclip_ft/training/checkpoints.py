@@ -118,6 +118,7 @@ class Checkpoints(pl.Callback):
         """Write both files, on the first process; no collective."""
         step = trainer.global_step
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        _place_behind(state, batches=step * trainer.accumulate_grad_batches)
         if trainer.is_global_zero:
             module = trainer.lightning_module
             assert isinstance(module, FineTuneModule)
@@ -149,6 +150,19 @@ class Checkpoints(pl.Callback):
                 "checkpoint, trainer.on_save_error=continue trains on without"
             ) from error
         logger.error("%s; training goes on", what)
+
+
+def _place_behind(state: dict[str, Any], *, batches: int) -> None:
+    """Count the batches of finished steps alone.
+
+    The data of a resumed run begin behind these, so it must not believe to be inside a step: it
+    would update behind the wrong batches.
+    """
+    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["current"]["ready"] != batches:
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, batches))
+        progress["is_last_batch"] = False
 
 
 def lives_through(trainer: pl.Trainer, error: OSError) -> bool:

@@ -54,6 +54,20 @@ def test_the_weights_before_the_broken_batch_are_kept(small_run) -> None:
     assert run.losses == whole.losses
 
 
+def test_an_accumulated_step_that_stops_a_run_is_taken_again_from_its_first_batch(
+    small_run,
+) -> None:
+    """The save happens inside step 4, behind all of its batches."""
+    whole, run = small_run("whole"), small_run("run")
+    whole.train(accumulate=2)
+    run.source.change = BreakBatch(8)
+    with pytest.raises(NonFiniteError, match=r"last good checkpoint: .* \(step 3\)"):
+        run.train(accumulate=2)
+    run.source.change = lambda batch: batch
+    run.train(accumulate=2, resume=True)
+    assert run.losses == whole.losses
+
+
 def test_a_few_broken_steps_are_left_out_and_counted(small_run) -> None:
     """Weights and moments stay as they were: the next steps are those of a run without it."""
     run = small_run()

@@ -10,10 +10,17 @@ import torch
 
 
 class At(pl.Callback):
-    """Does something when a step is finished, or within the next one."""
+    """Does something when a step is finished, or within the n-th batch of the next one."""
 
-    def __init__(self, step: int, action: Callable[[pl.Trainer], None], *, inside: bool = False):
-        self.step, self.action, self.inside = step, action, inside
+    def __init__(
+        self,
+        step: int,
+        action: Callable[[pl.Trainer], None],
+        *,
+        inside: bool = False,
+        batch: int = 1,
+    ):
+        self.step, self.action, self.inside, self.left = step, action, inside, batch
 
     def on_train_batch_end(self, trainer, *args) -> None:
         if trainer.global_step == self.step and not self.inside:
@@ -21,7 +28,9 @@ class At(pl.Callback):
 
     def on_after_backward(self, trainer, pl_module) -> None:
         if trainer.global_step == self.step and self.inside:
-            self.action(trainer)
+            self.left -= 1
+            if self.left == 0:
+                self.action(trainer)
 
 
 def fail(trainer: pl.Trainer) -> None:
@@ -67,6 +76,17 @@ def test_a_failure_inside_a_step_loses_nothing(small_run) -> None:
         parts.train(callbacks=(At(5, fail, inside=True),))
     assert parts.losses.keys() == {1, 2, 3, 4, 5}
     assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+@pytest.mark.parametrize(("step", "batch"), [(5, 1), (5, 2), (7, 2)])
+def test_a_failure_inside_an_accumulated_step_loses_nothing(small_run, step, batch) -> None:
+    """Would catch a run that goes on inside the step while its data begin at the step again."""
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train(accumulate=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        parts.train(accumulate=2, callbacks=(At(step, fail, inside=True, batch=batch),))
+    parts.train(accumulate=2, resume=True, stop_at=step)
+    assert_same_end(parts, parts.train(accumulate=2, resume=True), whole, expected)
 
 
 def test_a_failure_between_steps_loses_nothing(small_run) -> None:
