@@ -65,10 +65,21 @@ def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Train
 
 
 def build_clip(cfg: DictConfig) -> LoadedClip:
-    """The model, from its own weights or from those of `init_from`."""
+    """The model, from its own weights or from those of `init_from`.
+
+    Raises:
+        ValueError: It has no text tower.
+    """
     start = cfg.get("init_from")
     weights = {} if start is None else {"weights": str(resolve_weights(start, cfg.runs_dir))}
-    loaded: LoadedClip = make(cfg.model, **weights)
+    from gradeclip_ft.models.clip import LoadedClip
+
+    loaded = make(cfg.model, **weights)
+    if not isinstance(loaded, LoadedClip):
+        raise ValueError(
+            f"{loaded.name} is a classifier, expected a model of images and texts; `explain` alone "
+            "takes classifiers"
+        )
     return loaded
 
 

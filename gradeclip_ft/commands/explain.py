@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ from gradeclip_ft.commands.questions import Question, questions, tell_cuts
 from gradeclip_ft.commands.tracked import tracked
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from gradeclip_ft.explain.base import Explainer
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     Loaded: TypeAlias = LoadedClip | LoadedClassifier
 
 AT_A_TIME = 8  # pictures
+log = logging.getLogger(__name__)
 
 
 def explain(cfg: DictConfig) -> None:
@@ -53,15 +56,42 @@ def explain(cfg: DictConfig) -> None:
     methods = prepared(_methods(cfg, loaded), loaded)
     out, cases = Path(cfg.out), []
     portions = [asked[at : at + AT_A_TIME] for at in range(0, len(asked), AT_A_TIME)]
-    for some in tracked(portions, "explaining", len(portions)):
-        found = _maps(cfg, loaded, some, methods)
-        sentences = _sentences(loaded, some, found, words)
-        for question, explained in zip(some, found, strict=True):
-            read = [next(sentences) for _ in question.sentences] if words else []
-            case = explanations.case_of(loaded, explained, question, read)
-            explanations.write(out, question.file, case, explained)
+    for portion in tracked(portions, "explaining", len(portions)):
+        some, pictures = _readable(portion, alone=len(asked) == 1)
+        found = _maps(cfg, loaded, some, pictures, methods)
+        read = _sentences(loaded, some, found, words)
+        for question, explained, sentences in zip(some, found, read, strict=True):
+            case = explanations.case_of(loaded, explained, question, sentences)
+            explanations.write(out / question.folder, case, explained)
             cases.append(case)
+            methods = {name: methods[name] for name in explained.heat}  # told once what cannot be
+            words = {name: words[name] for one in sentences[:1] for name in one.values}
+    if not cases:
+        raise ValueError(f"none of the {len(asked)} pictures can be read")
     print(explanations.page(cfg, loaded, cases, out))
+
+
+def _readable(
+    asked: Sequence[Question], *, alone: bool
+) -> tuple[list[Question], list[Image.Image]]:
+    """The questions whose picture can be read, with it; one that cannot is named in the log.
+
+    Raises:
+        ValueError: There is no other one.
+    """
+    from gradeclip_ft.models.picture import open_picture
+
+    some, pictures = [], []
+    for question in asked:
+        try:
+            pictures.append(open_picture(question.file))
+        except ValueError as error:
+            if alone:
+                raise
+            log.warning("left out: %s", error)
+            continue
+        some.append(question)
+    return some, pictures
 
 
 def _load(cfg: DictConfig) -> Loaded:
@@ -94,19 +124,23 @@ def _make(node: DictConfig) -> Any:
 
 
 def _maps(
-    cfg: DictConfig, loaded: Loaded, asked: Sequence[Question], methods: Mapping[str, Explainer]
+    cfg: DictConfig,
+    loaded: Loaded,
+    asked: Sequence[Question],
+    pictures: Sequence[Image.Image],
+    methods: Mapping[str, Explainer],
 ) -> list[Explained]:
     """Maps of several pictures at once."""
     from gradeclip_ft.explain.pictures import explain_pictures
 
     return explain_pictures(
         loaded,
-        [question.file for question in asked],
+        pictures,
         [_targets(loaded, question) for question in asked],
         methods,
         geometry=cfg.geometry,
         longest=cfg.longest,
-        skip=len(methods) > 1,  # one that cannot be done is then left out with a word
+        skip=len(cfg.explainer) > 1,  # one that cannot be done is then left out with a word
     )
 
 
@@ -128,15 +162,17 @@ def _sentences(
     asked: Sequence[Question],
     found: Sequence[Explained],
     words: Mapping[str, Explainer],
-) -> Iterator[Sentence]:
-    """Words of all sentences, picture by picture; none where no method reads any."""
+) -> list[list[Sentence]]:
+    """Sentences of every picture; without values where no method reads words."""
     import torch
 
     from gradeclip_ft.explain.sentences import explain_sentences
     from gradeclip_ft.models.clip import LoadedClip
 
-    if words and isinstance(loaded, LoadedClip):
-        texts = [sentence for question in asked for sentence in question.sentences]
-        pairs = zip(found, asked, strict=True)
-        pictures = [one.embedding for one, question in pairs for _ in question.sentences]
-        yield from explain_sentences(loaded, texts, torch.stack(pictures), words, skip=True)
+    if not asked or not isinstance(loaded, LoadedClip):
+        return [[] for _ in asked]
+    texts = [sentence for question in asked for sentence in question.sentences]
+    pairs = zip(found, asked, strict=True)
+    embeddings = [one.embedding for one, question in pairs for _ in question.sentences]
+    read = iter(explain_sentences(loaded, texts, torch.stack(embeddings), words, skip=True))
+    return [[next(read) for _ in question.sentences] for question in asked]

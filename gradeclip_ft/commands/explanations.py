@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from gradeclip_ft.commands.questions import slug, slugs
 from gradeclip_ft.explain.pictures import Explained, shown
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.report.content import Case, Page, Words
@@ -53,14 +53,13 @@ def case_of(
     )
 
 
-def write(out: Path, file: Path, case: Case, explained: Explained) -> None:
-    """Overlays, arrays and coloured captions of one picture, in a folder of its name."""
-    folder = out / slug(file.stem)
+def write(folder: Path, case: Case, explained: Explained) -> None:
+    """Overlays, arrays and coloured captions of one picture."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = slugs(case.phrases)
     for method, maps in case.heat.items():
-        for phrase, heat in zip(case.phrases, maps, strict=True):
-            name = f"{slug(phrase)}-{slug(method)}.png"
-            Image.fromarray(overlay(case.image, heat)).save(folder / name)
+        for name, heat in zip(names, maps, strict=True):
+            Image.fromarray(overlay(case.image, heat)).save(folder / f"{name}-{slug(method)}.png")
     arrays: dict[str, Any] = dict(case.heat)
     np.savez_compressed(
         folder / MAPS,
@@ -70,7 +69,7 @@ def write(out: Path, file: Path, case: Case, explained: Explained) -> None:
     )
     read = [one for one in case.sentences if one.values and one.words]
     lines = [{"words": list(o.words), "cut": o.cut, "values": dict(o.values)} for o in read]
-    (folder / SENTENCES).write_text(json.dumps(lines, ensure_ascii=False, indent=1))
+    (folder / SENTENCES).write_text(json.dumps(lines, ensure_ascii=False, indent=1), "utf-8")
     for number, one in enumerate(read, start=1):
         draw_words(one, folder / f"words-{number}.png")
 
@@ -81,18 +80,20 @@ def page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> P
     settings = {
         "model": loaded.name,
         "weights": str(cfg.run or loaded.weights or "its own"),
-        "pixels": f"{cases[0].image.shape[1]} x {cases[0].image.shape[0]} and so on"
-        if cfg.geometry == "aspect"
-        else f"{loaded.image_size[1]} x {loaded.image_size[0]}",
+        "hash of weights": loaded.weights_hash[:16],
         "prompt": str(cfg.prompt),
-        "geometry": str(cfg.geometry),
+        "geometry": f"aspect, at most {cfg.longest} pixels"
+        if cfg.geometry == "aspect"
+        else f"model, {loaded.image_size[1]} x {loaded.image_size[0]} pixels",
     }
+    words = {name for case in cases for one in case.sentences for name in one.values}
+    of_words = {str(name): _settings(cfg.words[name]) for name in cfg.words if name in words}
+    if cfg.per_head:
+        settings["heads"] = "Grad-ECLIP's defaults with heads=all, one head each"
     of_methods = {
         str(name): _settings(node) for name, node in cfg.explainer.items() if name in methods
     }
-    if cfg.picture is not None:
-        draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)
-    return render(
+    path = render(
         Page(
             title="What the match is made of",
             intro="Where a picture matches a phrase, and which words make it match.",
@@ -100,15 +101,18 @@ def page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> P
             first=next(iter(methods)),
             kind="Method",
             cases=cases,
-            facts={"Settings": settings, "Methods": of_methods, "Versions": dict(versions())},
+            facts={
+                "Settings": settings,
+                "Methods": of_methods,
+                **({"Words": of_words} if of_words else {}),
+                "Versions": dict(versions()),
+            },
         ),
         out / PAGE,
     )
-
-
-def slug(text: str) -> str:
-    """A file name of a text: letters and digits, the rest as dashes."""
-    return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "phrase"
+    if cfg.picture is not None:
+        draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)
+    return path
 
 
 def _settings(node: DictConfig) -> str:

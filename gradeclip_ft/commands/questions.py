@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,14 @@ class Question:
         phrases: A map each.
         prompted: The phrases as they are encoded.
         caption: Sentence that they were found in; empty where they were given.
+        folder: Name of the folder for what is drawn; another one for each picture.
     """
 
     file: Path
     phrases: list[str]
     prompted: list[str]
     caption: str = ""
+    folder: str = ""
 
     @property
     def sentences(self) -> list[str]:
@@ -47,9 +50,14 @@ def questions(cfg: DictConfig) -> list[Question]:
         FileNotFoundError: A name stands for no picture.
         ValueError: Neither phrases nor captions, an empty one, or a wrong number of captions.
     """
+    found = _asked(cfg, list(_files(cfg.images)))
+    folders = slugs([question.file.stem for question in found])
+    return [replace(one, folder=folder) for one, folder in zip(found, folders, strict=True)]
+
+
+def _asked(cfg: DictConfig, files: list[Path]) -> list[Question]:
     from gradeclip_ft.text.prompts import phrase_prompt
 
-    files = list(_files(cfg.images))
     if (cfg.phrases is None) == (cfg.captions is None):
         raise ValueError("give phrases=[dog,'red car'], or captions=['a dog beside a red car']")
 
@@ -90,6 +98,26 @@ def tell_cuts(asked: list[Question], loaded: LoadedClip) -> None:
                 " ".join(word.text for word in read[-3:]),
                 cut,
             )
+
+
+def slugs(texts: Sequence[str]) -> list[str]:
+    """File names of texts, each another one."""
+    taken: set[str] = set()
+    names = []
+    for text in texts:
+        first = name = slug(text)
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{first}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def slug(text: str) -> str:
+    """A file name of a text: letters and digits, the rest as dashes."""
+    return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "phrase"
 
 
 def _files(asked: Any) -> Iterator[Path]:

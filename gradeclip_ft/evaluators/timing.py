@@ -88,7 +88,7 @@ class TimingEvaluator:
         """
         require_float32(loaded.clip, self.name)
         size = loaded.image_size if self.image_size is None else (self.image_size,) * 2
-        device = loaded.clip.log_scale.device
+        device = loaded.clip.device
         with evaluating(loaded.clip):
             images, target, owner = self._inputs(loaded, size)
             able = Able(prepared(chosen(self.explainers, self.methods), loaded))
@@ -119,7 +119,7 @@ class TimingEvaluator:
 
     def _inputs(self, loaded: LoadedClip, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels, text vectors, and the picture of each."""
-        device = loaded.clip.log_scale.device
+        device = loaded.clip.device
         generator = torch.Generator().manual_seed(SEED)
         images = torch.randn(self.batch_size, 3, *size, generator=generator).to(device)
         owner = torch.arange(self.batch_size).repeat_interleave(self.phrases)

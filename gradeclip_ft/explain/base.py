@@ -133,8 +133,9 @@ def explain_image(
         UnsupportedTowerError: The image tower cannot do this method.
     """
     _check_texts(explainer, clip)
-    target, owner = unit(target.detach()).to(images.device), owner.to(images.device)
     with _evaluating(clip), torch.autocast(images.device.type, enabled=False):
+        images = _usable(images)
+        target, owner = unit(_usable(target)).to(images.device), _usable(owner).to(images.device)
         if isinstance(explainer, InputExplainer):
             with torch.enable_grad():
                 found = explainer.from_input(clip.image, images, target, owner).detach()
@@ -176,10 +177,10 @@ def explain_text(
     """
     if isinstance(explainer, InputExplainer) and explainer.images_only:
         raise ValueError(f"{type(explainer).__name__} changes pixels; it explains images alone")
-    device = clip.log_scale.device
-    texts, owner = texts.to(device), owner.to(device)
-    target = unit(target.detach()).to(device)
+    device = clip.device
     with _evaluating(clip), torch.autocast(device.type, enabled=False):
+        texts, owner = _usable(texts).to(device), _usable(owner).to(device)
+        target = unit(_usable(target)).to(device)
         with torch.no_grad():
             opened = clip.text.open(texts)
         if isinstance(explainer, InputExplainer):
@@ -222,13 +223,19 @@ def _grid(grid: tuple[int, int] | None) -> tuple[int, int]:
     return grid
 
 
+def _usable(tensor: Tensor) -> Tensor:
+    """Without a graph; a copy where inference mode forbids gradients through it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
+    """Evaluation mode, outside inference mode; every submodule gets its own mode back."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for child, mode in modes.items():
             child.training = mode

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from gradeclip_ft.models.tower import ImageTower
+from gradeclip_ft.models.tower import ImageTower, patch_grid
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class IntegratedGradients:
 
     images_only: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1:
+            raise ValueError(
+                f"steps is {self.steps} and batch_size {self.batch_size}; use 1 or more"
+            )
+
     def from_input(
         self,
         tower: ImageTower,
@@ -38,9 +44,13 @@ class IntegratedGradients:
         target: Float[Tensor, "P D"],
         owner: Int[Tensor, " P"],
     ) -> Float[Tensor, "P h w"]:
-        """Relevance at the patch grid: the mean of the pixels' over each patch."""
+        """Relevance at the patch grid: the mean of the pixels' over each patch.
+
+        Raises:
+            UnsupportedTowerError: The tower has no grid.
+        """
         height, width = x.shape[2:]
-        grid = (height // tower.patch, width // tower.patch)
+        grid = patch_grid(tower, height, width)
         maps = [self._pixels(tower, x[o], target[row]) for row, o in enumerate(owner.tolist())]
         pixels = torch.stack(maps) if maps else x.new_zeros(0, height, width)
         return adaptive_avg_pool2d(pixels, grid)

@@ -39,6 +39,10 @@ class M2ib:
 
     images_only: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.samples < 1:
+            raise ValueError(f"steps is {self.steps} and samples {self.samples}; use 1 or more")
+
     def from_input(
         self,
         tower: Tower,
@@ -83,7 +87,12 @@ class M2ib:
             loss, _ = self._loss(repeated, x, alpha, target, generator, layer)
             (alpha.grad,) = torch.autograd.grad(loss, alpha)
             optimizer.step()
-        return information(x, alpha.detach())[0].nansum(-1)
+        relevance = information(x, alpha.detach())[0].sum(-1)
+        if not relevance.isfinite().all():
+            raise ValueError(
+                f"M2IB diverged with lr {self.lr} and beta {self.beta}; use less of lr"
+            )
+        return relevance
 
     def _loss(
         self,
@@ -108,5 +117,5 @@ class M2ib:
 def information(x: Tensor, alpha: Tensor) -> Tensor:
     """KL of N(x m, (1-m)²) against N(0, 1), element by element, m = σ(α)."""
     passed = alpha.sigmoid()
-    variance = (1 - passed) ** 2
+    variance = ((1 - passed) ** 2).clamp(min=torch.finfo(x.dtype).tiny)  # σ(α) may round to 1
     return -0.5 * (1 + variance.log() - (x * passed) ** 2 - variance)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.trace import Trace
 from gradeclip_ft.ops.similarity import cosine, unit
 
@@ -41,7 +42,7 @@ class MaskClip:
 
 def _key_factor(trace: Trace) -> Float[Tensor, "B N"]:
     if trace.query is None:
-        raise ValueError(
+        raise UnsupportedTowerError(
             "key_factor compares with the key of the query token, but this tower's query is "
             "learned and has none; set key_factor to false"
         )

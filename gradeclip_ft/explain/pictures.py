@@ -94,14 +94,19 @@ def explain_pictures(
         heat: dict[str, tuple[Tensor, ...]] = {}
         for name, method in list(able.items()):
             try:
-                found = explain_image(method, loaded.clip, stacked, target, owner)
+                found = [
+                    explain_image(method, loaded.clip, stacked, *part)
+                    for part in zip(
+                        torch.split(target, rows), torch.split(owner, rows), strict=True
+                    )
+                ]
             except UnsupportedTowerError as error:
                 if not skip:
                     raise
                 log.warning("%s is left out: %s", name, error)
                 del able[name]
                 continue
-            heat[name] = torch.split(found.cpu(), counts)
+            heat[name] = torch.split(torch.cat(found).cpu(), counts)
         with torch.no_grad():
             embedding = loaded.clip.image.encode(stacked).float()
         score = torch.split(loaded.clip.image.score(embedding[owner], target.float()).cpu(), counts)
@@ -152,8 +157,10 @@ def transform_for(
         longest: Pixels of the longer side under `aspect`, at most.
 
     Raises:
-        ValueError: The model takes pictures of one size only.
+        ValueError: The model takes pictures of one size only, or `longest` is below 1.
     """
+    if longest < 1:
+        raise ValueError(f"longest is {longest}; give the pixels of the longer side, 1 or more")
     if geometry == "model":
         return loaded.transform()
     patch = loaded.patch

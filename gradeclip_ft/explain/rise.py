@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from gradeclip_ft.models.tower import ImageTower
+from gradeclip_ft.models.tower import ImageTower, patch_grid
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Rise:
 
     images_only: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if min(self.masks, self.cells, self.batch_size) < 1 or not 0 < self.keep <= 1:
+            raise ValueError(
+                f"masks is {self.masks}, cells {self.cells} and batch_size {self.batch_size}, "
+                f"keep is {self.keep}; use 1 or more, and for keep a share above 0, up to 1"
+            )
+
     def from_input(
         self,
         tower: ImageTower,
@@ -42,8 +49,13 @@ class Rise:
         target: Float[Tensor, "P D"],
         owner: Int[Tensor, " P"],
     ) -> Float[Tensor, "P h w"]:
-        """Relevance at the patch grid: the mean of the pixels' over each patch."""
+        """Relevance at the patch grid: the mean of the pixels' over each patch.
+
+        Raises:
+            UnsupportedTowerError: The tower has no grid.
+        """
         height, width = x.shape[2:]
+        grid = patch_grid(tower, height, width)
         total = x.new_zeros(len(target), height, width)
         for start in range(0, self.masks, self.batch_size):
             masks = self._masks(start, min(self.masks, start + self.batch_size), height, width)
@@ -54,7 +66,6 @@ class Rise:
                     found = tower.encode(x[image] * masks.unsqueeze(1))
                 score = _scores(tower, found, target[of_image])
                 total[of_image] += torch.einsum("pn,nhw->phw", score, masks)
-        grid = (height // tower.patch, width // tower.patch)
         return adaptive_avg_pool2d(total / (self.masks * self.keep), grid)
 
     def _masks(self, start: int, stop: int, height: int, width: int) -> Float[Tensor, "n H W"]:

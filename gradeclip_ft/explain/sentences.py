@@ -27,7 +27,8 @@ class Sentence:
     Attributes:
         words: Those that the model reads.
         cut: The rest of the text, beyond its context.
-        values: Relevance of every word by method; with `sum` they sum to 1, or are all 0.
+        values: Relevance of every word by method; with `sum` they sum to 1, less what stands on a
+            word that the context cuts in two, or are all 0.
     """
 
     words: tuple[str, ...]

@@ -125,5 +125,18 @@ def image_grid(images: Shaped[Tensor, "B 3 H W"], patch: int) -> tuple[int, int]
     return height // patch, width // patch
 
 
+def patch_grid(tower: ImageTower, height: int, width: int) -> tuple[int, int]:
+    """Patches (h, w) of pictures of this size, where the tower need not be taken apart.
+
+    Raises:
+        UnsupportedTowerError: The tower does not say how large a patch is.
+    """
+    if not tower.patch:
+        raise UnsupportedTowerError(
+            f"{tower.unexplained}: it has no grid of patches, so no method draws a map"
+        )
+    return height // tower.patch, width // tower.patch
+
+
 class UnsupportedTowerError(ValueError):
     """The model has a part that the adapters do not reproduce exactly."""

@@ -65,7 +65,8 @@ def _of_hugging_face(tokenizer: Foreign, text: str) -> list[Word]:
     pieces = inner.convert_ids_to_tokens(
         inner(tokenizer.clean_fn(text), add_special_tokens=False, truncation=False)["input_ids"]
     )
-    marked = any(piece.startswith(STARTS) for piece in pieces)
+    probe = inner.convert_ids_to_tokens(inner("a a", add_special_tokens=False)["input_ids"])
+    marked = any(piece.startswith(STARTS) for piece in [*pieces, *probe])
     groups: list[list[str]] = []
     for piece in pieces:
         first = piece.startswith(STARTS) if marked else not piece.startswith(CONTINUES)

@@ -18,8 +18,12 @@ from PIL import Image
 COLOUR_MAP = "inferno"
 
 
-def scale_heat(heat: Float[np.ndarray, "h w"], eps: float = 1e-8) -> Float[np.ndarray, "h w"]:
+def scale_heat(heat: Float[np.ndarray, "h w"], eps: float = 1e-6) -> Float[np.ndarray, "h w"]:
     """The map between its own minimum (0) and maximum (1); a constant map is 0 everywhere.
+
+    Args:
+        heat: Any scale.
+        eps: Maps whose range is smaller, as a share of their largest value, count as constant.
 
     Raises:
         ValueError: A value is not finite.
@@ -27,7 +31,7 @@ def scale_heat(heat: Float[np.ndarray, "h w"], eps: float = 1e-8) -> Float[np.nd
     if not np.isfinite(heat).all():
         raise ValueError("a heat map holds NaN or infinity; expected finite relevance")
     low, high = float(heat.min()), float(heat.max())
-    if high - low < eps:
+    if high - low <= eps * max(abs(low), abs(high)):
         return np.zeros(heat.shape, dtype=np.float32)
     return ((heat - low) / (high - low)).astype(np.float32)
 
@@ -47,7 +51,7 @@ def heat_png(heat: Float[np.ndarray, "h w"], side: int = 96) -> str:
         side: Pixels of the longer side.
     """
     factor = side / max(heat.shape)
-    size = (round(heat.shape[0] * factor), round(heat.shape[1] * factor))
+    size = (max(1, round(heat.shape[0] * factor)), max(1, round(heat.shape[1] * factor)))
     index = np.rint(enlarge(scale_heat(heat), size) * 255).astype(np.uint8)
     picture = Image.fromarray(index).convert("P")
     picture.putpalette(colours().tobytes())
@@ -72,6 +76,11 @@ def overlay(
     index = np.rint(enlarge(scale_heat(heat), image.shape[:2]) * 255).astype(np.uint8)
     mixed = (1 - opacity) * image + opacity * colours()[index]
     return cast("UInt8[np.ndarray, 'H W 3']", np.rint(mixed).astype(np.uint8))
+
+
+def literal(text: str) -> str:
+    """A text for a figure, without matplotlib's own meaning of a dollar."""
+    return text.replace("$", r"\$")
 
 
 def _data_uri(picture: Image.Image) -> str:

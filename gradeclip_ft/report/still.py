@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from gradeclip_ft.report.content import Box, Case
-from gradeclip_ft.report.figures import overlay
+from gradeclip_ft.report.figures import literal, overlay
 
 TILE = 1.5  # inches
 LETTER = 0.075  # inches that a letter of a label takes
@@ -60,7 +60,7 @@ def draw_still(
         photo = _enlarged(case.image)
         boxes = case.boxes[row] if case.boxes else ()
         _show(axes[0, column], photo, boxes)
-        axes[0, column].set_title(case.phrases[row], fontsize=9, pad=4)
+        axes[0, column].set_title(literal(case.phrases[row]), fontsize=9, pad=4)
         for line, method in enumerate(methods, start=1):
             _show(axes[line, column], overlay(photo, case.heat[method][row]), boxes)
     for line, name in enumerate(["Picture", *methods]):
@@ -74,7 +74,7 @@ def _enlarged(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
     """The long side at `SIDE` pixels, small pictures with visible pixels."""
     picture = Image.fromarray(image)
     factor = SIDE / max(picture.size)
-    size = (round(picture.width * factor), round(picture.height * factor))
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
     return np.asarray(picture.resize(size, how))
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gradeclip_ft.report.content import Words
+from gradeclip_ft.report.figures import literal
 
 WIDTH, LINE, MARGIN = 9.0, 0.42, 0.12  # inches
 COLOUR_MAP = "Oranges"  # one hue, lightness alone says how much
@@ -49,7 +50,7 @@ def draw_words(sentence: Words, path: Path) -> Path:
 def _word(figure: Figure, word: str, share: float, x: float, y: float) -> None:
     colour = matplotlib.colormaps[COLOUR_MAP](0.75 * share)
     box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"}
-    figure.text(x, y, _plain(word), fontsize=11, va="center", bbox=box)
+    figure.text(x, y, literal(word), fontsize=11, va="center", bbox=box)
 
 
 def _lines(figure: Figure, words: Sequence[str], room: float) -> list[list[int]]:
@@ -68,10 +69,5 @@ def _lines(figure: Figure, words: Sequence[str], room: float) -> list[list[int]]
 
 def _width(figure: Figure, word: str) -> float:
     """Inches that a word takes."""
-    text = Text(0, 0, _plain(word), fontsize=11, figure=figure)
+    text = Text(0, 0, literal(word), fontsize=11, figure=figure)
     return float(text.get_window_extent().width) / figure.dpi + MARGIN / 2
-
-
-def _plain(word: str) -> str:
-    """Without matplotlib's own meaning of a dollar."""
-    return word.replace("$", r"\$")

@@ -175,3 +175,55 @@ def test_a_classifier_is_explained_by_class_names(caplog: pytest.LogCaptureFixtu
     assert "logit" in Path("explanations/index.html").read_text()
     with pytest.raises(ValueError, match="knows classes, no captions"):
         run(*given, "captions=[a red square]")
+
+
+def test_pictures_and_phrases_of_one_name_keep_their_own_files() -> None:
+    """Would catch a second cat.png, or a second emoji, that replaces the first."""
+    Path("other").mkdir()
+    Image.new("RGB", (64, 64), "blue").save("other/a.png")
+    run("images=[photos/a.png,other/a.png]", "phrases=['red-circle','red circle','🐶','🚗']")
+    first, second = (np.load(f"explanations/{name}/maps.npz") for name in ("a", "a-2"))
+    assert not np.array_equal(first["grad_eclip"], second["grad_eclip"])
+    drawn = sorted(path.name for path in Path("explanations/a").glob("*-grad_eclip.png"))
+    assert drawn == [
+        "phrase-2-grad_eclip.png",
+        "phrase-grad_eclip.png",
+        "red-circle-2-grad_eclip.png",
+        "red-circle-grad_eclip.png",
+    ]
+
+
+def test_one_broken_picture_of_several_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    Path("photos/broken.jpg").write_text("<html>")
+    run("images=photos", "phrases=[red square]")
+    assert "broken.jpg cannot be read" in caplog.text
+    assert sorted(path.name for path in Path("explanations").iterdir()) == [
+        "a",
+        "b",
+        "c",
+        "index.html",
+    ]
+
+
+def test_what_cannot_be_done_is_said_once_for_many_pictures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Path("classes.txt").write_text("red square\nblue star\n")
+    for number in range(9):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(f"photos/{number}.png")
+    model = (
+        "model=classifier model.name=timm:test_vit model.weights=random model.classes=classes.txt"
+    )
+    run(*model.split(), "images=photos", "phrases=[blue star]", "explainer=[grad_cam,maskclip]")
+    assert caplog.text.count("maskclip is left out") == 1
+    assert len(list(Path("explanations").glob("*/maps.npz"))) == 12
+
+
+def test_a_dollar_and_a_very_wide_picture_are_drawn() -> None:
+    Image.new("RGB", (2000, 10), "green").save("wide.png")
+    wide = ("images=wide.png", "geometry=aspect", "picture=s.png")
+    run(*wide, "phrases=['costs $5_{ $']", "longest=2000")
+    assert np.load("explanations/wide/maps.npz")["grad_eclip"].shape == (1, 1, 250)
+    assert Path("s.png").is_file()
+    with pytest.raises(ValueError, match="longest is 0"):
+        run("images=wide.png", "phrases=[x]", "geometry=aspect", "longest=0")

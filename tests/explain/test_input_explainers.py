@@ -168,3 +168,50 @@ def test_a_tower_without_layers_cannot_do_m2ib() -> None:
     clip = make_tiny_clip("resnet")
     with pytest.raises(UnsupportedTowerError, match="attention pool alone; choose grad_eclip"):
         explain_image(M2ib(), clip, images(clip, 1), torch.randn(1, 16), ONE)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        (Rise, {"masks": 0}),
+        (Rise, {"keep": 0.0}),
+        (Rise, {"cells": 0}),
+        (IntegratedGradients, {"steps": 0}),
+        (IntegratedGradients, {"batch_size": 0}),
+        (M2ib, {"steps": 0}),
+        (M2ib, {"samples": 0}),
+    ],
+)
+def test_impossible_settings_are_refused(method: type, setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}.* is 0|is .*0"):
+        method(**setting)
+
+
+def test_information_of_what_passes_whole_is_large_and_finite() -> None:
+    """σ(α) rounds to 1; the logarithm of 0 would be infinite, and was drawn as no relevance."""
+    kept = information(torch.ones(3), torch.full((3,), 100.0))
+    assert kept.isfinite().all()
+    assert (kept > information(torch.ones(3), torch.full((3,), 8.0))).all()
+
+
+def test_methods_on_pixels_need_a_patch_size() -> None:
+    from gradeclip_ft.models.tower import UnsupportedTowerError
+    from gradeclip_ft.models.towers.opaque import OpaqueImageTower
+
+    clip = make_tiny_clip("vit")
+    clip.image = OpaqueImageTower(clip.model.visual, "image tower averages its tokens")
+    for method in (Rise(masks=2), IntegratedGradients(steps=2)):
+        with pytest.raises(UnsupportedTowerError, match="averages its tokens: it has no grid"):
+            explain_image(method, clip, torch.randn(1, 3, 32, 32), torch.randn(1, 16), ONE)
+
+
+@pytest.mark.parametrize(
+    "method", [Rise(masks=2), IntegratedGradients(steps=2), M2ib(steps=1, samples=1)]
+)
+def test_inference_mode_around_a_call_does_not_matter(method: object) -> None:
+    clip = make_tiny_clip("vit")
+    with torch.inference_mode():
+        pixels, target = images(clip, 1), torch.ones(1, 16)
+        inside = explain_image(method, clip, pixels, target, ONE)
+    outside = explain_image(method, clip, images(clip, 1), torch.ones(1, 16), ONE)
+    torch.testing.assert_close(inside, outside)

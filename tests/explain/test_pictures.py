@@ -222,3 +222,13 @@ def test_memory_is_flat_over_two_hundred_calls(method: object) -> None:
     for _ in range(200):
         explain_image(method, clip, pixels, target, owner)
     assert resident() - before < 5
+
+
+def test_many_phrases_of_one_picture_are_explained_in_parts(
+    tiny: LoadedClip, photo: Image.Image
+) -> None:
+    target = torch.randn(7, 96, generator=torch.Generator().manual_seed(3))
+    (parts,) = explain_pictures(tiny, [photo], [target], METHODS, rows=3)
+    (whole,) = explain_pictures(tiny, [photo], [target], METHODS)
+    for method in METHODS:
+        torch.testing.assert_close(parts.heat[method], whole.heat[method])

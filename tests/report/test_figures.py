@@ -106,3 +106,11 @@ def test_the_still_picture_has_a_row_per_method_and_a_column_per_phrase(
 def test_a_still_picture_without_phrases_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one case"):
         draw_still([], ("a",), tmp_path / "still.png")
+
+
+def test_a_map_of_tiny_values_is_drawn_and_a_thin_one_too() -> None:
+    """Relevance has no unit: 1e-12 beside 0 is as much a map as 1 beside 0."""
+    heat = np.array([[0.0, 1e-12]], dtype=np.float32)
+    assert figures.scale_heat(heat).tolist() == [[0.0, 1.0]]
+    thin = np.arange(300, dtype=np.float32).reshape(1, 300)
+    assert figures.heat_png(thin).startswith("data:image/png")

@@ -114,7 +114,7 @@ def check_pooling(text: Foreign) -> None:
     pooler = type(text.pooler).__name__
     if pooler not in POOLERS:
         raise UnsupportedTowerError(
-            f"text tower averages its tokens ({pooler}), text explanation needs a pooled token"
+            f"text tower averages its tokens ({pooler}), words are explained where one is pooled"
         )
     if text.config.model_type not in LAYOUTS:
         raise UnsupportedTowerError(f"text tower has the layers of {text.config.model_type!r}")
