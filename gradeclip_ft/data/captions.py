@@ -21,6 +21,7 @@ from gradeclip_ft.data.processes import in_foreign_worker
 from gradeclip_ft.data.samples import CaptionChoice
 from gradeclip_ft.data.sizes import fingerprint, sample_counts
 from gradeclip_ft.data.stream import RawSample, Skips, expand_shards
+from gradeclip_ft.ops.stop_signals import heed_parent_alone
 from gradeclip_ft.text.prompts import phrase_prompt
 from gradeclip_ft.text.taggers import TaggerKind, prepare_tagger
 
@@ -189,6 +190,7 @@ class CaptionLoader:
             num_workers=source.workers,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=_start_method(source) if source.workers else None,
+            worker_init_fn=heed_parent_alone,
             generator=torch.Generator(),  # the loader's own draws leave the run's numbers alone
         )
         return iter(loader)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gradeclip_ft.ops.stop_signals import heed_parent_alone
+
 
 def in_foreign_worker() -> bool:
     """Whether this process was started by a method of somebody else, joblib's for example.
@@ -35,5 +37,6 @@ def once(
         num_workers=workers,
         collate_fn=join,
         generator=torch.Generator(),
+        worker_init_fn=heed_parent_alone,
         multiprocessing_context="fork" if workers and in_foreign_worker() else None,
     )

@@ -14,9 +14,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from gradeclip_ft.ops.distributed import anywhere
+from gradeclip_ft.ops.stop_signals import SIGNALS
 from gradeclip_ft.training.checkpoints import Checkpoints
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 INTERRUPTED = 143  # exit code of a program that ended on SIGTERM
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import multiprocessing
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -145,6 +147,16 @@ def test_reading_leaves_the_random_numbers_of_the_process_alone(
     epoch_of(source(shards, samples_per_epoch=8))
     epoch_of(source(shards, samples_per_epoch=8, workers=1))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_workers_go_on_when_a_scheduler_signals_them(shards: str, source: Source) -> None:
+    """Would catch a preempted run that ends with a dead worker instead of a saved step."""
+    data = source(shards, samples_per_epoch=8, workers=2)
+    batches = iter(data.loader(seed=1, epoch=0, rank=0, world_size=1))
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert_same([first, *batches], epoch_of(data))
 
 
 @pytest.mark.slow

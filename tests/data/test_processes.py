@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from gradeclip_ft.data import processes
+from gradeclip_ft.ops.stop_signals import SIGNALS, heed_parent_alone
 
 
 class Numbers(Dataset[int]):
@@ -32,3 +37,37 @@ def test_workers_start_also_below_joblib(foreign: bool, monkeypatch: pytest.Monk
     context = loader.multiprocessing_context
     assert (context is not None) == foreign
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+class Signalled(Numbers):
+    """Each worker gets the signals of a scheduler, from a process that is not its parent."""
+
+    def __getitem__(self, index: int) -> int:
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+def test_workers_go_on_when_a_scheduler_signals_every_process() -> None:
+    """Would catch a job that ends with 1 instead of 143, and is not requeued."""
+    loader = processes.once(Signalled(), torch.tensor, batch_size=2, workers=2)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+def busy(begun) -> None:
+    """A worker that reads for a long time."""
+    heed_parent_alone(0)
+    begun.set()
+    time.sleep(60)
+
+
+def test_a_worker_still_ends_when_its_parent_says_so() -> None:
+    """Would catch a run that waits at its end for a worker that reads from a slow remote."""
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    process = fork.Process(target=busy, args=(begun,))
+    process.start()
+    assert begun.wait(60)
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 0
