@@ -54,6 +54,7 @@ class Checkpoints(pl.Callback):
         self.on_error = on_error
         self._good: Path | None = None
         self._saved: int | None = None
+        self._tried: int | None = None  # the same on all processes, also where a save failed
         self._updating: int | None = None
 
     @property
@@ -69,12 +70,13 @@ class Checkpoints(pl.Callback):
         Raises:
             SaveError: They cannot be written, and `on_error` is "stop".
         """
+        self._tried = trainer.global_step
         self._write(trainer, self.on_error)
         trainer.strategy.barrier("checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to save; a resumed run stands at its checkpoint."""
-        self._saved = trainer.global_step
+        self._saved = self._tried = trainer.global_step
         self._good = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         if trainer.is_global_zero:
             sweep(self._folder)
@@ -93,10 +95,10 @@ class Checkpoints(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save where it is time."""
+        """Save where it is time, once per step."""
         step = trainer.global_step
         due = step % self._every == 0 or step == trainer.max_steps
-        if due and step != self._saved:
+        if due and step != self._tried:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -248,6 +248,16 @@ def test_a_full_disk_can_be_lived_through(small_run, monkeypatch, caplog) -> Non
     assert torch.load(newest_good(run.folder), weights_only=True)["global_step"] == 8
 
 
+def test_a_failed_save_is_not_tried_again_within_the_next_step(small_run, monkeypatch) -> None:
+    """Would catch process 0 saving at every batch, where the others, who know of no failure, wait
+    in another collective."""
+    run = small_run()
+    disk = Full(monkeypatch, (1,))
+    run.train(checkpoint_every=2, on_save_error="continue", accumulate=3, max_steps=4)
+    assert disk.count == 2
+    assert torch.load(newest_good(run.folder), weights_only=True)["global_step"] == 4
+
+
 def test_a_run_never_ends_well_without_its_last_checkpoint(small_run, monkeypatch) -> None:
     run = small_run()
     Full(monkeypatch, (4, 5))
