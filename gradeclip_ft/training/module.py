@@ -25,8 +25,8 @@ class FineTuneModule(pl.LightningModule):
     """Fine-tunes `clip` by `objective`.
 
     The whole objective runs inside `training_step`, so DDP sees one forward, however often the
-    towers are called. The random numbers of a step depend on seed, step and process alone: a
-    resumed run needs no generator state.
+    towers are called. The random numbers of a batch depend on seed, step, place in the step and
+    process alone: a resumed run needs no generator state.
 
     Args:
         clip: The model; its parameters are trained in place.
@@ -97,10 +97,11 @@ class FineTuneModule(pl.LightningModule):
         self.train()
 
     def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
-        """Starts the random numbers of the step."""
+        """Starts the random numbers of the batch."""
         offset = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(self.seed)))
-        step, processes = self.trainer.global_step, self.trainer.world_size
-        torch.manual_seed((offset + step) * processes + self.global_rank)
+        per_step, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        number = self.trainer.global_step * per_step + batch_idx % per_step
+        torch.manual_seed((offset + number) * processes + self.global_rank)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Updates the weights, then keeps the temperature between 1 and 100 as CLIP does."""

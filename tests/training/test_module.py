@@ -84,6 +84,26 @@ def test_an_accumulated_step_averages_the_gradients_of_its_batches(small_run, ma
         torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-5)  # sums of fp32
 
 
+class KeepSeeds(pl.Callback):
+    """What each batch draws first, by step."""
+
+    def __init__(self) -> None:
+        self.seeds: list[tuple[int, int]] = []
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        self.seeds.append((trainer.global_step, torch.initial_seed()))
+
+
+def test_every_batch_of_a_step_draws_random_numbers_of_its_own(small_run) -> None:
+    """Would catch the same dropout in all batches of a step; steps of one batch keep theirs."""
+    one, both = KeepSeeds(), KeepSeeds()
+    small_run("one").train(max_steps=4, callbacks=(one,))
+    small_run("both").train(accumulate=2, max_steps=2, callbacks=(both,))
+    first = one.seeds[0][1]
+    assert one.seeds == [(step, first + step) for step in range(4)]
+    assert both.seeds == [(0, first), (0, first + 1), (1, first + 2), (1, first + 3)]
+
+
 def test_bf16_trains_with_losses_in_fp32(small_run) -> None:
     """D5: a focal loss in bf16 is NaN after some steps."""
     plain, mixed = small_run("plain", steps=3), small_run("mixed", steps=3)
