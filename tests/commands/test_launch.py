@@ -12,6 +12,7 @@ from gradeclip_ft.commands.sweep import refuse_shared_process
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "b16"}
+SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}
 VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", *SLURM)
 
 
@@ -36,6 +37,9 @@ def environment(monkeypatch: pytest.MonkeyPatch):
         ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
         ({"RANK": "4", "LOCAL_RANK": "0", "NODE_RANK": "1"}, 4),
         (SLURM, 5),
+        ({**SLURM, "LOCAL_RANK": "0"}, 5),  # exported by a script below srun
+        ({**SHELL, "LOCAL_RANK": "1"}, 1),  # started by Lightning in a shell of SLURM
+        (SHELL, 0),
         ({"NODE_RANK": "1"}, 1),
         ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, 0),
     ],

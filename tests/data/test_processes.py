@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_workers_go_on_when_a_scheduler_signals_every_process() -> None:
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 
-def busy(begun) -> None:
+def busy(begun: Event) -> None:
     """A worker that reads for a long time."""
     heed_parent_alone(0)
     begun.set()
