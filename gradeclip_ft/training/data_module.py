@@ -4,7 +4,8 @@ To Lightning the whole run is one pass of `max_steps` batches. Behind it stand t
 each in an order fixed by seed and epoch. Where a pass begins follows from the number of finished
 steps, so a resumed run goes on with the very batch that comes next, also in the middle of an epoch,
 whatever was prefetched when it stopped. Where samples are drawn with replacement, a run may also go
-on with another number of processes: it then begins new draws, and counts epochs from there.
+on with other processes, workers or batch sizes: it then begins new draws, and counts epochs from
+there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ import lightning.pytorch as pl
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.ops.distributed import rank as process_rank
 
-ELASTIC = ("world_size", "batches_per_epoch")  # what other processes may change
+ELASTIC = ("world_size", "workers", "batch_size", "batches_per_epoch")
+"""What may change where samples are drawn with replacement; the draws are then new ones."""
+PAIRS = (
+    ". A step now sees another number of pairs and negatives unless processes x data.batch_size "
+    "stays the same"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +41,17 @@ class Epoch(Protocol):
 
 @runtime_checkable
 class CaptionSource(Protocol):
-    """Where caption batches come from; an epoch's order depends on `loader`'s arguments alone."""
+    """Where caption batches come from; an epoch's order depends on what stands here alone."""
+
+    @property
+    def workers(self) -> int:
+        """Loader processes per process; 0 reads in the process itself, in the order of 1."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch."""
+        ...
 
     @property
     def resampled(self) -> bool:
@@ -56,11 +72,11 @@ class RunLoader(Iterable[CaptionBatch]):
 
     Args:
         open_epoch: Epoch and first batch to the batches of an epoch; the third argument numbers the
-            draws, 0 unless the number of processes changed on the way.
+            draws, 0 unless processes, workers or batch size changed on the way.
         total: Batches of the whole run.
         position: Batches behind the finished steps.
         identity: What else fixes the order of the batches.
-        resampled: Whether another number of processes may go on.
+        resampled: Whether other processes, workers or batch sizes may go on.
 
     Attributes:
         seconds_waited: Time spent waiting for batches, in total.
@@ -135,9 +151,9 @@ class RunLoader(Iterable[CaptionBatch]):
             raise ValueError(_refusal(differing))
         logger.log(
             logging.DEBUG if process_rank() else logging.WARNING,
-            "%s: the run goes on with new draws. A step now sees another number of pairs and "
-            "negatives unless data.batch_size makes up for it",
+            "%s: the run goes on with new draws%s",
             "; ".join(differing.values()),
+            "" if differing.keys() == {"workers"} else PAIRS,
         )
         self._begun = self._position()
 
@@ -147,6 +163,8 @@ def _refusal(differing: Mapping[str, str]) -> str:
         ": data.resampled=false gives every process its own share of every epoch, so other "
         "processes would repeat some samples and leave out others"
         if "world_size" in differing
+        else ": data.resampled=false fixes by these which samples come in which batch"
+        if differing.keys() & {"workers", "batch_size"}
         else ""
     )
     return (
@@ -189,7 +207,13 @@ class CaptionDataModule(pl.LightningDataModule):
             open_epoch,
             total=trainer.max_steps * per_step,
             position=lambda: trainer.global_step * per_step,
-            identity={"seed": self.seed, "world_size": world_size, "batches_per_step": per_step},
+            identity={
+                "seed": self.seed,
+                "world_size": world_size,
+                "workers": max(self.source.workers, 1),
+                "batch_size": self.source.batch_size,
+                "batches_per_step": per_step,
+            },
             resampled=self.source.resampled,
         )
         return self._loader

@@ -1,6 +1,7 @@
 """Files to go on from, whatever happens while they are written."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.training import checkpoints, run_files
+from gradeclip_ft.training import checkpoints, ledger, run_files
 from gradeclip_ft.training.checkpoints import SaveError
 from gradeclip_ft.training.ledger import fault, newest_good
 from gradeclip_ft.training.run_files import step_of, write_both
@@ -203,6 +204,30 @@ def die_at_operation(folder: Path, number: int) -> None:
     os.fsync = counted(os.fsync)
     Path.replace, Path.unlink = counted(Path.replace), counted(Path.unlink)
     write_both(folder, {"step": 2}, {"weight": torch.zeros(2, 2)}, step=2, keep=2, before=1)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_saves_killed_again_and_again_leave_the_good_checkpoint(tmp_path, keep: int) -> None:
+    """Would catch entries of contents without a name that push out those of the files on disk."""
+    write_both(tmp_path, {"step": 1}, TINY, step=1, keep=keep)
+    aside = tmp_path / ".aside"
+    for number in range(2, 12):
+        aside.write_bytes(bytes(number))
+        ledger.enter(tmp_path, {"last.ckpt": aside}, step=number, room=2 * (keep + 1))
+    assert newest_good(tmp_path) == tmp_path / "last.ckpt"
+    assert fault(tmp_path / "weights.safetensors") is None
+    assert len(json.loads((tmp_path / "checkpoints.json").read_text())) == 2 * (keep + 1) + 2
+
+
+@pytest.mark.parametrize("content", ["3", "null", '{"a": 1}', '{"a": {}}', "[1]", '{"a'])
+def test_a_ledger_of_another_shape_is_a_damaged_one(tmp_path, caplog, content: str) -> None:
+    """Would catch a run that cannot go on, with a traceback, beside a good checkpoint."""
+    write_both(tmp_path, {"step": 1}, TINY, step=1)
+    (tmp_path / "checkpoints.json").write_text(content)
+    assert newest_good(tmp_path) == tmp_path / "last.ckpt"
+    assert "cannot be read" in caplog.text
+    write_both(tmp_path, {"step": 2}, TINY, step=2)
+    assert fault(tmp_path / "last.ckpt") is None
 
 
 def test_what_a_killed_process_left_is_swept_away(small_run) -> None:
