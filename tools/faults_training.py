@@ -43,6 +43,8 @@ class Batches:
     broken: tuple[int, ...] = ()
     start: int = 0
     resampled: bool = False
+    workers: int = 0
+    batch_size: int = IMAGES
 
     def prepare(self) -> dict[str, Any]:
         """Nothing to do."""

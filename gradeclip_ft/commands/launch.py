@@ -12,8 +12,10 @@ from omegaconf import DictConfig
 
 from gradeclip_ft.commands.compose import ConfigurationError
 
-# Where launchers say which of a job's processes this is.
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+# Where launchers say which of a job's processes this is. Lightning sets LOCAL_RANK for its children,
+# which inherit the number 0 of a SLURM shell; below srun LOCAL_RANK can only be a script's own.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+RANKS_OF_SRUN = ("RANK", "SLURM_PROCID")
 PARENT = "GRADECLIP_FT_PARENT"  # process number of the one that started this one
 LOST = 1  # exit code of a process whose parent died
 LOOK_EVERY = 2.0  # seconds
@@ -25,7 +27,8 @@ def process_rank() -> int:
     """Number of this process in its job; 0 where it is alone or starts the others."""
     if int(os.environ.get("NODE_RANK", 0)) and "RANK" not in os.environ:
         return 1 + int(os.environ.get("LOCAL_RANK", 0))
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+    names = RANKS_OF_SRUN if _launcher(os.environ)[0] == "srun" else RANKS
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def started_by_us() -> bool:

@@ -47,11 +47,14 @@ def step_in_name(path: Path) -> int:
 def enter(folder: Path, files: dict[str, Path], *, step: int, room: int) -> None:
     """Note complete files, by the name they are going to have.
 
+    Saves that were killed behind this leave entries of contents that never got a name; they may
+    not push out what is on disk.
+
     Args:
         folder: Of the run.
         files: Where each is now.
         step: Optimiser steps behind them.
-        room: Entries to keep, newest last.
+        room: Entries to keep, newest last; older ones only of contents on disk.
     """
     entries = _read(folder) or {}
     for name, path in files.items():
@@ -59,7 +62,7 @@ def enter(folder: Path, files: dict[str, Path], *, step: int, room: int) -> None
         digest = _digest(path)
         entries.pop(digest, None)
         entries[digest] = entry
-    kept = dict(list(entries.items())[-room:])
+    kept = _within(room, entries, folder)
     write_atomically(folder / LEDGER, json.dumps(kept, indent=1) + "\n")
 
 
@@ -108,15 +111,38 @@ def _candidates(folder: Path) -> Iterator[Path]:
     yield from older(folder)
 
 
+def _within(room: int, entries: Entries, folder: Path) -> Entries:
+    """The newest entries, and older ones of files that are there; hashes only those in doubt."""
+    older_ones = dict(list(entries.items())[:-room])
+    sizes = {entry["bytes"] for entry in older_ones.values()}
+    there = [path for path in (folder / WEIGHTS, *_candidates(folder)) if path.exists()]
+    present = {_digest(path) for path in there if path.stat().st_size in sizes}
+    return {
+        digest: entry
+        for digest, entry in entries.items()
+        if digest in present or digest not in older_ones
+    }
+
+
 def _read(folder: Path) -> Entries | None:
     path = folder / LEDGER
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # a machine that lost power keeps names and loses contents
         logger.warning("%s cannot be read (%s); checkpoints are taken unchecked", path, error)
         return None
+
+
+def _checked(content: Any) -> Entries:
+    """Raises ValueError unless these are entries."""
+    entries = content.values() if isinstance(content, dict) else [None]
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in entries
+    ):
+        raise ValueError("it holds other things than sizes by hash")
+    return dict(content)
 
 
 def _digest(path: Path) -> str:

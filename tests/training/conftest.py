@@ -74,6 +74,8 @@ class PositionSource:
 
     batches: int = 3
     resampled: bool = False
+    workers: int = 0
+    batch_size: int = IMAGES
     prepared: int = 0
     opened: list[tuple[int, int]] = field(default_factory=list)
     change: Callable[[CaptionBatch], CaptionBatch] = lambda batch: batch

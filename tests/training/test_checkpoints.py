@@ -274,8 +274,7 @@ def test_a_full_disk_can_be_lived_through(small_run, monkeypatch, caplog) -> Non
 
 
 def test_a_failed_save_is_not_tried_again_within_the_next_step(small_run, monkeypatch) -> None:
-    """Would catch process 0 saving at every batch, where the others, who know of no failure, wait
-    in another collective."""
+    """Would catch process 0 saving at every batch, and the others, who know no failure, not."""
     run = small_run()
     disk = Full(monkeypatch, (1,))
     run.train(checkpoint_every=2, on_save_error="continue", accumulate=3, max_steps=4)

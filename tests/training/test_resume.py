@@ -151,6 +151,36 @@ def test_resuming_on_other_batches_is_refused(small_run) -> None:
         run.train(resume=True)
 
 
+def seen_behind_a_change(run, name: str) -> tuple[list[str], list[str]]:
+    """First samples of the batches before and behind a resume with another setting of the data."""
+    seen: list[str] = []
+    run.source.change = lambda batch: (seen.append(batch.keys[0]), batch)[1]
+    run.train(stop_at=2)
+    before = list(seen)
+    setattr(run.source, name, 3)
+    run.train(resume=True, stop_at=4)
+    return before, seen[len(before) :]
+
+
+@pytest.mark.parametrize("name", ["workers", "batch_size"])
+def test_other_workers_or_batches_begin_new_draws(small_run, name, caplog) -> None:
+    """Would catch other workers that draw from the start what was drawn before."""
+    run = small_run()
+    run.source.resampled = True
+    before, behind = seen_behind_a_change(run, name)
+    assert before[:2] == ["0-0", "1-0"]
+    assert not {"0-0", "1-0", "2-0", "100-0", "101-0", "102-0"} & set(behind)
+    assert len(set(behind)) == len(behind) >= 2
+    assert f"{name} was" in caplog.text
+    assert ("another number of pairs" in caplog.text) == (name == "batch_size")
+
+
+@pytest.mark.parametrize("name", ["workers", "batch_size"])
+def test_other_workers_or_batches_are_refused_where_samples_come_once(small_run, name) -> None:
+    with pytest.raises(ValueError, match=rf"{name} was \d, is 3: data.resampled=false"):
+        seen_behind_a_change(small_run(), name)
+
+
 def test_the_order_differs_between_epochs_and_seeds(small_run) -> None:
     """B5: an epoch that repeats the order of the one before."""
     first, second = small_run("first"), small_run("second")

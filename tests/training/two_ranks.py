@@ -146,6 +146,8 @@ class OneBatch:
 
     case: Case
     resampled: bool = False
+    workers: int = 0
+    batch_size: int = IMAGES
 
     def prepare(self) -> dict[str, Any]:
         """Nothing."""
