@@ -39,7 +39,7 @@ class Kill:
 
     Attributes:
         aim: When the kill was meant to fall.
-        hit: Where it fell: "write" if a file was left half-written.
+        hit: Where it fell: "write" if a file was left half-written, "start" if no step was logged.
         logged: Last step in the metrics afterwards.
         saved: Step of the newest good checkpoint; 0 without one.
     """
@@ -111,8 +111,9 @@ def kill(line: list[str], aim: str, draw: random.Random, length: float) -> Kill:
     one.send(signal.SIGKILL)
     if one.wait() != -signal.SIGKILL:
         raise SystemExit(f"ended by itself with {one.code}: {one.said()}; give more steps")
-    hit = "write" if writing(folder) else aim if aim == "start" else "step"
-    return Kill(aim, hit, max(losses("killed"), default=0), saved_step("killed"))
+    logged = max(losses("killed"), default=0)
+    hit = "write" if writing(folder) else "start" if logged <= before else "step"
+    return Kill(aim, hit, logged, saved_step("killed"))
 
 
 def writing(folder: Path) -> bool:
