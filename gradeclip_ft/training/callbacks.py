@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,11 +38,12 @@ class Record(pl.Callback):
         self.step = 0
         self._guard = guard
         self._every = every
-        self._before: Counter[str] = (
-            Counter()
-        )  # skipped samples up to the checkpoint, all processes
+        # skipped samples: up to the checkpoint and in all, all processes; since then, this process
+        self._before: Counter[str] = Counter()
         self._total: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()  # since then, this process
+        self._skipped: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()  # of these, those of finished steps
+        self._gathered: Counter[str] = Counter()  # of these, those in the total
         self._images = 0
         self._seconds = 0.0
         self._waited = 0.0
@@ -85,6 +86,8 @@ class Record(pl.Callback):
         self._skipped.update(batch.skipped)
         step = trainer.global_step
         finished = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if finished:
+            self._finished = self._skipped.copy()
         if finished and (step % self._every == 0 or step == trainer.max_steps):
             self._record(trainer, outputs["metrics"], outputs["loss"])
 
@@ -97,9 +100,9 @@ class Record(pl.Callback):
             "data_seconds": waited - self._waited,
             "seconds": self._seconds + waited - self._waited,
         }
-        gathered = gather((own, dict(self._skipped), self._images))
+        gathered = gather((own, dict(self._finished), self._images))
         means = {name: sum(each[0][name] for each in gathered) / len(gathered) for name in own}
-        self._total = sum((Counter(each[1]) for each in gathered), self._before.copy())
+        self._add_up([each[1] for each in gathered])
         self.latest = {
             **means,
             "samples_per_second": sum(each[2] for each in gathered) / max(means["seconds"], 1e-9),
@@ -113,9 +116,21 @@ class Record(pl.Callback):
         self.step = trainer.global_step
         log(trainer, self.latest)
 
+    def collect(self) -> None:
+        """Bring the skipped samples of all processes together. A collective."""
+        self._add_up(gather(dict(self._finished)))
+
+    def _add_up(self, skipped: Sequence[Mapping[str, int]]) -> None:
+        self._total = sum((Counter(each) for each in skipped), self._before.copy())
+        self._gathered = self._finished.copy()
+
     def state_dict(self) -> dict[str, Any]:
-        """Samples skipped so far; enters the checkpoint."""
-        return {"skipped": dict(self._total)}
+        """Samples skipped in all finished steps; enters the checkpoint.
+
+        Of other processes those since they were last gathered are missing; a save that all take
+        part in gathers first.
+        """
+        return {"skipped": dict(self._total + (self._finished - self._gathered))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting where the interrupted run stopped."""

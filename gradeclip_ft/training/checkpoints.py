@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Checkpoints(pl.Callback):
 
     Attributes:
         on_error: As given.
+        collect: Called by all processes before they save together; may be a collective.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Checkpoints(pl.Callback):
         self._every = every
         self._keep = keep
         self.on_error = on_error
+        self.collect: Callable[[], None] = lambda: None
         self._good: Path | None = None
         self._saved: int | None = None
         self._tried: int | None = None  # the same on all processes, also where a save failed
@@ -71,6 +74,7 @@ class Checkpoints(pl.Callback):
             SaveError: They cannot be written, and `on_error` is "stop".
         """
         self._tried = trainer.global_step
+        self.collect()
         self._write(trainer, self.on_error)
         trainer.strategy.barrier("checkpoint")
 
@@ -103,6 +107,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ended early, by a time limit for example, or whose disk was full."""
+        if trainer.global_step != self._tried:
+            self.collect()
         if self._ahead(trainer):
             self._write(trainer, "stop")
 

@@ -88,6 +88,7 @@ def make_trainer(
     checkpoints = Checkpoints(folder, every=checkpoint_every, keep=keep, on_error=on_save_error)
     guard = StopOnNonFinite(folder, checkpoints, most=max_non_finite)
     record = Record(guard, every=log_every)
+    checkpoints.collect = record.collect
     shown = progress(record)
     arguments: dict[str, Any] = {
         "max_steps": max_steps if stop_at is None else min(stop_at, max_steps),

@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from gradeclip_ft.training import callbacks
+
 
 class At(pl.Callback):
     """Does something when a step is finished, or within the n-th batch of the next one."""
@@ -120,6 +122,30 @@ def test_a_run_that_stops_early_by_itself_can_go_on(small_run) -> None:
     expected = whole.train()
     parts.train(callbacks=(At(5, lambda trainer: setattr(trainer, "should_stop", True)),))
     assert_same_end(parts, parts.train(resume=True), whole, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skipped_samples_are_counted_up_to_the_save(small_run, accumulate) -> None:
+    """One per batch; would catch counts of the last record, and batches that are taken again."""
+    run = small_run()
+    options = {"accumulate": accumulate, "log_every": 8}
+    stop = At(5, fail, inside=True, batch=accumulate)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train(callbacks=(stop,), **options)
+    run.train(resume=True, **options)
+    assert [line["skipped"] for line in run.lines] == [8 * accumulate]
+
+
+def test_only_saves_of_all_processes_gather_what_was_skipped(small_run, monkeypatch) -> None:
+    """Two processes alike: a save behind a failure is one process's, which must not wait."""
+    calls: list[object] = []
+    monkeypatch.setattr(callbacks, "gather", lambda own: (calls.append(own), [own, own])[1])
+    run = small_run()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train(callbacks=(At(5, fail),), log_every=8, checkpoint_every=3)
+    assert calls == [{"broken image": 3}]
+    saved = torch.load(run.folder / "last.ckpt", weights_only=True)["callbacks"]["Record"]
+    assert saved == {"skipped": {"broken image": 2 * 3 + 2}}
 
 
 def test_lines_behind_the_checkpoint_are_written_once(small_run) -> None:
