@@ -30,6 +30,8 @@ ENVIRONMENT = "environment.json"
 CHECKPOINT, WEIGHTS = ledger.CHECKPOINT, ledger.WEIGHTS
 # Any of these makes a folder a run. Other files in it are none of our business.
 TRACES = (CONFIG, CHECKPOINT, WEIGHTS, "metrics.jsonl", "metrics.csv")
+# Any of these came of a run.
+OUTCOMES = (*TRACES[1:], "non_finite.jsonl", "evaluations")
 # What a resumed run may change, because the weights it ends with do not depend on it.
 MAY_CHANGE = (
     "resume",

@@ -73,12 +73,16 @@ def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
 
 @contextmanager
 def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
-    """The run's folder; a new one is removed again if its first step was never saved."""
+    """The run's folder; a new one is removed again if nothing came of the run.
+
+    What was measured, or written down about a failure, stays; `resume=auto` then starts again.
+    """
     new = rank == 0 and not folder.exists()
+    checkpoint = runs.claim(folder, cfg, resume=cfg.resume, rank=rank)  # refused: not ours
     try:
-        yield runs.claim(folder, cfg, resume=cfg.resume, rank=rank)
+        yield checkpoint
     except BaseException:
-        if new and not (folder / runs.CHECKPOINT).exists():
+        if new and not any((folder / name).exists() for name in runs.OUTCOMES):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

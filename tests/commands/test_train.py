@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.cli import run
 from gradeclip_ft.training.callbacks import Record
 from gradeclip_ft.training.loggers import read_lines
+from gradeclip_ft.training.module import FineTuneModule
 
 SMOKE = ("train", "+exp=smoke", "data.workers=0")
 QUIET = ("evaluation.before=false", "evaluation.after=false")
@@ -138,6 +140,38 @@ def test_a_start_that_fails_leaves_no_run_behind(train, home, capsys) -> None:
     assert train("name=typo", "model.weights=/nowhere.pt") == 1
     assert "does not exist" in capsys.readouterr().err
     assert not (home / "runs" / "typo").exists()
+
+
+def test_what_a_first_step_that_failed_left_stays(train, home, origin, capsys, monkeypatch) -> None:
+    """Would catch a message that names samples in a file that is removed with the folder."""
+    step = FineTuneModule.training_step
+
+    def broken(*args, **named):
+        found = step(*args, **named)
+        return {**found, "loss": found["loss"] * float("nan")}
+
+    monkeypatch.setattr(FineTuneModule, "training_step", broken)
+    stop = ("name=evidence", "trainer.max_non_finite=0", *QUIET)
+    assert train(*stop) == 1
+    assert (home / "runs" / "evidence" / "non_finite.jsonl").read_text()
+    monkeypatch.setattr(FineTuneModule, "training_step", step)
+    assert train(*stop) == 1
+    assert "continue it with resume=auto" in capsys.readouterr().err
+    assert train(*stop, "resume=auto") == 0
+    assert losses(home / "runs" / "evidence") == losses(origin)
+
+
+def test_a_job_that_is_refused_leaves_the_folder_of_the_other(train, home, monkeypatch) -> None:
+    """Two jobs of one name start at once: the second sees no folder, and then finds one."""
+    write = runs._write_new
+
+    def late(path: Path, text: str) -> None:
+        path.write_text("of the other")
+        write(path, text)
+
+    monkeypatch.setattr(runs, "_write_new", late)
+    assert train("name=race", *QUIET) == 1
+    assert (home / "runs" / "race" / "config.yaml").read_text() == "of the other"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(train, home, capsys) -> None:
