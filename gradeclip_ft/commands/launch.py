@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from gradeclip_ft.commands.compose import ConfigurationError
 
-# Where launchers say which of a job's processes this is. Lightning sets LOCAL_RANK for its children,
-# which inherit the number 0 of a SLURM shell; below srun LOCAL_RANK can only be a script's own.
+# Where launchers say which of a job's processes this is. Lightning sets LOCAL_RANK for its
+# children, which inherit the number 0 of a SLURM shell; below srun it can only be a script's own.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 RANKS_OF_SRUN = ("RANK", "SLURM_PROCID")
 PARENT = "GRADECLIP_FT_PARENT"  # process number of the one that started this one
