@@ -1,7 +1,8 @@
 """Injects every fault that runs are meant to survive, and prints what happened.
 
-    python -m tools.faults                        all, about two minutes
-    python -m tools.faults data out=faults.md     one part: data, remote, numbers (with the tracker), safety
+    python -m tools.faults                     all, in about a minute
+    python -m tools.faults data out=table.md   one part: data, remote, safety, or numbers (with
+                                               the tracker)
 
 Exit code 1 if a fault is not handled: lost more than it must, stopped what should go on, or was let
 through. docs/faults.md holds the printed table.
