@@ -3,16 +3,17 @@
     python -m tools.fuzz cases=20000 seed=0
     python -m tools.fuzz only=4711 seed=0         one case again, with its traceback
 
-A case depends on seed and number alone. It passes if the input is read, or refused by an error that
-this package raises on purpose; it fails by any other error, by taking longer than `seconds`, by
-starting a program, and by opening a file outside its folder for writing. Inputs of failed cases are
-kept in `out`. Exit code 1 if any failed.
+A case depends on seed and number alone. It passes if the input is read, or refused by an error
+that this package raises on purpose. It fails by any other error, by more than `seconds` of time or
+1 GB of memory, by starting a program, and by opening a file outside its folder for writing. Inputs
+of failed cases are kept in `out`. Exit code 1 if any failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -40,6 +41,7 @@ FORBIDDEN = (
     "socket.connect",
 )
 IDLE = 10
+MOST_GROWTH, MOST_MEMORY = 10**9, 6 * 10**9  # bytes: of one case, and of what it may claim
 WRITING = ("w", "a", "x", "+")
 
 
@@ -90,6 +92,7 @@ def fuzz(
     outcomes: dict[str, Counter[str]] = {kind.name: Counter() for kind in KINDS}
     failed, slowest, begun = 0, (0.0, 0), time.perf_counter()
     fuzz_data.batches()
+    fuzz_files.model()
     load_tagger("textblob")
     with tempfile.TemporaryDirectory() as place:
         for number in range(cases) if only is None else (only,):
@@ -121,7 +124,7 @@ def one(
         warnings.simplefilter("ignore")
         path = kind.make(rng, folder)
         try:
-            with watch(folder), _limited(seconds):
+            with watch(folder), _limited(seconds), _frugal():
                 return kind.name, kind.run(path), None
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
@@ -148,6 +151,24 @@ def _limited(seconds: float) -> Iterator[None]:
         for number, clock in clocks.items():
             signal.setitimer(clock, 0)
             signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def _frugal() -> Iterator[None]:
+    """The largest memory of the process must not grow by much; claims beyond all reason fail."""
+    before, (soft, hard) = _peak(), resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    if _peak() - before > MOST_GROWTH:
+        raise BreachError(f"needs {(_peak() - before) / 1e9:.1f} GB")
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Watch:
