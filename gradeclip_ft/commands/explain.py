@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.build import build_clip, make
 from gradeclip_ft.commands.questions import Question, questions, tell_cuts
 from gradeclip_ft.commands.tracked import tracked
 
@@ -52,7 +53,7 @@ def explain(cfg: DictConfig) -> None:
     words: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
         tell_cuts(asked, loaded)
-        words = {str(name): _make(cfg.words[name]) for name in cfg.explainer if name in cfg.words}
+        words = {str(name): make(cfg.words[name]) for name in cfg.explainer if name in cfg.words}
     methods = prepared(_methods(cfg, loaded), loaded)
     out, cases = Path(cfg.out), []
     portions = [asked[at : at + AT_A_TIME] for at in range(0, len(asked), AT_A_TIME)]
@@ -95,10 +96,8 @@ def _readable(
 
 
 def _load(cfg: DictConfig) -> Loaded:
-    from gradeclip_ft.commands.build import build_clip
-
     if cfg.run is None:
-        loaded: Loaded = _make(cfg.model)
+        loaded: Loaded = make(cfg.model)
         return loaded
     weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
     model = runs.read_config(weights.parent).model
@@ -110,17 +109,11 @@ def _methods(cfg: DictConfig, loaded: Loaded) -> dict[str, Explainer]:
     """Methods by name; under per_head also one map for each head of the explained layer."""
     from gradeclip_ft.explain.grad_eclip import GradEclip
 
-    methods = {str(name): _make(node) for name, node in cfg.explainer.items()}
+    methods = {str(name): make(node) for name, node in cfg.explainer.items()}
     if cfg.per_head:
         heads = range(loaded.clip.image.heads)
         methods |= {f"head {head}": GradEclip(heads="all", head=head) for head in heads}
     return methods
-
-
-def _make(node: DictConfig) -> Any:
-    from hydra.utils import instantiate
-
-    return instantiate(node, _convert_="all")
 
 
 def _maps(
