@@ -64,7 +64,7 @@ class Clip(ImageModel):
         if batch.packed is None or not packs(self.text):
             captions = self.text.encode(batch.captions)
             if not len(batch.distinct):  # some towers refuse a call without texts
-                return captions, captions.new_zeros(0, captions.shape[1])
+                return captions, captions[:0]  # in the graph: all processes gather gradients
             return captions, self.text.encode(batch.distinct)
         both = self.text.encode_packed(batch.packed)
         count = len(batch.captions)
