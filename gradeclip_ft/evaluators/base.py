@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 
 from gradeclip_ft.models.clip import Clip, LoadedClip
+from gradeclip_ft.models.image_model import evaluation_mode
 from gradeclip_ft.results.fingerprint import versions
 from gradeclip_ft.results.record import Json, Measured, Result, read, result_path
 
@@ -127,14 +128,8 @@ def evaluating(clip: Clip) -> Iterator[None]:
 
     No inference mode: tensors that a model caches there could not be used in training.
     """
-    modes = {module: module.training for module in clip.modules()}
-    clip.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(clip), torch.no_grad():
+        yield
 
 
 def placement(clip: Clip) -> tuple[torch.device, torch.dtype]:

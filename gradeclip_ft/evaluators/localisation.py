@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
-from gradeclip_ft.evaluators.methods import Able, chosen, require_float32, settings
+from gradeclip_ft.evaluators.methods import chosen, require_float32, settings
 from gradeclip_ft.evaluators.region_source import RegionSource
 from gradeclip_ft.evaluators.square import square_side
+from gradeclip_ft.explain.able import Able
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.explain.pictures import prepared
 from gradeclip_ft.metrics.localisation import (
@@ -30,6 +30,7 @@ from gradeclip_ft.metrics.localisation import (
     pointing_game,
 )
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.heatmap import to_pixels
 from gradeclip_ft.results.fingerprint import data_fingerprint, hash_json
 from gradeclip_ft.results.record import Json, Measured
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -194,8 +195,7 @@ def _scores(
 
     def work(method: Explainer) -> Tensor:
         heat = explain_image(method, loaded.clip, images, target, phrases.owner).float()
-        size = list(masks.shape[1:])
-        return interpolate(heat[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        return to_pixels(heat, (masks.shape[1], masks.shape[2]))
 
     found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy")}
     found["chance/any_object"] = chance(phrases.objects)
@@ -224,5 +224,5 @@ def _details(scores: Mapping[str, Tensor], empty: int, able: Able) -> dict[str, 
         "empty_masks": empty,
         "constant_maps": constant,
         "standard_error": errors,
-        "left_out": able.left_out,
+        "left_out": {**able.left_out},
     }

@@ -1,12 +1,10 @@
-"""Explainers side by side in an evaluation: which of them, with which settings, and who cannot."""
+"""Explainers side by side in an evaluation: which of them, and with which settings."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +12,7 @@ from torch import Tensor
 from gradeclip_ft.evaluators.base import placement
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.results.record import Json
-
-Answer = TypeVar("Answer")
-log = logging.getLogger(__name__)
 
 
 def chosen(
@@ -55,39 +49,6 @@ def require_float32(clip: Clip, name: str) -> None:
     _, dtype = placement(clip)
     if dtype != torch.float32:
         raise ValueError(f"{name} explains in float32, the model is {dtype}; set precision=float32")
-
-
-class Able:
-    """Methods that this model can do; the others are left out at their first failure, with a word.
-
-    Attributes:
-        methods: Those left, by name.
-        left_out: Why the others are not.
-    """
-
-    def __init__(self, methods: Mapping[str, Explainer]) -> None:
-        self.methods = dict(methods)
-        self.left_out: dict[str, Json] = {}
-
-    def each(self, work: Callable[[Explainer], Answer]) -> dict[str, Answer]:
-        """Answers of all methods that this model can do.
-
-        Raises:
-            UnsupportedTowerError: It can do none.
-        """
-        return {name: answer for name in list(self.methods) for answer in self.one(name, work)}
-
-    def one(self, name: str, work: Callable[[Explainer], Answer]) -> list[Answer]:
-        """The answer of one method, or none."""
-        try:
-            return [work(self.methods[name])]
-        except UnsupportedTowerError as error:
-            log.warning("%s is left out: %s", name, error)
-            self.left_out[name] = str(error)
-            del self.methods[name]
-            if not self.methods:
-                raise
-            return []
 
 
 def _settings(method: Explainer) -> dict[str, Json]:

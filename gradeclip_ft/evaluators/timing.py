@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gradeclip_ft.evaluators.base import Track, evaluating, untracked
-from gradeclip_ft.evaluators.methods import Able, chosen, require_float32, settings
+from gradeclip_ft.evaluators.methods import chosen, require_float32, settings
+from gradeclip_ft.explain.able import Able
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.explain.pictures import prepared
 from gradeclip_ft.models.clip import LoadedClip
@@ -113,7 +114,7 @@ class TimingEvaluator:
             details={
                 "rounds": {name: len(each) for name, each in times.items()},
                 "quartiles": {name: _quartiles(each) for name, each in times.items()},
-                "left_out": able.left_out,
+                "left_out": {**able.left_out},
             },
         )
 

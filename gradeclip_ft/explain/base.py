@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.image_model import ImageModel
+from gradeclip_ft.models.image_model import ImageModel, evaluation_mode
 from gradeclip_ft.models.record import Record, record_layers
 from gradeclip_ft.models.tower import Tower, UnsupportedTowerError
 from gradeclip_ft.models.trace import Heads, Trace
@@ -133,7 +133,7 @@ def explain_image(
         UnsupportedTowerError: The image tower cannot do this method.
     """
     _check_texts(explainer, clip)
-    with _evaluating(clip), torch.autocast(images.device.type, enabled=False):
+    with _explaining(clip), torch.autocast(images.device.type, enabled=False):
         images = _usable(images)
         target, owner = unit(_usable(target)).to(images.device), _usable(owner).to(images.device)
         if isinstance(explainer, InputExplainer):
@@ -178,7 +178,7 @@ def explain_text(
     if isinstance(explainer, InputExplainer) and explainer.images_only:
         raise ValueError(f"{type(explainer).__name__} changes pixels; it explains images alone")
     device = clip.device
-    with _evaluating(clip), torch.autocast(device.type, enabled=False):
+    with _explaining(clip), torch.autocast(device.type, enabled=False):
         texts, owner = _usable(texts).to(device), _usable(owner).to(device)
         target = unit(_usable(target)).to(device)
         with torch.no_grad():
@@ -229,13 +229,7 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, outside inference mode; every submodule gets its own mode back."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode(False):
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+def _explaining(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, outside inference mode, which allows no gradient."""
+    with evaluation_mode(module), torch.inference_mode(False):
+        yield

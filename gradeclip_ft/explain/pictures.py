@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from gradeclip_ft.explain.able import Able
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.image_model import LoadedImageModel
 from gradeclip_ft.models.picture import open_picture
-from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.transform import ImageTransform
 from gradeclip_ft.ops.heatmap import to_pixels
 
@@ -26,7 +25,6 @@ Picture: TypeAlias = Image.Image | str | Path | Tensor
 """A picture, its file, or its normalised pixels (3, H, W), which are taken as they are."""
 
 ROWS = 64  # maps per call at most: several layers of each are kept at a time
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,46 +80,44 @@ def explain_pictures(
     """
     if len(pictures) != len(targets):
         raise ValueError(f"{len(targets)} sets of phrases for {len(pictures)} pictures; give each")
-    device = loaded.clip.device
     pixels = [pixels_of(loaded, picture, geometry, longest) for picture in pictures]
-    able = dict(methods)
-    done: list[Explained] = []
-    for some in _together(pixels, targets, rows):
-        stacked = torch.stack([pixels[row] for row in some]).to(device)
-        counts = [len(targets[row]) for row in some]
-        owner = torch.repeat_interleave(torch.arange(len(some)), torch.tensor(counts)).to(device)
-        target = torch.cat([targets[row] for row in some]).to(device)
-        heat: dict[str, tuple[Tensor, ...]] = {}
-        for name, method in list(able.items()):
-            try:
-                found = [
-                    explain_image(method, loaded.clip, stacked, *part)
-                    for part in zip(
-                        torch.split(target, rows), torch.split(owner, rows), strict=True
-                    )
-                ]
-            except UnsupportedTowerError as error:
-                if not skip:
-                    raise
-                log.warning("%s is left out: %s", name, error)
-                del able[name]
-                continue
-            heat[name] = torch.split(torch.cat(found).cpu(), counts)
-        with torch.no_grad():
-            embedding = loaded.clip.image.encode(stacked).float()
-        score = torch.split(loaded.clip.image.score(embedding[owner], target.float()).cpu(), counts)
-        done += [
-            Explained(
-                pixels[row],
-                {name: parts[place] for name, parts in heat.items()},
-                score[place],
-                embedding[place].cpu(),
-            )
-            for place, row in enumerate(some)
-        ]
-    if methods and not able:
-        raise UnsupportedTowerError(f"this model can do none of {', '.join(methods)}")
-    return done
+    able = Able(methods, skip=skip)
+    return [
+        explained
+        for some in _together(pixels, targets, rows)
+        for explained in _explain_together(
+            loaded, [pixels[row] for row in some], [targets[row] for row in some], able, rows
+        )
+    ]
+
+
+def _explain_together(
+    loaded: LoadedImageModel,
+    pixels: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    able: Able,
+    rows: int,
+) -> list[Explained]:
+    """Pictures of one size in one call for each `rows` phrases."""
+    device = loaded.clip.device
+    stacked, target = torch.stack(list(pixels)).to(device), torch.cat(list(targets)).to(device)
+    counts = [len(target) for target in targets]
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+    parts = list(zip(torch.split(target, rows), torch.split(owner, rows), strict=True))
+
+    def draw(method: Explainer) -> tuple[Tensor, ...]:
+        maps = [explain_image(method, loaded.clip, stacked, *part) for part in parts]
+        return torch.split(torch.cat(maps).cpu(), counts)
+
+    heat = able.each(draw)
+    with torch.no_grad():
+        embedding = loaded.clip.image.encode(stacked).float()
+        score = loaded.clip.image.score(embedding[owner], target.float())
+    scores = torch.split(score.cpu(), counts)
+    return [
+        Explained(picture, {name: maps[row] for name, maps in heat.items()}, scores[row], own.cpu())
+        for row, (picture, own) in enumerate(zip(pixels, embedding, strict=True))
+    ]
 
 
 def pixels_of(

@@ -25,6 +25,14 @@ from gradeclip_ft.training.signals import StopOnSignal
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
 
+ALWAYS = {
+    "max_epochs": -1,
+    "enable_checkpointing": False,  # Lightning's own
+    "inference_mode": False,  # explanations need gradients, also in evaluation
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
 
 def make_trainer(
     folder: Path,
@@ -87,12 +95,9 @@ def make_trainer(
     _quieten()
     checkpoints = Checkpoints(folder, every=checkpoint_every, keep=keep, on_error=on_save_error)
     guard = StopOnNonFinite(folder, checkpoints, most=max_non_finite)
-    record = Record(guard, every=log_every)
-    checkpoints.collect = record.collect
-    shown = progress(record)
+    own = _own_callbacks(guard, checkpoints, log_every)
     arguments: dict[str, Any] = {
         "max_steps": max_steps if stop_at is None else min(stop_at, max_steps),
-        "max_epochs": -1,
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": num_nodes,
@@ -101,18 +106,26 @@ def make_trainer(
         "gradient_clip_val": gradient_clip,
         "accumulate_grad_batches": accumulate,
         "logger": list(loggers),
-        # a step is saved before it is evaluated, which may take longer than a node lives
-        "callbacks": [guard, record, shown, StopOnSignal(checkpoints), checkpoints, *callbacks],
-        "enable_checkpointing": False,  # Lightning's own
-        "plugins": _plugins(),
+        "callbacks": [*own, *callbacks],
         "log_every_n_steps": log_every,
         "default_root_dir": folder,
-        "inference_mode": False,  # explanations need gradients, also in evaluation
-        "use_distributed_sampler": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": isinstance(shown, ProgressBar),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in own),
+        "plugins": _plugins(),
+        **ALWAYS,
     }
     return _start(arguments, extra or {}, f"{accelerator=!s} {devices=!s} {strategy=!s}")
+
+
+def _own_callbacks(
+    guard: StopOnNonFinite, checkpoints: Checkpoints, log_every: int
+) -> list[pl.Callback]:
+    """What every run has, in the order of their turns.
+
+    A step is saved before it is evaluated, which may take longer than a node lives.
+    """
+    record = Record(guard, every=log_every)
+    checkpoints.collect = record.collect
+    return [guard, record, progress(record), StopOnSignal(checkpoints), checkpoints]
 
 
 def _start(arguments: dict[str, Any], extra: Mapping[str, Any], asked: str) -> pl.Trainer:
