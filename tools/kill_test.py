@@ -42,12 +42,14 @@ class Kill:
         hit: Where it fell: "write" if a file was left half-written, "start" if no step was logged.
         logged: Last step in the metrics afterwards.
         saved: Step of the newest good checkpoint; 0 without one.
+        start: Seconds up to its first step; None where that was not waited for.
     """
 
     aim: str
     hit: str
     logged: int
     saved: int
+    start: float | None
 
 
 def kill_test(*, kills: int = 20, steps: int = 120, seed: int = 0, ranks: bool = False) -> int:
@@ -69,15 +71,14 @@ def kill_test(*, kills: int = 20, steps: int = 120, seed: int = 0, ranks: bool =
 def kill_one(kills: int, steps: int, draw: random.Random) -> int:
     """The first part, in the present folder."""
     line = [*SMOKE, f"trainer.max_steps={steps}"]
-    begun = time.monotonic()
     if code := live([*line, "name=whole"]).wait():
         return code
-    length = time.monotonic() - begun
     again = [*line, "name=killed", "resume=auto"]
     print("| kill | aimed at | fell into | last step logged | goes on from |\n|--|--|--|--|--|")
-    inside_writes = 0
+    inside_writes, start = 0, 1.0
     for number in range(1, kills + 1):
-        done = kill(again, MOMENTS[number % len(MOMENTS)], draw, length)
+        done = kill(again, MOMENTS[number % len(MOMENTS)], draw, start)
+        start = done.start or start
         inside_writes += done.hit == "write"
         print(f"| {number} | {done.aim} | {done.hit} | {done.logged} | {done.saved} |", flush=True)
     code = live(again).wait()
@@ -93,14 +94,23 @@ def kill_one(kills: int, steps: int, draw: random.Random) -> int:
     return 0 if code == 0 and whole.keys() == killed.keys() and not apart else 1
 
 
-def kill(line: list[str], aim: str, draw: random.Random, length: float) -> Kill:
-    """One life and its end; a run that finishes before leaves nothing to kill."""
+def kill(line: list[str], aim: str, draw: random.Random, start: float) -> Kill:
+    """One life and its end; a run that finishes before leaves nothing to kill.
+
+    Args:
+        line: The command.
+        aim: When to kill: while it starts, between two steps, or while it writes.
+        draw: Of the moment.
+        start: Seconds that an earlier life took up to its first step.
+    """
     folder = Path("runs/killed")
-    before = max(losses("killed"), default=0)
-    one = live(line)
+    before, begun = max(losses("killed"), default=0), time.monotonic()
+    one, started = live(line), None
     if aim == "start":
-        time.sleep(draw.uniform(0, length / 4))
+        time.sleep(draw.uniform(0, start))
     else:
+        until(lambda: not one.alive() or max(losses("killed"), default=0) > before, one)
+        started = time.monotonic() - begun
         goal = before + draw.randint(1, 4)
         until(lambda: not one.alive() or max(losses("killed"), default=0) >= goal, one)
         if aim == "write":
@@ -112,8 +122,9 @@ def kill(line: list[str], aim: str, draw: random.Random, length: float) -> Kill:
     if one.wait() != -signal.SIGKILL:
         raise SystemExit(f"ended by itself with {one.code}: {one.said()}; give more steps")
     logged = max(losses("killed"), default=0)
-    hit = "write" if writing(folder) else "start" if logged <= before else "step"
-    return Kill(aim, hit, logged, saved_step("killed"))
+    early = logged <= before  # a file left by the life before may still lie there
+    hit = "start" if early else "write" if writing(folder) else "step"
+    return Kill(aim, hit, logged, saved_step("killed"), started)
 
 
 def writing(folder: Path) -> bool:
