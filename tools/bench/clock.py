@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,13 @@ class Turns:
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         ratios = [mine / other for mine, other in pairs]
         return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    def compared(self, pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, float | str]]:
+        """A row for each variant and its base, with ratio and spread."""
+        return {
+            f"{name} / {base}": {"ratio": self.ratio(name, base), "rounds": self.spread(name, base)}
+            for name, base in pairs
+        }
 
 
 def in_turns(

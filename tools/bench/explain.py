@@ -57,17 +57,14 @@ def explain(
     rows: dict[str, dict[str, float | str]] = {
         name: {"seconds": turns.median(name)} for name in variants
     }
-    for name, base in (
+    compared = (
         ("map, 1 image, 10 embeddings", "encode_image, 1 image"),
         ("maps, 1 image, 10 phrases", "encoders, 1 image, 10 phrases"),
         ("maps, 1 image, 64 phrases", "encoders, 1 image, 64 phrases"),
         (PAIRS, "maps, 8 images x 10 phrases"),
         (PHRASES, "maps, 8 images x 10 phrases"),
-    ):
-        rows[f"{name} / {base}"] = {
-            "ratio": turns.ratio(name, base),
-            "rounds": turns.spread(name, base),
-        }
+    )
+    rows |= turns.compared(compared)
     notes = [
         f"{source}; medians over {rounds} rounds in turns behind one of warm-up.",
         "encoders: open_clip's encode_image and encode_text, texts of 77 tokens, without a graph. "

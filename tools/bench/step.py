@@ -49,11 +49,7 @@ def step(
         name: {"seconds": turns.median(name), **_gpu(steps, name, turns.median(name))}
         for name in NAMES
     }
-    for name, base in RATIOS:
-        rows[f"{name} / {base}"] = {
-            "ratio": turns.ratio(name, base),
-            "rounds": turns.spread(name, base),
-        }
+    rows |= turns.compared(RATIOS)
     publish(Section(f"step, {model}, {device}", rows, _notes(steps, rounds)), out, threads=threads)
 
 
