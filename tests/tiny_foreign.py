@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from gradeclip_ft.models.classifier import Classifier
-from gradeclip_ft.models.image_model import ImageModel
+from gradeclip_ft.models.clip import ImageModel
+from gradeclip_ft.models.other.classifier import Classifier
 from tests.explain.oracle import Seen, written_out
 from tests.tiny import TRUNK
 
@@ -82,7 +82,7 @@ def make_tiny_blip_model(seed: int = 0) -> nn.Module:
 
 def make_tiny_blip(seed: int = 0) -> ImageModel:
     """The same, seen through its towers."""
-    from gradeclip_ft.models.blip import Blip
+    from gradeclip_ft.models.other.blip import Blip
 
     return Blip(make_tiny_blip_model(seed)).eval()
 

@@ -26,7 +26,7 @@ from shapes_memory import PREPROCESSING, World, draw_world, measure
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradeclip_ft.data.shapes_captions import vocabulary
+from gradeclip_ft.data.shapes import vocabulary
 from gradeclip_ft.models.tokenizer import WordTokenizer
 
 CONTEXT = 32

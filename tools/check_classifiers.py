@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gradeclip_ft.explain.base import explain_image
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.models.blip import Blip
-from gradeclip_ft.models.classifier import load_classifier
-from gradeclip_ft.models.image_model import ImageModel
+from gradeclip_ft.models.clip import ImageModel
+from gradeclip_ft.models.other.blip import Blip
+from gradeclip_ft.models.other.classifier import load_classifier
 
 CLASSIFIERS = (
     "timm:vit_base_patch16_224",

@@ -14,7 +14,7 @@ for model in ViT-B-16 EVA02-B-16; do
     "$PYTHON" - "$model" "$name" <<'CHECK'
 import sys
 import open_clip, torch
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 model, name = sys.argv[1:]
 theirs = open_clip.create_model(model, pretrained=f"exports/{name}/open_clip_model.pt").eval()

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from gradeclip_ft.explain.grad_eclip import channel_weight
-from gradeclip_ft.models.architecture import find_architecture
+from gradeclip_ft.models.architecture import find_architecture, pair
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.sizes import pair
 from gradeclip_ft.ops.similarity import cosine
 
 MODELS = (

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gradeclip_ft.commands.failures import perform, wants_traceback
-from gradeclip_ft.commands.plain import call
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import perform, wants_traceback
 from tools import faults_data, faults_remote, faults_safety, faults_training
 from tools.faults_data import Row
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 from tools.damage import BLOCK, DAMAGES, WORDS, Damage, good, pack, tar_header
 
 SHARDS, SIZE = 4, 10

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from gradeclip_ft.data.remote import Patience
-from gradeclip_ft.data.stream import Skips, read_shard
+from gradeclip_ft.data.shards import Patience, Skips, read_shard
 from tools.faults_data import SIZE, Row, logged, write
 
 QUICK = Patience(seconds=0.4, attempts=3, pause=0.02)  # a run waits a minute, five times

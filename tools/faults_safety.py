@@ -20,13 +20,12 @@ from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import make
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.commands.failures import perform
-from gradeclip_ft.data.stream import Skips, expand_shards, read_shard
-from gradeclip_ft.models.checkpoint import read_state
+from gradeclip_ft.commands.config import perform
+from gradeclip_ft.data.shards import Skips, expand_shards, read_shard
+from gradeclip_ft.models.weights import read_state
 from gradeclip_ft.report.content import Case, Page
 from gradeclip_ft.report.page import render
-from gradeclip_ft.results.bars import to_html
-from gradeclip_ft.results.table import Table
+from gradeclip_ft.results.table import Table, to_html
 from tools.faults_data import Row
 from tools.faults_training import train
 
@@ -86,7 +85,7 @@ def _resume() -> None:
 
 def _wide() -> None:
     """A few bytes that claim four terabytes, with the names of a model."""
-    from gradeclip_ft.models.checkpoint import load_state
+    from gradeclip_ft.models.weights import load_state
     from tools.fuzz_files import model
 
     state = dict(model().state_dict())
@@ -107,7 +106,7 @@ def _sweep() -> int:
 
 
 def _record(target: str, **arguments: Any) -> Callable[[], object]:
-    node = {"_target_": "gradeclip_ft.losses.alignment.AlignmentOptions"}
+    node = {"_target_": "gradeclip_ft.losses.AlignmentOptions"}
     return lambda: make(OmegaConf.create({**node, "kind": {"_target_": target, **arguments}}))
 
 

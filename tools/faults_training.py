@@ -23,8 +23,8 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.training import loggers
+from gradeclip_ft.training.callbacks import DUMP, NonFiniteError
 from gradeclip_ft.training.data_module import CaptionDataModule
-from gradeclip_ft.training.guard import DUMP, NonFiniteError
 from gradeclip_ft.training.loggers import files, files_and_wandb, read_lines
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine

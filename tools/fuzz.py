@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradeclip_ft.commands.compose import ConfigurationError
-from gradeclip_ft.commands.failures import is_meant, perform, wants_traceback
-from gradeclip_ft.commands.plain import call
-from gradeclip_ft.text.taggers import load_tagger
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import ConfigurationError, is_meant, perform, wants_traceback
+from gradeclip_ft.text.phrases import load_tagger
 from tools import fuzz_data, fuzz_files
 
 FORBIDDEN = (

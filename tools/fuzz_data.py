@@ -13,13 +13,11 @@ from pathlib import Path
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from gradeclip_ft.data.caption_batches import Batches
+from gradeclip_ft.data.captions import KEY, Batches, sample_keys
 from gradeclip_ft.data.order import Place
-from gradeclip_ft.data.phrase_index import KEY
-from gradeclip_ft.data.sizes import sample_keys
-from gradeclip_ft.data.stream import RawSample, Skips, read_shard
+from gradeclip_ft.data.shards import RawSample, Skips, read_shard
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 from gradeclip_ft.text.phrases import RULE
 from tools import mutate
 from tools.damage import DAMAGES, good, pack, png_of

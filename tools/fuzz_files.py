@@ -19,10 +19,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import compose
-from gradeclip_ft.commands.recorded import recorded
-from gradeclip_ft.models.checkpoint import load_state, read_state
+from gradeclip_ft.commands.config import check, compose, recorded
+from gradeclip_ft.models.weights import load_state, read_state
 from tools import mutate
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}

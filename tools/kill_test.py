@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradeclip_ft.commands.plain import call
+from gradeclip_ft.commands.cli import call
 from gradeclip_ft.training.ledger import CHECKPOINT, WEIGHTS
 from tools.kill_ranks import kill_ranks
 from tools.lives import SMOKE, live, losses, saved_step, until

@@ -13,7 +13,7 @@ import sys
 
 import open_clip
 
-from gradeclip_ft.commands.plain import call
+from gradeclip_ft.commands.cli import call
 from gradeclip_ft.models.architecture import find_architecture
 
 PAPER_PAIRS, PAPER_RATE, FLOAT, LONG = 128, 1e-5, 4, 8

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradeclip_ft.data.shapes import Sample, Split, make_sample
-from gradeclip_ft.data.shapes_captions import PROMPT
-from gradeclip_ft.data.shapes_draw import boxes_of
-from gradeclip_ft.data.shapes_scene import COLOURS, thing_names
+from gradeclip_ft.data.shapes import PROMPT, Sample, Split, make_sample
+from gradeclip_ft.data.shapes_scenes import COLOURS, boxes_of, thing_names
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.tokenizer import WordTokenizer
-from gradeclip_ft.ops.pooling import pool_boxes
+from gradeclip_ft.ops.heatmap import pool_boxes
 from gradeclip_ft.ops.similarity import unit
 
 PAINTERS, FEW = 2, 1000

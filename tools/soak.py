@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from gradeclip_ft.commands.failures import perform, wants_traceback
-from gradeclip_ft.commands.plain import call
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import perform, wants_traceback
 from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 from tools.damage import DAMAGES, WORDS, Damage, good, pack
 
 EVERY = 100

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.recorded import recorded
+from gradeclip_ft.commands.config import recorded, signature
 from gradeclip_ft.commands.runs import resolve_weights
-from gradeclip_ft.commands.signatures import signature
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Evaluator
     from gradeclip_ft.models.clip import LoadedClip
     from gradeclip_ft.objectives.base import Objective
+    from gradeclip_ft.training.callbacks import Evaluate
     from gradeclip_ft.training.data_module import CaptionDataModule, CaptionSource
-    from gradeclip_ft.training.evaluation import Evaluate
     from gradeclip_ft.training.module import FineTuneModule
+
 
 EVALUATIONS = "evaluations"
 
@@ -112,7 +112,7 @@ def build_evaluate(
     cfg: DictConfig, folder: Path, loaded: LoadedClip, command: str | None
 ) -> Evaluate:
     """Evaluation before, during and after training."""
-    from gradeclip_ft.training.evaluation import Evaluate
+    from gradeclip_ft.training.callbacks import Evaluate
 
     return Evaluate(
         build_evaluators(cfg),

@@ -7,11 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from gradeclip_ft.results import published as papers
+from gradeclip_ft.results import table as papers
 from gradeclip_ft.results.collect import Steps, collect
-from gradeclip_ft.results.render import Format, render, write_table
-from gradeclip_ft.results.rotate import by_method
-from gradeclip_ft.results.table import MAIN, Table, grouped, select, tabulate
+from gradeclip_ft.results.table import (
+    MAIN,
+    Format,
+    Table,
+    by_method,
+    grouped,
+    render,
+    select,
+    tabulate,
+    write_table,
+)
 
 Rows = Literal["weights", "methods"]
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.failures import is_meant, unwrapped
+from gradeclip_ft.commands.config import is_meant, unwrapped
 
 if TYPE_CHECKING:
     from gradeclip_ft.data.captions import CaptionShards
     from gradeclip_ft.models.clip import LoadedClip
+
 
 GIGABYTE = 1e9
 
@@ -101,7 +102,7 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model; its weights are looked for, not read."""
     from gradeclip_ft.commands.build import build_objective
-    from gradeclip_ft.models.structure import image_sentence, text_sentence
+    from gradeclip_ft.models.clip import image_sentence, text_sentence
 
     loaded = structure(cfg)
     yield Finding("ok", f"image tower: {image_sentence(loaded)}")
@@ -131,7 +132,7 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
     if not cfg.data.get("max_phrases", 1):
         yield Finding("ok", "none needed: max_phrases is 0")
         return
-    from gradeclip_ft.text.taggers import prepare_tagger
+    from gradeclip_ft.text.phrases import prepare_tagger
 
     asked = cfg.data.get("tagger", "auto")
     used = prepare_tagger(asked)

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
-from gradeclip_ft.commands.tracked import tracked
+from gradeclip_ft.commands.cli import tracked
 
 if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Precision
     from gradeclip_ft.results.record import Result
+
 
 TABLES = ("by_class", "most_confused")  # too long for a terminal
 
@@ -76,7 +77,7 @@ def _subject(cfg: DictConfig) -> Subject:
         name = Path(str(cfg.model.name)).name
         folder = Path(cfg.out) if cfg.out else Path(EVALUATIONS) / name
         return Subject(cfg.model, run=None, step=0, folder=folder)
-    from gradeclip_ft.training.run_files import step_of
+    from gradeclip_ft.training.checkpoints import step_of
 
     weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
     home = weights.parent

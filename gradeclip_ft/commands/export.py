@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from gradeclip_ft.commands import runs
 
 if TYPE_CHECKING:
-    from gradeclip_ft.export.origin import Origin
+    from gradeclip_ft.export.card import Origin
     from gradeclip_ft.models.clip import LoadedClip
+
 
 TARGETS = ("openclip", "huggingface", "evaclip", "class_embed")
 
@@ -32,7 +33,7 @@ def export(cfg: DictConfig) -> None:
     _check(cfg)
     start, weights = _origin(cfg)
     loaded = _load(start, weights, cfg.alpha)
-    from gradeclip_ft.export.write import write_export
+    from gradeclip_ft.export.export import write_export
 
     origin = _facts(cfg, start, weights)
     for target in cfg.to:
@@ -73,7 +74,7 @@ def _origin(cfg: DictConfig) -> tuple[DictConfig, Path]:
 def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
     """The model with the weights to export, mixed with those before training."""
     from gradeclip_ft.commands.build import build_clip
-    from gradeclip_ft.export.interpolate import mix
+    from gradeclip_ft.export.export import mix
 
     tuned = build_clip(OmegaConf.create({**start, "init_from": str(weights)}))
     if alpha == 1.0:
@@ -90,9 +91,9 @@ def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
 
 
 def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
-    from gradeclip_ft.export.origin import Origin, scores_of
-    from gradeclip_ft.results.fingerprint import hash_json
-    from gradeclip_ft.training.run_files import step_of
+    from gradeclip_ft.export.card import Origin, scores_of
+    from gradeclip_ft.results.record import hash_json
+    from gradeclip_ft.training.checkpoints import step_of
 
     before = _start_weights(start)
     if cfg.run is None:

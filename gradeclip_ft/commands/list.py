@@ -6,8 +6,7 @@ import builtins
 import textwrap
 from pathlib import Path
 
-from gradeclip_ft.commands.compose import ConfigurationError, conf_dir, groups, options
-from gradeclip_ft.commands.names import suggest
+from gradeclip_ft.commands.config import ConfigurationError, conf_dir, groups, options, suggest
 
 # What the groups are called here, where it is not the folder's name with an s.
 CALLED = {

@@ -18,10 +18,9 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.recorded import recorded
-from gradeclip_ft.results.fingerprint import commit, versions
-from gradeclip_ft.results.record import write_atomically
-from gradeclip_ft.results.secrets import masked_values
+from gradeclip_ft.commands.config import recorded
+from gradeclip_ft.results.masking import masked_values
+from gradeclip_ft.results.record import commit, versions, write_atomically
 from gradeclip_ft.training import ledger
 from gradeclip_ft.training.ledger import fault, newest_good
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.launch import (
+from gradeclip_ft.commands.cli import (
     lost_contact,
     process_rank,
     require_as_started,

@@ -7,23 +7,386 @@ is no state to save, and an interrupted epoch goes on with `start`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from webdataset.tariterators import base_plus_ext
 
-from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.data.caption_batches import Batches, Tokenize, Transform
-from gradeclip_ft.data.order import Place, once, resampled, slice_of
-from gradeclip_ft.data.processes import in_foreign_worker
-from gradeclip_ft.data.samples import CaptionChoice
-from gradeclip_ft.data.sizes import fingerprint, sample_counts
-from gradeclip_ft.data.stream import RawSample, Skips, expand_shards
-from gradeclip_ft.ops.stop_signals import heed_parent_alone
+from gradeclip_ft.batch import CaptionBatch, PackedTexts
+from gradeclip_ft.data.order import Place, each_sample_once, resampled, slice_of
+from gradeclip_ft.data.samples import (
+    MOST_CHARACTERS,
+    CaptionChoice,
+    read_caption,
+    read_image,
+    read_record,
+    sample_name,
+)
+from gradeclip_ft.data.shards import (
+    META,
+    BadSampleError,
+    RawSample,
+    Skips,
+    entries,
+    expand_shards,
+    is_local,
+    local_path,
+    open_shard,
+    printable,
+    read_shard,
+    shard_name,
+    stable_hash,
+)
+from gradeclip_ft.ops.distributed import heed_parent_alone
+from gradeclip_ft.text.phrases import RULE, Phrases, TaggerKind, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
-from gradeclip_ft.text.taggers import TaggerKind, prepare_tagger
+
+KEY = "phrases"
+
+
+def phrase_entry(captions: Sequence[str], phrases: Phrases) -> dict[str, Any]:
+    """What a sample's JSON gets under "phrases"."""
+    return {
+        "rule": RULE,
+        "tagger": phrases.tagger.name,
+        "max_phrases": phrases.max_phrases,
+        "found": {caption: phrases(caption) for caption in captions},
+    }
+
+
+def stored_phrases(
+    record: Mapping[str, Any], caption: str, *, tagger: str, max_phrases: int
+) -> list[str] | None:
+    """Phrases of a caption from its sample's JSON; None if they were made with other settings.
+
+    Phrases made with a higher `max_phrases` serve too: the first ones are the same.
+    """
+    entry = record.get(KEY)
+    if not isinstance(entry, Mapping):
+        return None
+    stored, found = entry.get("max_phrases"), entry.get("found")
+    same = entry.get("rule") == RULE and entry.get("tagger") == tagger
+    enough = isinstance(stored, int) and stored >= max_phrases
+    if not (same and enough and isinstance(found, Mapping) and caption in found):
+        return None
+    phrases = found[caption]
+    if not isinstance(phrases, list) or not all(map(_is_phrase, phrases)):
+        return None
+    return phrases[:max_phrases]
+
+
+def _is_phrase(entry: object) -> bool:
+    """Words of a caption, in characters that every tokenizer knows."""
+    return isinstance(entry, str) and 0 < len(entry) <= MOST_CHARACTERS and entry.isprintable()
+
+
+Transform = Callable[[Image.Image], Tensor]
+"""Image to pixels (3, H, W); draws random numbers from torch's default generator alone."""
+
+MOST_BAD_SAMPLES = 10_000
+EMPTY_LENGTH = 8
+
+
+@runtime_checkable
+class Tokenize(Protocol):
+    """Texts to token ids (M, L); `trim` cuts behind the longest text where that is exact."""
+
+    def __call__(self, texts: list[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
+        """Token ids of some texts."""
+        ...
+
+    def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
+        """Token ids in few rows, for towers that take them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable sample."""
+
+    key: str
+    image: Float[Tensor, "3 H W"]
+    caption: str
+    phrases: list[str]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How samples become batches; crosses process boundaries.
+
+    Attributes:
+        tokenizer: For captions and phrases.
+        transform: For images.
+        batch_size: Samples of a batch.
+        prompt: Sentence with one {} for a phrase.
+        caption: Which caption of a sample.
+        tagger: Name of the tagger; None where no phrases are wanted.
+        max_phrases: Per caption.
+    """
+
+    tokenizer: Tokenize
+    transform: Transform
+    batch_size: int
+    prompt: str
+    caption: CaptionChoice
+    tagger: str | None
+    max_phrases: int
+
+    def __call__(
+        self, raws: Iterator[RawSample], place: Place, skips: Skips, *, first: int, count: int
+    ) -> Iterator[CaptionBatch]:
+        """Batches `first` to `count` of one worker.
+
+        Raises:
+            RuntimeError: 10,000 samples in a row cannot be used, or too large a share.
+        """
+        samples = self._samples(raws, place, skips, first * self.batch_size)
+        for _ in range(first, count):
+            rows = list(islice(samples, self.batch_size))
+            yield collate(rows, self.tokenizer, self.prompt, skips.take())
+
+    def _samples(
+        self, raws: Iterator[RawSample], place: Place, skips: Skips, first: int
+    ) -> Iterator[Sample]:
+        """Usable samples from number `first` on; those before are only checked."""
+        phrases = Phrases(load_tagger(self.tagger), self.max_phrases) if self.tagger else None
+        number = bad = 0
+        for raw in raws:
+            skips.seen["sample"] += 1
+            try:
+                if number < first:
+                    self._check(raw)
+                    skips.recent.clear()  # already reported before the interruption
+                else:
+                    yield self._read(raw, place.key(f"sample{number}"), phrases)
+            except BadSampleError as error:
+                skips.drop("sample", str(error.args[0]), sample_name(raw), error.args[-1])
+                bad += 1
+                if bad == MOST_BAD_SAMPLES:
+                    raise _hopeless(skips) from error
+            else:
+                bad = 0
+                number += 1
+
+    def _check(self, raw: RawSample) -> None:
+        read_caption(raw, self._record(raw), self.caption, key=0)
+        read_image(raw, only_check=True)
+
+    def _read(self, raw: RawSample, key: int, phrases: Phrases | None) -> Sample:
+        record = self._record(raw)
+        caption = read_caption(raw, record, self.caption, key)
+        image = read_image(raw)
+        found = self._phrases(record, caption, phrases) if phrases else []
+        return Sample(sample_name(raw), _augmented(self.transform, image, key), caption, found)
+
+    def _record(self, raw: RawSample) -> dict[str, Any]:
+        """The JSON where something in it is wanted; most of CC3M's is not."""
+        wanted = self.caption == "any" or f'"{KEY}"'.encode() in raw.get("json", b"")
+        return read_record(raw) if wanted else {}
+
+    def _phrases(self, record: dict[str, Any], caption: str, phrases: Phrases) -> list[str]:
+        stored = stored_phrases(
+            record, caption, tagger=phrases.tagger.name, max_phrases=self.max_phrases
+        )
+        return phrases(caption) if stored is None else stored
+
+
+def collate(
+    samples: Sequence[Sample], tokenizer: Tokenize, prompt: str, skipped: dict[str, int]
+) -> CaptionBatch:
+    """Samples to one batch; each distinct phrase is tokenised once.
+
+    Without any phrase, `distinct` has shape (0, 8), and `phrase` and `owner` are empty.
+    """
+    row: dict[str, int] = {}
+    phrase = [row.setdefault(text, len(row)) for sample in samples for text in sample.phrases]
+    counts = torch.tensor([len(sample.phrases) for sample in samples])
+    prompts = [phrase_prompt(prompt, text) for text in row]
+    captions = tokenizer([sample.caption for sample in samples], trim=True)
+    nothing = torch.zeros((0, EMPTY_LENGTH), dtype=torch.long)
+    distinct = tokenizer(prompts, trim=True) if prompts else nothing
+    return CaptionBatch(
+        images=torch.stack([sample.image for sample in samples]),
+        captions=captions,
+        distinct=distinct,
+        identity=torch.tensor([stable_hash(text) for text in row], dtype=torch.long),
+        phrase=torch.tensor(phrase, dtype=torch.long),
+        owner=torch.arange(len(samples)).repeat_interleave(counts),
+        packed=tokenizer.pack(captions, distinct),
+        keys=tuple(sample.key for sample in samples),
+        skipped=skipped,
+    )
+
+
+def _augmented(transform: Transform, image: Image.Image, seed: int) -> Tensor:
+    """The transform with random numbers of its own: every sample's, whatever was read before."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        return transform(image)
+    finally:
+        generator.set_state(state)
+
+
+def _hopeless(skips: Skips) -> RuntimeError:
+    return RuntimeError(
+        f"{MOST_BAD_SAMPLES} samples in a row cannot be used ({skips.causes()}); "
+        "see why with `data verify`"
+    )
+
+
+SIZES = "sizes.json"
+
+
+def sample_counts(urls: Sequence[str]) -> list[int]:
+    """Samples per shard, in order; a shard that cannot be read has as many as can be read.
+
+    Raises:
+        ValueError: An address without a `sizes.json` beside it, or one that does not name it.
+    """
+    return [count_local(local_path(url)) if is_local(url) else _listed(url) for url in urls]
+
+
+def shard_sizes(urls: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What `sizes.json` holds: samples and bytes of each shard, counted anew.
+
+    Raises:
+        ValueError: Two shards have the same name; one file cannot tell them apart.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for url in urls:
+        name = shard_name(url)
+        if name in sizes:
+            raise ValueError(f"two shards are called {name}; count the shards of one folder only")
+        sizes[name] = _measured(url)
+    return sizes
+
+
+def count_local(path: Path) -> int:
+    """Samples of a local shard; remembered while the file is the same."""
+    status = path.stat()
+    listed = path.parent / SIZES
+    if listed.is_file():
+        entry = _read_sizes(str(listed), listed.stat().st_mtime_ns).get(path.name)
+        if entry is not None and entry[1] == status.st_size:
+            return entry[0]
+    return _count(path, status.st_size, status.st_mtime_ns)
+
+
+def sample_keys(path: Path) -> Iterator[str]:
+    """Keys of the samples of a local shard as the reader groups them, as far as it can be read."""
+    previous = None
+    try:
+        with open_shard(str(path)) as stream:
+            for entry in entries(stream, _ignored, read=False):
+                key, _ = base_plus_ext(entry.name)
+                if key is None or META.match(entry.name):
+                    continue
+                if previous not in (None, key):
+                    yield previous  # the next sample has begun, so this one is complete
+                previous = key
+    except Exception:  # what has begun is lost, as in the reader, which says why
+        return
+    if previous is not None:
+        yield previous
+
+
+def fingerprint(urls: Sequence[str]) -> str:
+    """16 hex digits over names and, for local shards, sizes in bytes."""
+    lines = [
+        f"{shard_name(url)} {local_path(url).stat().st_size if is_local(url) else ''}"
+        for url in urls
+    ]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def _ignored(cause: str, reason: str) -> None:
+    """The reader counts it."""
+
+
+def _measured(url: str) -> dict[str, int]:
+    if is_local(url):
+        path = local_path(url)
+        number = sum(1 for _ in sample_keys(path))
+        return {"samples": number, "bytes": path.stat().st_size}
+    return {"samples": sum(1 for _ in read_shard(url, Skips())), "bytes": -1}
+
+
+@cache
+def _count(path: Path, size: int, modified: int) -> int:
+    return sum(1 for _ in sample_keys(path))
+
+
+def _listed(url: str) -> int:
+    folder, name = url.partition("?")[0].rpartition("/")[0], shard_name(url)
+    entry = _read_sizes(f"{folder}/{SIZES}").get(name)
+    if entry is None:
+        raise ValueError(
+            f"{printable(folder)}/{SIZES} does not list {name}; write it anew with "
+            "`data count out=`"
+        )
+    return entry[0]
+
+
+@cache
+def _read_sizes(url: str, modified: int = 0) -> dict[str, tuple[int, int]]:
+    """Samples and bytes by name of the shard."""
+    try:
+        with open_shard(url) as stream:
+            content = json.loads(stream.read())
+        return {
+            name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "without resampling the number of samples of each shard must be known, and "
+            f"{printable(url)} cannot be read ({error}); write it with `data count out=`, or set "
+            "resampled=true"
+        ) from error
+
+
+def in_foreign_worker() -> bool:
+    """Whether this process was started by a method of somebody else, joblib's for example.
+
+    Children that are spawned from such a process fail: they know that method no more than we do.
+    """
+    return multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods()
+
+
+def evaluation_loader(
+    items: Dataset[Any], join: Callable[[Any], Any], *, batch_size: int, workers: int
+) -> DataLoader[Any]:
+    """All items once, in order, in batches; leaves torch's global random state alone.
+
+    Args:
+        items: Samples by number.
+        join: Samples to a batch.
+        batch_size: Samples per batch; the last one may be smaller.
+        workers: Processes; 0 loads here.
+    """
+    return DataLoader(
+        items,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=join,
+        generator=torch.Generator(),
+        worker_init_fn=heed_parent_alone,
+        multiprocessing_context="fork" if workers and in_foreign_worker() else None,
+    )
+
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 
@@ -232,4 +595,6 @@ class _WorkerBatches(IterableDataset[CaptionBatch]):
         if source.resampled:
             return resampled(epoch.urls, place, shuffle=source.shuffle, skips=skips)
         part = slice_of(place, epoch.batches, source.batch_size)
-        return once(epoch.urls, epoch.counts, part, place, shuffle=source.shuffle, skips=skips)
+        return each_sample_once(
+            epoch.urls, epoch.counts, part, place, shuffle=source.shuffle, skips=skips
+        )

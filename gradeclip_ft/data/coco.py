@@ -6,7 +6,8 @@ ids are stored in the colours of a PNG.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 from numpy import ndarray
+from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as rle
+from pycocotools import mask as run_lengths
 
 from gradeclip_ft.data.files import open_image, read_json
 
@@ -50,7 +54,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Picture:
+class CocoImage:
     """One image with its regions in file order.
 
     Attributes:
@@ -79,7 +83,7 @@ class CaptionedPicture:
     captions: tuple[str, ...]
 
 
-def read_regions(path: Path) -> tuple[list[Category], list[Picture]]:
+def read_regions(path: Path) -> tuple[list[Category], list[CocoImage]]:
     """Categories in order of their ids, and all images of an instances or a panoptic file.
 
     Raises:
@@ -105,7 +109,7 @@ def read_regions(path: Path) -> tuple[list[Category], list[Picture]]:
             found.append(_region(path, entry, labels))
     images = _images(path, content["images"], by_image)
     return categories, [
-        Picture(
+        CocoImage(
             image["id"],
             image["file_name"],
             _key(path, image, "height"),
@@ -136,7 +140,7 @@ def read_captions(path: Path) -> list[CaptionedPicture]:
 
 
 def region_masks(
-    picture: Picture, regions: Sequence[Region], folder: Path | None
+    picture: CocoImage, regions: Sequence[Region], folder: Path | None
 ) -> UInt8[ndarray, "R H W"]:
     """Masks of some regions of a picture, 1 inside, at the original size.
 
@@ -182,7 +186,7 @@ def read_segment_ids(path: Path) -> Int[ndarray, "H W"]:
     return ids
 
 
-def _outline_mask(picture: Picture, region: Region) -> UInt8[ndarray, "H W"]:
+def _outline_mask(picture: CocoImage, region: Region) -> UInt8[ndarray, "H W"]:
     where = f"outline of region {region.id}, image {picture.id}"
     outline = region.outline
     if outline is None:
@@ -200,7 +204,7 @@ def _outline_mask(picture: Picture, region: Region) -> UInt8[ndarray, "H W"]:
     return mask
 
 
-def _check_size(picture: Picture, found: tuple[int, ...], where: str) -> None:
+def _check_size(picture: CocoImage, found: tuple[int, ...], where: str) -> None:
     if found != (picture.height, picture.width):
         raise ValueError(
             f"{where} has {found[0]} x {found[1]} pixels (height x width), the annotation file "
@@ -245,3 +249,115 @@ def _key(path: Path, entry: Mapping[str, Any], key: str) -> Any:
         what = entry.get("id", entry.get("image_id", "unknown"))
         raise ValueError(f"{path}: entry {what} has no {key}; {LAYOUT}")
     return entry[key]
+
+
+SEGMENTS_PER_IMAGE = 1000
+
+
+@dataclass(frozen=True)
+class DrawnScene:
+    """One annotated image.
+
+    Attributes:
+        id: Positive number of the image.
+        file_name: Name of the image file.
+        captions: All sentences about it.
+        owner: (height, width) array of segment numbers, 0, 1, 2, ...; each pixel has one.
+        classes: Index of each segment's class in things + stuff.
+    """
+
+    id: int
+    file_name: str
+    captions: tuple[str, ...]
+    owner: NDArray[np.uint8]
+    classes: tuple[int, ...]
+
+
+def write_coco(
+    folder: Path,
+    split: str,
+    pictures: Iterable[DrawnScene],
+    *,
+    things: Sequence[str],
+    stuff: Sequence[str],
+) -> None:
+    """Writes {captions,instances,panoptic}_SPLIT.json and panoptic_SPLIT/*.png.
+
+    Category ids are 1 for the first thing and run on through stuff. Instances hold the things
+    alone.
+    """
+    masks = folder / f"panoptic_{split}"
+    masks.mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    sentences: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    panoptic: list[dict[str, Any]] = []
+    for picture in pictures:
+        height, width = picture.owner.shape
+        images.append(
+            {"id": picture.id, "file_name": picture.file_name, "height": height, "width": width}
+        )
+        for caption in picture.captions:
+            sentences.append({"id": len(sentences) + 1, "image_id": picture.id, "caption": caption})
+        segments = [_segment(picture, number) for number in range(len(picture.classes))]
+        for number, segment in enumerate(segments):
+            if segment["category_id"] <= len(things):
+                instances.append(_instance(picture, number, segment, len(instances) + 1))
+        name = f"{Path(picture.file_name).stem}.png"
+        _write_ids(masks / name, picture)
+        panoptic.append({"image_id": picture.id, "file_name": name, "segments_info": segments})
+    names = [*things, *stuff]
+    categories = [
+        {
+            "id": number,
+            "name": name,
+            "supercategory": name.split()[-1],
+            "isthing": int(number <= len(things)),
+        }
+        for number, name in enumerate(names, start=1)
+    ]
+    plain = [{key: entry[key] for key in ("id", "name", "supercategory")} for entry in categories]
+    files: dict[str, dict[str, Any]] = {
+        "captions": {"annotations": sentences},
+        "instances": {"annotations": instances, "categories": plain[: len(things)]},
+        "panoptic": {"annotations": panoptic, "categories": categories},
+    }
+    for kind, content in files.items():
+        text = json.dumps({"info": {"description": f"{kind} {split}"}, "images": images, **content})
+        (folder / f"{kind}_{split}.json").write_text(text)
+
+
+def _segment(picture: DrawnScene, number: int) -> dict[str, Any]:
+    rows, columns = np.nonzero(picture.owner == number)
+    if not len(rows):
+        raise ValueError(
+            f"segment {number} of {picture.file_name} has no pixel; leave it out of `classes` "
+            "and renumber `owner`"
+        )
+    left, top = int(columns.min()), int(rows.min())
+    return {
+        "id": _segment_id(picture, number),
+        "category_id": picture.classes[number] + 1,
+        "area": len(rows),
+        "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
+        "iscrowd": 0,
+    }
+
+
+def _instance(
+    picture: DrawnScene, number: int, segment: dict[str, Any], annotation: int
+) -> dict[str, Any]:
+    encoded = run_lengths.encode(np.asfortranarray(picture.owner == number, dtype=np.uint8))
+    lengths = {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+    return {**segment, "id": annotation, "image_id": picture.id, "segmentation": lengths}
+
+
+def _write_ids(path: Path, picture: DrawnScene) -> None:
+    ids = picture.owner.astype(np.uint32) + _segment_id(picture, 0)
+    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)
+    Image.fromarray(channels, "RGB").save(path)
+
+
+def _segment_id(picture: DrawnScene, number: int) -> int:
+    """Unique over all images up to 16,776; 0 stays free, as in COCO."""
+    return picture.id * SEGMENTS_PER_IMAGE + number + 1

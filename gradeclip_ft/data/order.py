@@ -15,7 +15,7 @@ from itertools import accumulate, chain, count, islice
 
 from webdataset.filters import shuffle as shuffle_buffer
 
-from gradeclip_ft.data.stream import RawSample, Skips, read_shard, stable_hash
+from gradeclip_ft.data.shards import RawSample, Skips, read_shard, stable_hash
 
 MOST_BARREN_SHARDS = 100
 
@@ -87,7 +87,7 @@ def resampled(
     return _shuffled(samples, shuffle, random.Random(place.key("samples")))
 
 
-def once(
+def each_sample_once(
     urls: Sequence[str],
     counts: Sequence[int],
     part: Slice,

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from gradeclip_ft.data.remote import shard_name
-from gradeclip_ft.data.stream import BadSampleError, RawSample, escaped
+from gradeclip_ft.data.shards import BadSampleError, RawSample, escaped, shard_name
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")

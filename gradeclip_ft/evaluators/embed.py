@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradeclip_ft.batch import PairBatch
 from gradeclip_ft.evaluators.base import Track, placement
-from gradeclip_ft.models.class_embeddings import class_embeddings
-from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.clip import LoadedClip, class_embeddings
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.text.prompts import fill
 

@@ -6,27 +6,104 @@ accuracies are means over the classes that occur, for things and stuff apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.batch import RegionBatch
-from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
-from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.evaluators.base import (
+    Opened,
+    Source,
+    Track,
+    class_table,
+    evaluating,
+    most_confused,
+    placement,
+    untracked,
+)
 from gradeclip_ft.evaluators.embed import encode_classes
-from gradeclip_ft.evaluators.region_source import RegionSource
-from gradeclip_ft.evaluators.square import square_side
-from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
+from gradeclip_ft.metrics import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
+from gradeclip_ft.ops.heatmap import pool_boxes, pool_masks
 from gradeclip_ft.ops.similarity import unit
-from gradeclip_ft.results.fingerprint import data_fingerprint, hash_json
-from gradeclip_ft.results.record import Json, Measured
+from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import VILD
+
+
+@runtime_checkable
+class RegionBatches(Protocol):
+    """Batches of regions with a known number."""
+
+    def __iter__(self) -> Iterator[RegionBatch]: ...
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class OpenedRegions(Opened, Protocol):
+    """Regions at one image size."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Class names in order of the labels."""
+        ...
+
+    def batches(self, batch_size: int, workers: int) -> RegionBatches:
+        """All regions once."""
+        ...
+
+
+@runtime_checkable
+class RegionSource(Source, Protocol):
+    """Where regions come from; called with the evaluator's image size and the model's pixels."""
+
+    def __call__(
+        self,
+        *,
+        image_size: int,
+        patch: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        crop_size: int | None = None,
+    ) -> OpenedRegions:
+        """The regions at one image size, and crops of them where a size is given."""
+        ...
+
+
+def square_side(loaded: LoadedClip, wanted: int | None, name: str) -> int:
+    """Side of the square in pixels; towers interpolate their positions to it.
+
+    Args:
+        loaded: The model.
+        wanted: Side that is asked for; None for the model's own.
+        name: Of the evaluator, for messages.
+
+    Raises:
+        ValueError: The model has no dense features or no square of its own, or its patches do not
+            divide the side.
+    """
+    height, width = loaded.image_size
+    tower = loaded.clip.image
+    if tower.unexplained is not None:
+        raise ValueError(f"{name} needs dense features, but {tower.unexplained}")
+    if wanted is None and height != width:
+        raise ValueError(
+            f"{name} pads photos to squares, the model takes {height} x {width}; set the "
+            "evaluator's image_size"
+        )
+    side = height if wanted is None else wanted
+    if side % tower.patch:
+        below = side // tower.patch * tower.patch
+        raise ValueError(
+            f"{name} asks for {side} pixels, no multiple of the model's patch size {tower.patch}; "
+            f"set the evaluator's image_size to {below or tower.patch} or {below + tower.patch}"
+        )
+    return side
+
 
 THINGS = {"boxes": "boxes", "masks": "thing_masks", "crops": "crops"}
 STUFF = {"boxes": "stuff_boxes", "masks": "stuff_masks", "crops": "stuff_crops"}

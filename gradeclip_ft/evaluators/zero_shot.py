@@ -10,16 +10,22 @@ from PIL import Image
 from torch import Tensor
 
 from gradeclip_ft.batch import ImageBatch
-from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
-from gradeclip_ft.evaluators.by_class import class_table, most_confused
+from gradeclip_ft.evaluators.base import (
+    Opened,
+    Source,
+    Track,
+    class_table,
+    evaluating,
+    most_confused,
+    placement,
+    untracked,
+)
 from gradeclip_ft.evaluators.embed import encode_classes
-from gradeclip_ft.evaluators.source import Opened, Source
-from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy
+from gradeclip_ft.metrics import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.imagenet import imagenet_names, imagenet_templates
+from gradeclip_ft.models.other.classifier import imagenet_names, imagenet_templates
 from gradeclip_ft.ops.similarity import unit
-from gradeclip_ft.results.fingerprint import data_fingerprint, hash_json
-from gradeclip_ft.results.record import Json, Measured
+from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import phrase_prompt
 
 TOPK = (1, 5)

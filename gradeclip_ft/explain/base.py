@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.image_model import ImageModel, evaluation_mode
-from gradeclip_ft.models.record import Record, record_layers
-from gradeclip_ft.models.tower import Tower, UnsupportedTowerError
-from gradeclip_ft.models.trace import Heads, Trace
+from gradeclip_ft.models.clip import Clip, ImageModel, evaluation_mode
+from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.models.trace import Heads, Record, Trace, UnsupportedTowerError, record_layers
 from gradeclip_ft.ops.heatmap import to_grid
 from gradeclip_ft.ops.similarity import unit
 
@@ -233,3 +232,49 @@ def _explaining(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, outside inference mode, which allows no gradient."""
     with evaluation_mode(module), torch.inference_mode(False):
         yield
+
+
+Answer = TypeVar("Answer")
+log = logging.getLogger(__name__)
+
+
+class Able:
+    """Methods that this model can do; the others are left out at their first failure, with a word.
+
+    Args:
+        methods: By name.
+        skip: Whether others may be left out at all.
+
+    Attributes:
+        methods: Those left, by name.
+        left_out: Why the others are not.
+    """
+
+    def __init__(self, methods: Mapping[str, Explainer], *, skip: bool = True) -> None:
+        self.methods = dict(methods)
+        self.left_out: dict[str, str] = {}
+        self._skip = skip
+
+    def each(self, work: Callable[[Explainer], Answer]) -> dict[str, Answer]:
+        """Answers of all methods that this model can do.
+
+        Raises:
+            UnsupportedTowerError: It can do none, or not all of them and none may be left out.
+        """
+        return {name: answer for name in list(self.methods) for answer in self.one(name, work)}
+
+    def one(self, name: str, work: Callable[[Explainer], Answer]) -> list[Answer]:
+        """The answer of one method, or none."""
+        try:
+            return [work(self.methods[name])]
+        except UnsupportedTowerError as error:
+            if not self._skip:
+                raise
+            log.warning("%s is left out: %s", name, error)
+            self.left_out[name] = str(error)
+            del self.methods[name]
+            if not self.methods:
+                raise UnsupportedTowerError(
+                    f"this model can do none of {', '.join(self.left_out)}: {error}"
+                ) from error
+            return []

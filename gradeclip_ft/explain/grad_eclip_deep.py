@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradeclip_ft.models.record import LayerRecord, Record
-from gradeclip_ft.models.trace import Heads
+from gradeclip_ft.models.trace import Heads, LayerRecord, Record
 from gradeclip_ft.ops.heatmap import min_max
 from gradeclip_ft.ops.similarity import unit
 

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from gradeclip_ft.models.passes import Pass
-from gradeclip_ft.models.record import ONE_LAYER
-from gradeclip_ft.models.tower import Tower, UnsupportedTowerError
+from gradeclip_ft.models.tower import Tower
+from gradeclip_ft.models.trace import ONE_LAYER, Pass, UnsupportedTowerError
 
 START = 5.0  # σ(5): nearly everything passes
 

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.models.tower import UnsupportedTowerError
-from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.models.trace import Trace, UnsupportedTowerError
 from gradeclip_ft.ops.similarity import cosine, unit
 
 

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradeclip_ft.models.record import Record
-from gradeclip_ft.models.trace import Heads
+from gradeclip_ft.models.trace import Heads, Record
 
 
 @dataclass(frozen=True)

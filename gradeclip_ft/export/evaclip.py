@@ -7,19 +7,176 @@ whose names are not exactly EVA-CLIP's, and timm's reader of such files finds th
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from open_clip.timm_model import TimmModel
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor
 
-from gradeclip_ft.export.class_embed import write_class_embed
-from gradeclip_ft.export.fvit import DETECTORS, OTHER, usage
-from gradeclip_ft.export.job import Job, Written
+from gradeclip_ft.export.job import Job, Written, save_state
 from gradeclip_ft.export.openclip import read_tensors
-from gradeclip_ft.export.staging import save_state
-from gradeclip_ft.export.verify import check_embeddings, check_tensors
-from gradeclip_ft.models.evaclip import OURS, THEIRS, from_evaclip, name_table, to_evaclip
+from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
+from gradeclip_ft.models.clip import LoadedClip, class_embeddings
+from gradeclip_ft.models.names import OURS, THEIRS, from_evaclip, name_table, to_evaclip
+from gradeclip_ft.text.prompts import VILD
+
+OTHER = "eva_clip_model.pt"
+
+
+@dataclass(frozen=True)
+class Detector:
+    """F-ViT's settings for one backbone.
+
+    Attributes:
+        file: Name that its configuration of the fine-tuned backbone asks for.
+        config: That configuration.
+        model: Name of the architecture there.
+        layers: Blocks, from 0, whose outputs the pyramid takes.
+        image: Side of its images in pixels.
+        width: Channels of these outputs.
+        strides: Of the region proposals.
+        embedding: Channels of the joint embedding.
+        patch: Side of a patch in pixels.
+    """
+
+    file: str
+    config: str
+    model: str
+    layers: tuple[int, ...]
+    image: int
+    width: int
+    strides: tuple[int | float, ...]
+    embedding: int
+    patch: int
+
+
+def _config(size: str) -> str:
+    return f"configs/ov_coco/fvit_{size}_upsample_fpn_bs64_3e_ovcoco_eva_clipself_patches.py"
+
+
+DETECTORS = {
+    "EVA02-B-16": Detector(
+        file="eva_vitb16_coco_clipself_patches.pt",
+        config=_config("vitb16"),
+        model="EVA02-CLIP-B-16",
+        layers=(3, 5, 7, 11),
+        image=640,
+        width=768,
+        strides=(4, 8, 16, 32, 64),
+        embedding=512,
+        patch=16,
+    ),
+    "EVA02-L-14-336": Detector(
+        file="eva_vitl14_coco_clipself_patches.pt",
+        config=_config("vitl14"),
+        model="EVA02-CLIP-L-14-336",
+        layers=(6, 10, 14, 23),
+        image=896,
+        width=1024,
+        strides=(3.5, 7, 14, 28, 56),
+        embedding=768,
+        patch=14,
+    ),
+}
+
+
+def usage(folder: Path, detector: Detector | None, file: str, vectors: str) -> str:
+    """How F-ViT takes both files: its configuration's name and lines, as Markdown."""
+    copies = [
+        f"cp {folder / file} checkpoints/",
+        f"cp {folder / vectors} datasets/embeddings/",
+    ]
+    if detector is None:
+        lines = [
+            "F-ViT has configurations for EVA02-B-16 and EVA02-L-14-336. In one of your own:",
+            "",
+            *("```", *copies, f"model.backbone.pretrained = 'checkpoints/{file}'"),
+            f"model.roi_head.bbox_head.class_embed = 'datasets/embeddings/{vectors}'",
+            "```",
+        ]
+        return "\n".join(lines)
+    roi = "model.roi_head."
+    settings = {
+        "model.backbone.model_name": detector.model,
+        "model.backbone.pretrained": f"checkpoints/{detector.file}",
+        "model.backbone.out_indices": list(detector.layers),
+        "model.neck.in_channels": [detector.width] * 4,
+        "model.rpn_head.anchor_generator.strides": list(detector.strides),
+        f"{roi}bbox_head.class_embed": f"datasets/embeddings/{vectors}",
+        f"{roi}vlm_roi_extractor.out_channels": detector.embedding,
+        f"{roi}vlm_roi_extractor.featmap_strides": [detector.patch],
+        "image_size": (detector.image, detector.image),
+    }
+    return "\n".join(
+        [
+            f"In F-ViT, `{detector.config}` runs unedited:",
+            "",
+            *("```", *copies, "```"),
+            "",
+            "It says, with the file that it builds on:",
+            "",
+            *("```python", *(f"{key} = {value!r}" for key, value in settings.items()), "```"),
+        ]
+    )
+
+
+# fmt: off
+COCO = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
+    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
+    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote",
+    "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
+    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+# fmt: on
+BACKGROUND = "background"
+FILES = {
+    "EVA02-B-16": "coco_with_background_evaclip_vitb_16.pt",
+    "EVA02-L-14-336": "coco_with_background_evaclip_vitl14x336.pt",
+}
+OTHER_CLASSES = "coco_with_background.pt"
+LENGTH_TOLERANCE = 1e-5  # of a unit vector in fp32; rounding gives about 1e-7
+
+
+def write_class_embed(loaded: LoadedClip, folder: Path) -> Path:
+    """Embed the 80 names and the background in the 63 templates, write, and read back.
+
+    Returns:
+        The file: a dict from name to a float32 unit vector of D numbers.
+
+    Raises:
+        ExportError: What was read back is not what was computed.
+    """
+    names = [*COCO, BACKGROUND]
+    rows = class_embeddings(loaded.clip, loaded.tokenizer, names, VILD).float().cpu()
+    vectors = {name: row.clone() for name, row in zip(names, rows, strict=True)}
+    path = folder / FILES.get(loaded.name, OTHER_CLASSES)
+    save_state(vectors, path)
+    _check(vectors, path)
+    return path
+
+
+def _check(vectors: dict[str, Tensor], path: Path) -> None:
+    again = torch.load(path, map_location="cpu", weights_only=True)
+    wrong = [
+        name
+        for name, vector in vectors.items()
+        if name not in again
+        or not torch.equal(again[name], vector)
+        or not abs(float(again[name].norm()) - 1) <= LENGTH_TOLERANCE
+    ]
+    if wrong or len(again) != len(vectors):
+        raise ExportError(
+            f"{path.name} holds {len(again)} vectors, expected {len(vectors)} of length 1 as "
+            f"computed; wrong: {', '.join(wrong[:5]) or 'none'}. Look for NaN in the text tower"
+        )
 
 
 def write_evaclip(job: Job, stage: Path) -> Written:

@@ -15,17 +15,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradeclip_ft.export.job import Job, Written
+from gradeclip_ft.export.card import as_strings
+from gradeclip_ft.export.job import (
+    Job,
+    Written,
+    save_state,
+    write_clip_tokenizer,
+    write_description,
+    write_json,
+)
 from gradeclip_ft.export.openclip import FILES, check_folder, code, folder_call
-from gradeclip_ft.export.origin import as_strings
-from gradeclip_ft.export.parts import write_clip_tokenizer, write_description
-from gradeclip_ft.export.staging import save_state, write_json
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
-from gradeclip_ft.models.architecture import CONFIG_NAME
-from gradeclip_ft.models.huggingface import from_huggingface, to_huggingface
-from gradeclip_ft.models.huggingface_config import clip_config, misfit
-from gradeclip_ft.models.openclip import describe
-from gradeclip_ft.models.sizes import pair
+from gradeclip_ft.models.architecture import CONFIG_NAME, pair
+from gradeclip_ft.models.load import describe
+from gradeclip_ft.models.names import clip_config, from_huggingface, misfit, to_huggingface
 
 OPENCLIP = FILES["safetensors"]
 TRANSFORMERS = "model.safetensors"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gradeclip_ft.export.verify import SHOWN, Inputs
+from gradeclip_ft.models.architecture import CONFIG_NAME, FOLDER, WORDS_NAME
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.load import describe
 from gradeclip_ft.results.record import Json
 
 
@@ -86,3 +96,153 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
         for key, value in state.items()
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
+
+
+NOTE = "gradeclip_ft.json"
+
+
+@contextmanager
+def staged(folder: Path, kind: str) -> Iterator[Path]:
+    """A folder to write into; its files stand in `folder` once the block ends without an error.
+
+    Args:
+        folder: Absent, empty, or an earlier export in the same format, whose files are replaced.
+        kind: The format, as the note says it under `target`.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+    """
+    target = folder.absolute()
+    found = _kind(target)
+    if found not in (None, kind):
+        raise FileExistsError(
+            f"{folder} holds {found}, which an export to {kind} does not replace; choose another "
+            "folder with out=DIR"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        stage.chmod(0o755)
+        yield stage
+        _publish(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: Path, note: Mapping[str, str] | None = None
+) -> None:
+    """A plain dict of tensors as .safetensors or .pt.
+
+    Args:
+        state: Contiguous tensors on the CPU.
+        path: Its suffix decides.
+        note: Strings for the header of a .safetensors; a .pt holds tensors alone.
+    """
+    if path.suffix == ".safetensors":
+        save_file(dict(state), path, metadata={**(note or {}), "format": "pt"})
+    else:
+        torch.save(dict(state), path)
+    path.chmod(0o644)
+
+
+def write_json(content: object, path: Path) -> None:
+    """JSON as people read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def files_of(folder: Path) -> list[str]:
+    """Files below a folder, relative to it, without the note."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != NOTE)
+
+
+def _kind(folder: Path) -> str | None:
+    """What a folder holds: None if nothing, an export's format, or words for something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / NOTE).is_file():
+        return f"files but no {NOTE}"
+    return str(json.loads((folder / NOTE).read_text(encoding="utf-8")).get("target"))
+
+
+def _publish(stage: Path, folder: Path) -> None:
+    if _kind(folder) is None:
+        stage.replace(folder)
+        return
+    earlier = json.loads((folder / NOTE).read_text(encoding="utf-8")).get("files", [])
+    names = files_of(stage)
+    for name in [*names, NOTE]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).replace(folder / name)
+    for name in set(earlier) - set(names):
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
+
+
+TRUNK, TEXT = "timm_trunk", "text"
+START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
+
+
+def write_description(loaded: LoadedClip, folder: Path) -> bool:
+    """Write `open_clip_config.json` and the parts that it names, relative to the folder.
+
+    Returns:
+        Whether there are such parts: open_clip then loads the folder from inside of it only.
+    """
+    description = describe(loaded)
+    model = dict(description["model_cfg"])
+    parts = False
+    if (words := loaded.architecture.vocabulary) is not None:
+        write_json(list(words), folder / WORDS_NAME)
+    trunk = model["vision_cfg"].get("timm_model_name") or ""
+    if trunk.startswith(FOLDER):
+        (folder / TRUNK).mkdir()
+        shutil.copyfile(
+            Path(trunk.removeprefix(FOLDER)) / "config.json", folder / TRUNK / "config.json"
+        )
+        model["vision_cfg"] = {**model["vision_cfg"], "timm_model_name": f"{FOLDER}{TRUNK}"}
+        parts = True
+    tokenizer = loaded.tokenizer.tokenize
+    if isinstance(tokenizer, HFTokenizer):
+        # open_clip looks for it here whatever name stands in the description.
+        tokenizer.tokenizer.save_pretrained(folder)
+        model["text_cfg"] = {**model["text_cfg"], "hf_tokenizer_name": "."}
+    if "hf_model_name" in model["text_cfg"]:
+        loaded.clip.model.text.config.save_pretrained(folder / TEXT)
+        names = {"hf_model_name": TEXT, "hf_model_pretrained": False}
+        model["text_cfg"] = {**model["text_cfg"], **names}
+        parts = True
+    write_json({**description, "model_cfg": model}, folder / CONFIG_NAME)
+    return parts
+
+
+def write_clip_tokenizer(loaded: LoadedClip, folder: Path) -> bool:
+    """CLIP's byte-pair tokenizer as `transformers.CLIPTokenizer` reads it.
+
+    Returns:
+        Whether this model has that tokenizer; for others nothing is written.
+    """
+    tokenizer = loaded.tokenizer.tokenize
+    if not isinstance(tokenizer, SimpleTokenizer):
+        return False
+    tokens: dict[str, Any] = dict(tokenizer.encoder)
+    start, end = (tokenizer.decoder[i] for i in (tokenizer.sot_token_id, tokenizer.eot_token_id))
+    tokens[START], tokens[END] = tokens.pop(start), tokens.pop(end)
+    ordered = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    merges = "\n".join(" ".join(pair) for pair in ordered)
+    write_json(tokens, folder / "vocab.json")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    write_json(special, folder / "special_tokens_map.json")
+    write_json(
+        {
+            **special,
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": loaded.tokenizer.context_length,
+        },
+        folder / "tokenizer_config.json",
+    )
+    return True

@@ -13,13 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradeclip_ft.export.job import Job, Written
-from gradeclip_ft.export.origin import as_strings
-from gradeclip_ft.export.parts import write_description
-from gradeclip_ft.export.staging import save_state
+from gradeclip_ft.export.card import as_strings
+from gradeclip_ft.export.job import Job, Written, save_state, write_description
 from gradeclip_ft.export.verify import check_embeddings, check_tensors
-from gradeclip_ft.models.openclip import describe, is_registered, open_file, open_folder
-from gradeclip_ft.models.sizes import pair
+from gradeclip_ft.models.architecture import pair
+from gradeclip_ft.models.load import describe, is_registered, open_file, open_folder
 
 FILES = {
     "safetensors": "open_clip_model.safetensors",

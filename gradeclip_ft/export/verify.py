@@ -13,10 +13,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.openclip import describe
-from gradeclip_ft.models.sizes import pair
-from gradeclip_ft.models.transform import ImageTransform
+from gradeclip_ft.models.architecture import pair
+from gradeclip_ft.models.clip import ImageTransform, LoadedClip
+from gradeclip_ft.models.load import describe
 from gradeclip_ft.ops.similarity import unit
 
 # Largest difference of unit embeddings. fp32 on one machine gives 0, another library's kernels

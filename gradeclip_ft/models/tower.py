@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, NoReturn, Protocol, TypeGuard, runtime_checkable
 
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, cat
+from torch.nn.functional import interpolate, linear
 
 from gradeclip_ft.batch import PackedTexts
-from gradeclip_ft.models.passes import Pass
-from gradeclip_ft.models.trace import Trace
-from gradeclip_ft.ops.similarity import Score
-
-Foreign: TypeAlias = Any
-"""A module of open_clip or timm, whose attributes the adapters check by hand."""
+from gradeclip_ft.models.trace import Foreign, Pass, Pick, Trace, UnsupportedTowerError
+from gradeclip_ft.ops.similarity import Score, cosine
 
 EXPLAINED = "ViT-B-16, EVA02-B-16, RN50, ViT-B-16-SigLIP or coca_ViT-B-32"
 """Models with a trace, one of each kind, for error messages."""
@@ -138,5 +136,133 @@ def patch_grid(tower: ImageTower, height: int, width: int) -> tuple[int, int]:
     return height // tower.patch, width // tower.patch
 
 
-class UnsupportedTowerError(ValueError):
-    """The model has a part that the adapters do not reproduce exactly."""
+class PassTower(ABC):
+    """A tower that says how its forward pass comes apart; everything else follows."""
+
+    unexplained: str | None = None
+    score = staticmethod(cosine)
+
+    @abstractmethod
+    def open(self, x: Shaped[Tensor, "B ..."]) -> Pass:
+        """This forward pass, before its first layer."""
+
+    def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
+        """Embeddings, not normalised, equal to those of the library."""
+        return self.trace(x).embedding
+
+    def trace(self, x: Shaped[Tensor, "B ..."]) -> Trace:
+        """The last layer of this forward pass."""
+        return self.open(x).trace()
+
+
+class OpaqueTower:
+    """What every tower can: embeddings, as the library computes them."""
+
+    width = 0
+    heads = 0
+    depth = 0
+    pooling = "as the library does"
+    score = staticmethod(cosine)
+
+    def __init__(self, encoder: Foreign, reason: str) -> None:
+        self._encoder = encoder
+        self.unexplained: str | None = reason
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Embeddings, not normalised."""
+        result = self._encoder(x)
+        embedding: Tensor = result[0] if isinstance(result, tuple) else result
+        return embedding
+
+    def open(self, x: Tensor) -> NoReturn:
+        """Nothing to explain here.
+
+        Raises:
+            UnsupportedTowerError: Always; with the reason, and towers that do work.
+        """
+        raise UnsupportedTowerError(
+            f"{self.unexplained}: it encodes, but has no heat maps and no dense features; choose "
+            f"{EXPLAINED}, for example"
+        )
+
+    def trace(self, x: Tensor) -> NoReturn:
+        """Nothing to explain here.
+
+        Raises:
+            UnsupportedTowerError: Always.
+        """
+        self.open(x)
+
+
+class OpaqueImageTower(OpaqueTower):
+    """An image tower without a trace: ConvNeXt, average pooling, ..."""
+
+    patch = 0
+
+
+class OpaqueTextTower(OpaqueTower):
+    """A text tower without a trace.
+
+    Attributes:
+        context_length: Tokens at most.
+        pad: Id of the padding.
+        cuts_exactly: Whether padding may be cut off without changing the embedding.
+    """
+
+    def __init__(
+        self, encoder: Foreign, reason: str, *, context_length: int, pad: int, cuts_exactly: bool
+    ) -> None:
+        super().__init__(encoder, reason)
+        self.context_length = context_length
+        self.pad = pad
+        self.cuts_exactly = cuts_exactly
+
+
+def library_text(model: Foreign) -> Any:
+    """The text encoder of an open_clip model, nested or not, as a function of token ids."""
+    return model.text if hasattr(model, "text") else model.encode_text
+
+
+def project_fused(
+    y: Tensor, pick: Pick, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q of the picked rows, k and v of all.
+
+    Args:
+        y: Normed tokens (B, N, W).
+        pick: Which rows need a query.
+        weight: (3 C, W), the queries' part first.
+        bias: (3 C), or None.
+    """
+    width = len(weight) // 3
+    first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = linear(pick(y), weight[:width], first)
+    k, v = linear(y, weight[width:], rest).chunk(2, dim=-1)
+    return q, k, v
+
+
+def resample_positions(
+    table: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "M C"]:
+    """A table of position embeddings for another grid; leading rows (class, registers) stay.
+
+    Bicubic without antialias, corners not aligned: what CLIPSelf, F-ViT and the Grad-ECLIP authors'
+    script do. open_clip and timm antialias, which differs in the third digit.
+
+    Args:
+        table: Leading rows, then one row per cell of the old grid, row by row.
+        old: (h, w) of the table.
+        new: (h, w) wanted; the table itself comes back where both are equal.
+
+    Raises:
+        ValueError: The table is smaller than the old grid.
+    """
+    if old == new:
+        return table
+    first = len(table) - old[0] * old[1]
+    if first < 0:
+        raise ValueError(f"{len(table)} position embeddings, expected a {old[0]} x {old[1]} grid")
+    cells = table[first:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    resized = interpolate(cells, size=new, mode="bicubic", align_corners=False)
+    rows = resized.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1)
+    return cat([table[:first], rows.to(table.dtype)])

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gradeclip_ft.ops.attention import attend_row
+from gradeclip_ft.ops.attention import attend, attend_row
 from gradeclip_ft.ops.similarity import Score, cosine
+
+
+class UnsupportedTowerError(ValueError):
+    """The model has a part that the adapters do not reproduce exactly."""
+
+
+Foreign: TypeAlias = Any
+"""A module of open_clip or timm, whose attributes the adapters check by hand."""
+
 
 Heads: TypeAlias = Literal["one", "all"]
 Scale: TypeAlias = Literal["width", "head"]
@@ -190,3 +200,218 @@ def query_rows(
     if query is None:
         return tokens[:, 0]
     return tokens[torch.arange(len(tokens), device=tokens.device), query]
+
+
+Pick: TypeAlias = Callable[[Tensor], Tensor]
+"""Which rows need a query: (B, N, ...) to those of one row, or of all."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer, taken apart.
+
+    Attributes:
+        attend: (tokens, pick) -> (q of the picked rows, k, v), heads joined, positions applied.
+        finish: (x, o) -> rows behind the layer, from its input rows and their attention output.
+        add: o -> what attention adds to its input rows; for a pool, what comes out of it.
+        project: The output projection alone.
+        heads: Attention heads.
+        run: (tokens, mask) -> tokens, by the library's own code; None for a pool.
+    """
+
+    attend: Callable[[Tensor, Pick], tuple[Tensor, Tensor, Tensor]]
+    finish: Finish
+    add: Rows
+    project: Rows
+    heads: int
+    run: Callable[[Tensor, Tensor | None], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass before its first layer.
+
+    Attributes:
+        tokens: Input of the first layer.
+        layers: First to last; the last one is the explained one.
+        head: Rows behind the last layer to embeddings.
+        query: Row that becomes the embedding; None where the query is learned (attention pools).
+        explained: Tokens that a map speaks of: patches, or words.
+        grid: (h, w) of the patches; None for texts.
+        mask: Added to the attention scores: (N, N), (B, N, N), or None.
+        checkpointed: Compute activations of all layers but the last again in the backward pass.
+        score: What is explained, from embedding and target.
+    """
+
+    tokens: Float[Tensor, "B N W"]
+    layers: tuple[Layer, ...]
+    head: Rows
+    query: Int[Tensor, " B"] | None
+    explained: Bool[Tensor, "B N"]
+    grid: tuple[int, int] | None = None
+    mask: Tensor | None = None
+    checkpointed: bool = False
+    score: Score = cosine
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the last layer is an attention pool behind ordinary blocks."""
+        return self.layers[-1].run is None
+
+    def rows(self, owner: Int[Tensor, " P"]) -> Pass:
+        """The same pass with its inputs repeated or reordered."""
+        return replace(
+            self,
+            tokens=self.tokens[owner],
+            query=None if self.query is None else self.query[owner],
+            explained=self.explained[owner],
+            mask=self.mask if self.mask is None or self.mask.ndim == 2 else self.mask[owner],
+        )
+
+    def run(self, tokens: Float[Tensor, "B N W"], start: int, stop: int) -> Float[Tensor, "B N W"]:
+        """Layers `start` to `stop`, without the latter, by the library's own code."""
+        for layer in self.layers[start:stop]:
+            assert layer.run is not None, "a pool cannot be run as a block"
+            if self.checkpointed and torch.is_grad_enabled():
+                tokens = checkpoint(layer.run, tokens, self.mask, use_reentrant=False)
+            else:
+                tokens = layer.run(tokens, self.mask)
+        return tokens
+
+    def embed(self, tokens: Float[Tensor, "B N W"], start: int) -> Float[Tensor, "B D"]:
+        """Embeddings of a pass that is entered before layer `start`."""
+        return self._trace(self.run(tokens, start, len(self.layers) - 1)).embedding
+
+    def trace(self) -> Trace:
+        """The last layer of this pass."""
+        return self._trace(self.run(self.tokens, 0, len(self.layers) - 1))
+
+    def _trace(self, tokens: Tensor) -> Trace:
+        last, head = self.layers[-1], self.head
+
+        def attend(rows: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            return last.attend(rows, lambda y: query_rows(y, query))
+
+        def finish(x: Tensor, o: Tensor) -> Tensor:
+            return head(last.finish(x, o))
+
+        return trace_layer(
+            tokens,
+            self.query,
+            attend=attend,
+            finish=finish,
+            project=last.project,
+            heads=last.heads,
+            explained=self.explained,
+            grid=self.grid,
+            mask=self._query_mask(),
+            score=self.score,
+        )
+
+    def _query_mask(self) -> Float[Tensor, "B N"] | None:
+        if self.mask is None or self.query is None:
+            return None
+        if self.mask.ndim == 2:
+            return self.mask[self.query]
+        return self.mask[torch.arange(len(self.query), device=self.query.device), self.query]
+
+
+ONE_LAYER = "grad_eclip, raw_attention, grad_cam, maskclip, rise or integrated_gradients"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of a record; tensors stand in the graph of the embedding.
+
+    Attributes:
+        layer: How the layer comes apart.
+        x: Its input.
+        q: Queries of all rows, heads joined, positions applied.
+        k: Keys.
+        v: Values.
+        o: Attention outputs, before any norm or projection.
+        attention: Attention weights.
+    """
+
+    layer: Layer
+    x: Float[Tensor, "P N W"]
+    q: Float[Tensor, "P N C"]
+    k: Float[Tensor, "P N C"]
+    v: Float[Tensor, "P N C"]
+    o: Float[Tensor, "P N C"]
+    attention: Float[Tensor, "P A N N"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The last n layers of a pass, one row of inputs per target.
+
+    Attributes:
+        layers: First to last.
+        tokens: Behind the last layer.
+        opened: The pass that was recorded.
+        embedding: Of every row.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    tokens: Float[Tensor, "P N W"]
+    opened: Pass
+    embedding: Float[Tensor, "P D"]
+
+    @property
+    def explained(self) -> Bool[Tensor, "P N"]:
+        """Tokens that a map speaks of."""
+        return self.opened.explained
+
+    def of_query(self, rows: Float[Tensor, "P N K"]) -> Float[Tensor, "P K"]:
+        """The query's row of every sequence."""
+        return query_rows(rows, self.opened.query)
+
+    @property
+    def visible(self) -> Bool[Tensor, "P N"]:
+        """Tokens that the query may see."""
+        mask, query = self.opened.mask, self.opened.query
+        if mask is None or query is None:
+            return torch.ones_like(self.explained)
+        return query_rows(mask.expand(len(query), -1, -1), query) == 0
+
+
+def record_layers(
+    opened: Pass, owner: Int[Tensor, " P"], *, depth: int | None, heads: Heads
+) -> Record:
+    """Record the last layers, with one row of inputs per target.
+
+    The layers before run once per input, natively and without a graph; the graph begins at the
+    input of the first recorded layer.
+
+    Args:
+        opened: The pass of B inputs.
+        owner: Input of each target.
+        depth: Number of layers, at most; None for all.
+        heads: The model's own, or one over all channels (Grad-ECLIP, eq. 7): another pass.
+
+    Raises:
+        UnsupportedTowerError: The explained layer is a pool, so there are no layers to join.
+        ValueError: `depth` is below 1.
+    """
+    count = len(opened.layers)
+    if opened.is_pooled:
+        raise UnsupportedTowerError(
+            "this tower is pooled by attention, so methods over several layers, and those that "
+            f"follow its class token, have nothing to follow; choose {ONE_LAYER}"
+        )
+    if depth is not None and depth < 1:
+        raise ValueError(f"depth is {depth}; choose 1 to {count} layers, or null for all")
+    start = 0 if depth is None else max(0, count - depth)
+    with torch.no_grad():
+        before = opened.run(opened.tokens, 0, start)
+    rows = opened.rows(owner)
+    tokens = before[owner].float().detach().requires_grad_()
+    layers = []
+    for layer in opened.layers[start:]:
+        q, k, v = layer.attend(tokens, lambda y: y)
+        number = layer.heads if heads == "all" else 1
+        o, weights = attend(q, k, v, heads=number, mask=rows.mask)
+        layers.append(LayerRecord(layer, tokens, q, k, v, o, weights))
+        tokens = layer.finish(tokens, o)
+    return Record(tuple(layers), tokens, rows, opened.head(query_rows(tokens, rows.query)))

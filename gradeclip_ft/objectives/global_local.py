@@ -11,12 +11,12 @@ from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.base import Explainer, TraceExplainer, heat_from_trace
-from gradeclip_ft.losses.alignment import AlignmentOptions, AlignmentTerms, alignment_loss
-from gradeclip_ft.losses.contrastive import contrastive_loss
+from gradeclip_ft.losses import AlignmentOptions, AlignmentTerms, alignment_loss, contrastive_loss
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import EXPLAINED, UnsupportedTowerError
+from gradeclip_ft.models.tower import EXPLAINED
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.objectives.base import LossTerms
-from gradeclip_ft.ops.pooling import pool_heatmap
+from gradeclip_ft.ops.heatmap import pool_heatmap
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.losses.contrastive import contrastive_loss
+from gradeclip_ft.losses import contrastive_loss
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.base import LossTerms
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.ops import roi_align
+
+from gradeclip_ft.ops.similarity import unit
 
 
 def min_max(
@@ -42,3 +45,79 @@ def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tens
         heat.unsqueeze(1), size=list(size), mode="bilinear", align_corners=False
     )
     return enlarged.squeeze(1)
+
+
+def pool_heatmap(
+    dense: Float[Tensor, "B h w D"],
+    heat: Float[Tensor, "P h w"],
+    owner: Int[Tensor, " P"],
+    *,
+    normalize_tokens: bool = True,
+) -> Float[Tensor, "P D"]:
+    """Region embedding F_r = Σ_i H_i · F_d,i of each phrase (Grad-ECLIP, 5), not normalised.
+
+    A map of zeros gives a row of zeros.
+
+    Args:
+        dense: Value-path features F_d.
+        heat: Heat maps, non-negative; their scale cancels in a cosine.
+        owner: Image row of each phrase.
+        normalize_tokens: Bring every token of F_d to length 1 first, as CLIPSelf does.
+    """
+    tokens = _prepare(dense, normalize_tokens).flatten(1, 2)  # (B, n, D)
+    weights = heat.flatten(1).to(tokens.dtype)  # (P, n)
+    return torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1)
+
+
+def pool_boxes(
+    dense: Float[Tensor, "B h w D"],
+    boxes: Float[Tensor, "R 4"],
+    owner: Int[Tensor, " R"],
+    *,
+    normalize_tokens: bool = True,
+    sampling_ratio: int = -1,
+    aligned: bool = True,
+) -> Float[Tensor, "R D"]:
+    """Unit region features by RoIAlign, one cell per box (CLIPSelf's protocol).
+
+    Args:
+        dense: Value-path features.
+        boxes: xyxy in [0, 1] of the (padded) image.
+        owner: Image row of each box.
+        normalize_tokens: Bring every token to length 1 first.
+        sampling_ratio: Points per side of the box; -1 for as many as it has cells.
+        aligned: Shift boxes by half a cell, so that values lie at the centres of cells.
+    """
+    features = _prepare(dense, normalize_tokens).permute(0, 3, 1, 2)  # (B, D, h, w)
+    height, width = features.shape[2:]
+    scale = boxes.new_tensor([width, height, width, height])
+    rois = torch.cat([owner.to(boxes.dtype).unsqueeze(1), boxes * scale], dim=1).float()
+    pooled = roi_align(features, rois, (1, 1), 1.0, sampling_ratio=sampling_ratio, aligned=aligned)
+    return unit(pooled.flatten(1))
+
+
+def pool_masks(
+    dense: Float[Tensor, "B h w D"],
+    masks: Shaped[Tensor, "R h w"],
+    owner: Int[Tensor, " R"],
+    *,
+    normalize_tokens: bool = True,
+    eps: float = 1e-12,
+) -> Float[Tensor, "R D"]:
+    """Unit region features by the mean over masked tokens; an empty mask gives a row of zeros.
+
+    Args:
+        dense: Value-path features.
+        masks: 1 (or true) where the region is, on the patch grid.
+        owner: Image row of each mask.
+        normalize_tokens: Bring every token to length 1 first.
+        eps: Added to the number of cells.
+    """
+    tokens = _prepare(dense, normalize_tokens).flatten(1, 2)  # (B, n, D)
+    weights = masks.flatten(1).to(tokens.dtype)  # (R, n)
+    weights = weights / (weights.sum(1, keepdim=True) + eps)
+    return unit(torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1))
+
+
+def _prepare(dense: Tensor, normalize: bool) -> Tensor:
+    return unit(dense) if normalize else dense.float()

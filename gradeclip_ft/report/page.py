@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradeclip_ft.report import curves, figures
+from gradeclip_ft.report import figures
 from gradeclip_ft.report.content import Box, Case, Page, Words
 
 SMALL = 160  # images with a shorter long side are enlarged as visible pixels
@@ -34,16 +34,16 @@ def render(page: Page, path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plots = [curves.lay_out(chart, page.methods) for chart in page.charts]
+    plots = [figures.lay_out(chart, page.methods) for chart in page.charts]
     text = environment.get_template("page.html.j2").render(
         page=page,
         plots=[plot for plot in plots if plot is not None],
         size={
-            "width": curves.WIDTH,
-            "height": curves.HEIGHT,
-            "left": curves.LEFT,
-            "right": curves.RIGHT,
-            "bottom": curves.BOTTOM,
+            "width": figures.WIDTH,
+            "height": figures.HEIGHT,
+            "left": figures.LEFT,
+            "right": figures.RIGHT,
+            "bottom": figures.BOTTOM,
         },
         cases=[_shown(case, page.methods) for case in page.cases],
         has_boxes=any(boxes for case in page.cases for boxes in case.boxes),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
 
 from gradeclip_ft.results.collect import Entry
-from gradeclip_ft.results.record import Json, Result
+from gradeclip_ft.results.record import Json, Result, unit_of, write_atomically, written
 
 Row = dict[str, Json]
 
@@ -197,3 +203,263 @@ def _mean(table: Table, by: Sequence[str], members: Sequence[Row]) -> Row:
         row[metric + DEVIATION] = statistics.stdev(values) if len(values) > 1 else None
     row["differs"] = next((each["differs"] for each in members if each.get("differs")), None)
     return row
+
+
+STYLE = """
+body { font: 14px system-ui, sans-serif; margin: 2rem; color: #222; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }
+td.number { min-width: 7rem; }
+.bar { height: 6px; background: #e8e8e8; margin-top: 2px; }
+.bar i { display: block; height: 6px; background: #3465a4; }
+tr.differs { color: #777; } tr.differs .bar i { background: #b5b5b5; }
+"""
+
+
+def to_html(table: Table) -> str:
+    """The page; bars are shares of 100 %, rows that cannot be compared are grey."""
+    heads = "".join(f"<th>{escape(name)}</th>" for name in (*table.facts, *table.metrics))
+    rows = "".join(_row(table, row) for row in table.rows)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*table.notes, *table.sources))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>Results</title><style>{STYLE}</style></head><body>\n"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table>\n"
+        f"<ul>{notes}</ul>\n</body></html>\n"
+    )
+
+
+def _row(table: Table, row: Row) -> str:
+    facts = "".join(f"<td>{_bar_fact(row.get(name))}</td>" for name in table.facts)
+    numbers = "".join(_bar_number(row, metric) for metric in table.metrics)
+    kind = f' class="differs" title="{escape(str(row["differs"]))}"' if row.get("differs") else ""
+    return f"<tr{kind}>{facts}{numbers}</tr>\n"
+
+
+def _bar_number(row: Row, metric: str) -> str:
+    value, deviation = row.get(metric), row.get(metric + DEVIATION)
+    if not isinstance(value, float):
+        return "<td></td>"
+    spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    if unit_of(metric) != "%":
+        return f'<td class="number">{written(metric, value)}{spread}</td>'
+    width = f"{100 * min(max(value, 0.0), 1.0):.1f}"
+    bar = f'<div class="bar"><i style="width:{width}%"></i></div>'
+    return f'<td class="number">{written(metric, value)}{spread}{bar}</td>'
+
+
+def _bar_fact(value: Json) -> str:
+    return "" if value is None else escape(str(value))
+
+
+Format = Literal["text", "markdown", "csv", "html"]
+SHORT = (("image_retrieval_recall", "image R"), ("text_retrieval_recall", "text R"))
+
+
+def render(table: Table, style: Format) -> str:
+    """The table with its notes."""
+    if style == "csv":
+        return _to_csv(table)
+    if style == "html":
+        return to_html(table)
+    header = [*table.facts, *map(_short, table.metrics)]
+    marked = any(row.get("differs") for row in table.rows)
+    lines = [
+        [
+            *(_fact(row.get(name)) for name in table.facts),
+            *(_number(row, metric) for metric in table.metrics),
+            *((["≠"] if row.get("differs") else [""]) if marked else []),
+        ]
+        for row in table.rows
+    ]
+    cells = [header + ([""] if marked else []), *lines]
+    body = _markdown(cells) if style == "markdown" else _aligned(cells)
+    return "\n".join([*body, *(["", *table.notes] if table.notes else [])]) + "\n"
+
+
+def write_table(
+    path: Path, table: Table, shown: Table, *, command: str, notes: Sequence[str] = ()
+) -> list[Path]:
+    """Write `<path>.md` (the shown table, its command, notes) and `<path>.json` (all rows).
+
+    A path that ends in .csv or .html gets the shown table in that form alone.
+    """
+    if path.suffix in (".csv", ".html"):
+        write_atomically(path, render(shown, "csv" if path.suffix == ".csv" else "html"))
+        return [path]
+    text = "\n".join(
+        [
+            f"# {path.name}",
+            "",
+            "Made by",
+            "",
+            f"    {command}",
+            "",
+            _units(shown),
+            "",
+            render(shown, "markdown"),
+            *(f"- {line}" for line in (*table.sources, *notes)),
+        ]
+    )
+    written = [path.parent / f"{path.name}.md", path.parent / f"{path.name}.json"]
+    write_atomically(written[0], text.rstrip() + "\n")
+    rows = [{name: value for name, value in row.items() if name != "differs"} for row in table.rows]
+    write_atomically(written[1], json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return written
+
+
+def _units(table: Table) -> str:
+    units = {unit_of(metric) for metric in table.metrics}
+    if units == {"%"}:
+        return "Metrics in percent."
+    others = "seconds, and multiples of the time of encode_image"
+    return f"Metrics in {others}." if "%" not in units else f"Metrics in percent; {others}."
+
+
+def _number(row: Mapping[str, Json], metric: str) -> str:
+    value, deviation = row.get(metric), row.get(metric + DEVIATION)
+    if not isinstance(value, float):
+        return ""
+    spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    return written(metric, value) + spread
+
+
+def _fact(value: Json) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(metric: str) -> str:
+    for name, short in SHORT:
+        metric = metric.replace(name, short)
+    return metric
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+    return [lines[0], "|" + "--|" * len(cells[0]), *lines[1:]]
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _to_csv(table: Table) -> str:
+    deviations = [
+        m + DEVIATION for m in table.metrics if any(m + DEVIATION in r for r in table.rows)
+    ]
+    buffer = io.StringIO()
+    names = [*table.facts, *table.metrics, *deviations, "differs"]
+    writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
+    return buffer.getvalue()
+
+
+def by_method(table: Table, labels: Sequence[str] = ("run",)) -> Table:
+    """Rows are the first part of `method/measure`, columns `row/measure` of every row with values.
+
+    Args:
+        table: Rows of weights.
+        labels: Facts whose values name a row; of rows of one name each gets its step too.
+
+    Raises:
+        ValueError: No metric has two parts.
+    """
+    parts = [metric.rpartition("/") for metric in table.metrics]
+    methods = list(dict.fromkeys(method for method, _, _ in parts if method))
+    measures = list(dict.fromkeys(measure for method, _, measure in parts if method))
+    if not methods:
+        raise ValueError(f"no metric of a method among {', '.join(table.metrics)}")
+    shown = [
+        row for row in table.rows if any(row.get(metric) is not None for metric in table.metrics)
+    ]
+    names = _names(shown, labels)
+    columns = [
+        (f"{name}/{measure}", measure, row)
+        for measure in measures
+        for name, row in zip(names, shown, strict=True)
+    ]
+    rows: list[Row] = []
+    for method in methods:
+        line: Row = {"method": method}
+        for column, measure, row in columns:
+            for end in ("", DEVIATION):
+                if f"{method}/{measure}{end}" in row:
+                    line[column + end] = row[f"{method}/{measure}{end}"]
+        rows.append(line)
+    metrics = tuple(column for column, _, _ in columns)
+    return replace(table, facts=("method",), metrics=metrics, rows=tuple(rows))
+
+
+def _names(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    names = [
+        " ".join(str(row[label]) for label in labels if row.get(label) is not None) for row in rows
+    ]
+    return [
+        name if names.count(name) == 1 else f"{name} step {row.get('step')}"
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+PATH = Path(__file__).parents[1] / "assets" / "published.json"
+
+
+def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+    """Rows of the named tables, under the evaluator of `entries` that is nearest to each.
+
+    Raises:
+        ValueError: There is no such table.
+    """
+    tables = _tables()
+    unknown = [name for name in names if name not in tables]
+    if unknown:
+        raise ValueError(f"no published {', '.join(unknown)}; there are {', '.join(tables)}")
+    return [
+        _entry(name, tables[name], row, _nearest(name, tables[name], entries))
+        for name in names
+        for row in tables[name]["rows"]
+    ]
+
+
+def sources(names: Sequence[str]) -> list[str]:
+    """Where the numbers of the named tables come from, one line each."""
+    return [f"{name}: {_tables()[name]['source']}." for name in names]
+
+
+def _entry(name: str, table: Mapping[str, Any], row: Mapping[str, Any], evaluator: str) -> Entry:
+    result = Result(
+        evaluator=evaluator,
+        metrics=row["metrics"],
+        protocol={**table["protocol"], **row["protocol"]},
+        data={"counts": {"images": table["images"]}},
+        weights={"name": row["model"]},
+        versions={},
+    )
+    facts = {"map": row["map"], "published": row["row"]}
+    return Entry(name, 0, facts, {evaluator: result}, published=True)
+
+
+def _nearest(name: str, table: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    """The evaluator of the same task and metrics that differs in the fewest settings."""
+    wanted = table["protocol"]
+    metrics = set(table["rows"][0]["metrics"])
+    found: dict[str, int] = {}
+    for entry in entries:
+        for evaluator, result in entry.results.items():
+            same_task = result.protocol.get("task") == wanted["task"]
+            if same_task and metrics & set(result.metrics):
+                found[evaluator] = sum(result.protocol.get(k) != v for k, v in wanted.items())
+    return min(found, key=lambda evaluator: found[evaluator]) if found else name
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
+    return tables

@@ -20,8 +20,8 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from gradeclip_ft.results.masking import masked
 from gradeclip_ft.results.record import write_atomically
-from gradeclip_ft.results.secrets import masked
 
 JSONL = "metrics.jsonl"
 CSV = "metrics.csv"

@@ -17,11 +17,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from gradeclip_ft.training.callbacks import Record
+from gradeclip_ft.training.callbacks import Record, StopOnNonFinite, StopOnSignal, progress
 from gradeclip_ft.training.checkpoints import Checkpoints, OnSaveError
-from gradeclip_ft.training.guard import StopOnNonFinite
-from gradeclip_ft.training.progress import progress
-from gradeclip_ft.training.signals import StopOnSignal
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import ConfigurationError, compose
+from gradeclip_ft.commands.config import ConfigurationError, check, compose
 
 
 def complaint(*overrides: str, command: str = "train") -> str:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from gradeclip_ft.commands.plain_types import choices, fits
-from gradeclip_ft.commands.signatures import UnknownTargetError, docstring, signature
+from gradeclip_ft.commands.config import UnknownTargetError, choices, docstring, fits, signature
 
 CONF = Path(__file__).parents[2] / "conf"
-MODULE = "gradeclip_ft.losses.alignment"
+MODULE = "gradeclip_ft.losses"
 
 
 def targets(node: Any) -> set[str]:
@@ -45,8 +44,8 @@ def test_the_source_text_gives_the_arguments_that_python_sees(target: str) -> No
         ("torch.optim.AdamW", "not in gradeclip_ft"),
         ("os.system", "not in gradeclip_ft"),
         ("gradeclip_ft.nowhere.Thing", "no such module"),
-        ("gradeclip_ft.losses.alignment.Alignment", "AlignmentOptions"),
-        ("gradeclip_ft.losses.alignment", "no class or function|no such module"),
+        ("gradeclip_ft.losses.Alignment", "AlignmentOptions"),
+        ("gradeclip_ft.losses", "no class or function|no such module"),
     ],
 )
 def test_an_unknown_target_is_named(target: str, message: str) -> None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import Command, run
-from gradeclip_ft.commands.failures import is_meant, perform
+from gradeclip_ft.commands.config import is_meant, perform
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from gradeclip_ft.commands.compose import ConfigurationError
-from gradeclip_ft.commands.plain import call, usage
+from gradeclip_ft.commands.cli import call, usage
+from gradeclip_ft.commands.config import ConfigurationError
 
 
 def example(

@@ -7,8 +7,7 @@ import pytest
 from omegaconf import DictConfig
 
 from gradeclip_ft.__main__ import COMMANDS
-from gradeclip_ft.commands.cli import Command, run
-from gradeclip_ft.commands.sweep import jobs
+from gradeclip_ft.commands.cli import Command, jobs, run
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradeclip_ft.commands.compose import ConfigurationError
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import ConfigurationError
 from gradeclip_ft.commands.data import data
-from gradeclip_ft.commands.plain import call
-from gradeclip_ft.data.inspect import image_key
+from gradeclip_ft.data.check import image_key
 
 NAMES = ("000000000285.jpg", "000000000632.jpg")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.commands.compose import ConfigurationError
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import ConfigurationError
 from gradeclip_ft.commands.data import SUBCOMMANDS, data
-from gradeclip_ft.commands.plain import call
 from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
 
 
 def run(*arguments: object) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from gradeclip_ft.commands import doctor as module
 from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.config import compose
 from gradeclip_ft.data.shapes import make_shapes
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.config import compose
 from gradeclip_ft.commands.evaluate import evaluate
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 SMALL = [
     f"{sign}evaluator.{name}.data.make.{key}={value}"

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from gradeclip_ft.__main__ import COMMANDS
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import ConfigurationError, compose, options
+from gradeclip_ft.commands.config import ConfigurationError, check, compose, options
 from gradeclip_ft.commands.explain import explain
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.results.record import Result
 
 MODEL = {
-    "_target_": "gradeclip_ft.models.factory.load_clip",
+    "_target_": "gradeclip_ft.models.load.load_clip",
     "name": "shapes_tiny",
     "weights": None,
     "image_size": None,
@@ -129,6 +129,6 @@ def test_an_export_that_cannot_be_says_why_and_leaves_nothing(
 def test_the_table_of_targets_is_the_one_of_the_writer() -> None:
     """The command refuses a target before torch is imported."""
     from gradeclip_ft.commands import export as command
-    from gradeclip_ft.export import write
+    from gradeclip_ft.export import export
 
-    assert tuple(write.TARGETS) == command.TARGETS
+    assert tuple(export.TARGETS) == command.TARGETS

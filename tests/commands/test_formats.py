@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.config import compose
 from gradeclip_ft.commands.evaluate import evaluate
 from gradeclip_ft.commands.export import export
 from gradeclip_ft.commands.train import train

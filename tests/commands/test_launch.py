@@ -5,10 +5,14 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from gradeclip_ft.commands import launch
-from gradeclip_ft.commands.compose import ConfigurationError, compose
-from gradeclip_ft.commands.launch import lost_contact, process_rank, require_as_started
-from gradeclip_ft.commands.sweep import refuse_shared_process
+from gradeclip_ft.commands import cli
+from gradeclip_ft.commands.cli import (
+    lost_contact,
+    process_rank,
+    refuse_shared_process,
+    require_as_started,
+)
+from gradeclip_ft.commands.config import ConfigurationError, compose
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "b16"}
@@ -116,12 +120,12 @@ def test_only_other_ranks_watch_their_parent(environment, monkeypatch: pytest.Mo
     """
     environment({})
     for inherited in ("", str(os.getppid())):
-        monkeypatch.setenv(launch.PARENT, inherited)
-        assert not launch.started_by_us()
-        launch.stay_with_parent()
-        assert os.environ[launch.PARENT] == str(os.getpid())
+        monkeypatch.setenv(cli.PARENT, inherited)
+        assert not cli.started_by_us()
+        cli.stay_with_parent()
+        assert os.environ[cli.PARENT] == str(os.getpid())
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launch.started_by_us()
+    assert cli.started_by_us()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launch.started_by_us()
+    assert not cli.started_by_us()

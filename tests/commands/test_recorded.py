@@ -10,9 +10,7 @@ from omegaconf import OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import make
-from gradeclip_ft.commands.failures import perform
-from gradeclip_ft.commands.recorded import recorded
-from gradeclip_ft.commands.signatures import UnknownTargetError
+from gradeclip_ft.commands.config import UnknownTargetError, perform, recorded
 
 SECRET = "correct-horse-battery"
 
@@ -74,10 +72,10 @@ def test_no_file_of_a_run_holds_a_secret(
 HOSTILE = [
     {"_target_": "os.system", "command": "touch hacked"},
     {"_target_": "gradeclip_ft.results.record.write_atomically", "path": "hacked", "text": ""},
-    {"_target_": "gradeclip_ft.commands.failures.perform", "command": print, "full": True},
+    {"_target_": "gradeclip_ft.commands.config.perform", "command": print, "full": True},
     {"_target_": "gradeclip_ft.commands.train.os.system", "command": "touch hacked"},
-    {"_target_": "gradeclip_ft.data.shards._sample", "file": 1, "key": "a"},
-    {"_target_": "gradeclip_ft.models.checkpoint.torch.load", "f": "x"},
+    {"_target_": "gradeclip_ft.data.make_shards._sample", "file": 1, "key": "a"},
+    {"_target_": "gradeclip_ft.models.weights.torch.load", "f": "x"},
     {"_target_": "builtins.eval", "_args_": ["open('hacked', 'w')"]},
 ]
 
@@ -89,7 +87,7 @@ def test_the_record_of_a_run_builds_nothing_foreign(
 ) -> None:
     """`run=` and `report` build what somebody's config.yaml says."""
     monkeypatch.chdir(tmp_path)
-    good = {"_target_": "gradeclip_ft.losses.alignment.AlignmentOptions"}
+    good = {"_target_": "gradeclip_ft.losses.AlignmentOptions"}
     plain = {key: value for key, value in node.items() if not callable(value)}
     whole = {
         "itself": plain,

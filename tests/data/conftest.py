@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
-from gradeclip_ft.text import taggers
+from gradeclip_ft.text import phrases
 
 Files = Mapping[str, bytes]
 WriteShard = Callable[[Path, Sequence[Files]], Path]
@@ -115,6 +115,6 @@ def nltk_data(
     shutil.copytree(shared_dir / "data/nltk_data", folder, copy_function=shutil.copyfile)
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    taggers.load_tagger.cache_clear()
+    phrases.load_tagger.cache_clear()
     monkeypatch.setattr(nltk.data, "path", [str(folder)])
     return folder

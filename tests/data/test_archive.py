@@ -10,10 +10,9 @@ from typing import Literal
 
 import pytest
 
-from gradeclip_ft.data import archive as archives
-from gradeclip_ft.data.archive import CutOffError, NoArchiveError, entries
-from gradeclip_ft.data.sizes import sample_keys
-from gradeclip_ft.data.stream import Skips, read_shard
+from gradeclip_ft.data import shards as archives
+from gradeclip_ft.data.captions import sample_keys
+from gradeclip_ft.data.shards import CutOffError, NoArchiveError, Skips, entries, read_shard
 
 Files = Callable[..., dict[str, bytes]]
 Write = Callable[..., Path]

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.data import caption_batches
 from gradeclip_ft.data.captions import CaptionShards
-from gradeclip_ft.data.stream import stable_hash
-from gradeclip_ft.text import taggers
+from gradeclip_ft.data.shards import stable_hash
+from gradeclip_ft.text import phrases
 
 Make = Callable[..., list[Path]]
 Write = Callable[..., Path]
@@ -320,7 +319,7 @@ def test_no_tagger_is_needed_without_phrases(
 def real(shared_dir: Path, nltk_data: Path, source: Source) -> Iterator[Callable[..., Any]]:
     """The shared photos with NLTK's tagger."""
     yield lambda **options: source(str(shared_dir / "data/flickr_photos"), tagger="nltk", **options)
-    taggers.load_tagger.cache_clear()
+    phrases.load_tagger.cache_clear()
 
 
 def test_real_photos_come_once_with_phrases(real: Callable[..., CaptionShards]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.data.letterbox import (
+from gradeclip_ft.data.regions import (
     letterbox_boxes,
     letterbox_image,
     letterbox_masks,

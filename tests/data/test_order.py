@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gradeclip_ft.data import order
-from gradeclip_ft.data.order import Place, once, resampled, slice_of
-from gradeclip_ft.data.stream import Skips
+from gradeclip_ft.data.order import Place, each_sample_once, resampled, slice_of
+from gradeclip_ft.data.shards import Skips
 
 Make = Callable[..., list[Path]]
 
@@ -54,7 +54,7 @@ def test_every_sample_comes_once_per_epoch(tmp_path: Path, make_shards: Make) ->
         for rank, worker in itertools.product(range(2), range(2)):
             where = place(rank, worker, workers=2, world=2, epoch=epoch)
             part = slice_of(where, 4, 3)
-            stream = once(urls, sizes, part, where, shuffle=5, skips=Skips())
+            stream = each_sample_once(urls, sizes, part, where, shuffle=5, skips=Skips())
             seen += names(itertools.islice(stream, part.size))
         assert sorted(seen) == [f"{number:09d}" for number in range(24)]
         orders.append(seen)
@@ -66,7 +66,7 @@ def test_without_shuffling_samples_come_in_the_order_of_the_shards(
 ) -> None:
     urls = [str(path) for path in make_shards(tmp_path, sizes=[3, 3])]
     part = slice_of(place(), 3, 2)
-    stream = once(urls, [3, 3], part, place(), shuffle=0, skips=Skips())
+    stream = each_sample_once(urls, [3, 3], part, place(), shuffle=0, skips=Skips())
     assert names(itertools.islice(stream, 6)) == [f"{number:09d}" for number in range(6)]
 
 
@@ -75,7 +75,9 @@ def test_a_short_slice_is_repeated_only_when_it_is_used_up(
 ) -> None:
     """A shuffle buffer that runs over the end of a pass would bring some samples twice early."""
     urls = [str(path) for path in make_shards(tmp_path, sizes=[6])]
-    stream = once(urls, [8], slice_of(place(), 2, 4), place(), shuffle=100, skips=Skips())
+    stream = each_sample_once(
+        urls, [8], slice_of(place(), 2, 4), place(), shuffle=100, skips=Skips()
+    )
     seen = names(itertools.islice(stream, 12))
     assert sorted(seen[:6]) == sorted(seen[6:]) == [f"{number:09d}" for number in range(6)]
     assert seen[:6] != seen[6:]
@@ -111,6 +113,8 @@ def test_only_broken_shards_end_with_an_error(tmp_path: Path) -> None:
     urls = [str(tmp_path / f"none-{n}.tar") for n in range(5)]
     with pytest.raises(RuntimeError, match=r"5 shards in a row .*unreadable_shard .*data verify"):
         next(resampled(urls, place(), shuffle=10, skips=Skips()))
-    stream = once(urls, [4] * 5, slice_of(place(), 2, 2), place(), shuffle=0, skips=Skips())
+    stream = each_sample_once(
+        urls, [4] * 5, slice_of(place(), 2, 2), place(), shuffle=0, skips=Skips()
+    )
     with pytest.raises(RuntimeError, match="held no sample"):
         next(stream)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gradeclip_ft.data.captions import CaptionShards
-from gradeclip_ft.data.rewrite import add_phrases, split_shards
-from gradeclip_ft.data.stream import Skips, read_shard
-from gradeclip_ft.data.verify import Report, has_white_bars, verify_shard
-from gradeclip_ft.text.taggers import load_tagger
+from gradeclip_ft.data.check import Report, has_white_bars, verify_shard
+from gradeclip_ft.data.make_shards import add_phrases, split_shards
+from gradeclip_ft.data.shards import Skips, read_shard
+from gradeclip_ft.text.phrases import load_tagger
 
 Make = Callable[..., list[Path]]
 Write = Callable[..., Path]

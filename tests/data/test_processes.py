@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from gradeclip_ft.data import processes
-from gradeclip_ft.ops.stop_signals import SIGNALS, heed_parent_alone
+from gradeclip_ft.data import captions
+from gradeclip_ft.ops.distributed import SIGNALS, heed_parent_alone
 
 
 class Numbers(Dataset[int]):
@@ -34,7 +34,7 @@ def test_workers_start_also_below_joblib(foreign: bool, monkeypatch: pytest.Monk
 
     if foreign:
         monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "loky")
-    loader = processes.once(Numbers(), torch.tensor, batch_size=2, workers=2)
+    loader = captions.evaluation_loader(Numbers(), torch.tensor, batch_size=2, workers=2)
     context = loader.multiprocessing_context
     assert (context is not None) == foreign
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
@@ -51,7 +51,7 @@ class Signalled(Numbers):
 
 def test_workers_go_on_when_a_scheduler_signals_every_process() -> None:
     """Would catch a job that ends with 1 instead of 143, and is not requeued."""
-    loader = processes.once(Signalled(), torch.tensor, batch_size=2, workers=2)
+    loader = captions.evaluation_loader(Signalled(), torch.tensor, batch_size=2, workers=2)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from gradeclip_ft.data.pairs import CaptionFile
-from gradeclip_ft.data.region_images import RegionImages
-from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.data.regions import CocoRegions, RegionImages
 
 PIXELS = {"image_size": 64, "patch": 8, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.data.remote import Patience, open_shard
-from gradeclip_ft.data.stream import Skips, expand_shards, read_shard
+from gradeclip_ft.data.shards import Patience, Skips, expand_shards, open_shard, read_shard
 
 QUICK = Patience(seconds=0.3, attempts=3, pause=0.01)
 CONTENT = bytes(range(256)) * 20_000  # 5 MB: more than one buffer

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from gradeclip_ft.data.samples import captions_of, read_caption, read_image, read_record
-from gradeclip_ft.data.stream import BadSampleError
+from gradeclip_ft.data.shards import BadSampleError
 
 
 def cause(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:

@@ -14,11 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from gradeclip_ft.data.shapes import make_sample
-from gradeclip_ft.data.shapes_captions import PROMPT, vocabulary
-from gradeclip_ft.data.shapes_draw import boxes_of
-from gradeclip_ft.data.shapes_scene import HELD_OUT, thing_names
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.data.shapes import PROMPT, make_sample, vocabulary
+from gradeclip_ft.data.shapes_scenes import HELD_OUT, boxes_of, thing_names
+from gradeclip_ft.models.load import load_clip
 
 SCENES = 200
 

@@ -14,9 +14,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from gradeclip_ft.data import shapes
-from gradeclip_ft.data.coco_write import Picture, write_coco
+from gradeclip_ft.data.coco import DrawnScene, write_coco
 from gradeclip_ft.data.shapes import make_sample, make_shapes, shard_ranges
-from gradeclip_ft.data.shapes_scene import stuff_names, thing_names
+from gradeclip_ft.data.shapes_scenes import stuff_names, thing_names
 
 TRAIN, VAL = 60, 30
 
@@ -197,7 +197,7 @@ def test_panoptic_colours_are_the_ids_of_the_segments(world):
 def test_panoptic_ids_beyond_two_bytes_survive(tmp_path):
     """Image 70's ids are above 65,535: the blue channel carries them."""
     owner = np.array([[0, 1], [1, 1]], np.uint8)
-    picture = Picture(70, "a.jpg", ("one",), owner, (1, 0))
+    picture = DrawnScene(70, "a.jpg", ("one",), owner, (1, 0))
     write_coco(tmp_path, "x", [picture], things=["thing"], stuff=["stuff"])
     pixels = np.asarray(Image.open(tmp_path / "panoptic_x" / "a.png")).astype(int)
     assert (pixels @ [1, 256, 65536]).tolist() == [[70001, 70002], [70002, 70002]]
@@ -205,6 +205,6 @@ def test_panoptic_ids_beyond_two_bytes_survive(tmp_path):
 
 def test_a_segment_without_pixels_is_refused(tmp_path):
     """A segment that nobody sees has no box; the message says which."""
-    picture = Picture(1, "a.jpg", (), np.zeros((2, 2), np.uint8), (1, 0))
+    picture = DrawnScene(1, "a.jpg", (), np.zeros((2, 2), np.uint8), (1, 0))
     with pytest.raises(ValueError, match=re.escape("segment 1 of a.jpg has no pixel")):
         write_coco(tmp_path, "x", [picture], things=["thing"], stuff=["stuff"])

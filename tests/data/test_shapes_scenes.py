@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradeclip_ft.data.shapes import make_sample
-from gradeclip_ft.data.shapes_captions import PROMPT, SIZES, vocabulary
-from gradeclip_ft.data.shapes_draw import boxes_of, draw_scene
-from gradeclip_ft.data.shapes_scene import (
+from gradeclip_ft.data.shapes import PROMPT, SIZES, make_sample, vocabulary
+from gradeclip_ft.data.shapes_scenes import (
     COLOURS,
     HELD_OUT,
     SHAPES,
@@ -18,6 +16,8 @@ from gradeclip_ft.data.shapes_scene import (
     Background,
     Scene,
     Thing,
+    boxes_of,
+    draw_scene,
     thing_names,
 )
 

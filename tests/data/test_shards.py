@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gradeclip_ft.data import shards
-from gradeclip_ft.data.captioned_files import coco_files, table_files
-from gradeclip_ft.data.shards import CaptionedFile, new_folder, ranges, write_shards
-from gradeclip_ft.data.sizes import sample_counts
-from gradeclip_ft.data.stream import RawSample, Skips, expand_shards, read_shard
+from gradeclip_ft.data.captions import sample_counts
+from gradeclip_ft.data.make_shards import CaptionedFile, new_folder, ranges, write_shards
+from gradeclip_ft.data.pairs import coco_files, table_files
+from gradeclip_ft.data.shards import RawSample, Skips, expand_shards, read_shard
 
 
 def read_all(folder: Path) -> list[RawSample]:

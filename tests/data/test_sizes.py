@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.data.sizes import fingerprint, sample_counts, sample_keys
-from gradeclip_ft.data.stream import Skips, read_shard
+from gradeclip_ft.data.captions import fingerprint, sample_counts, sample_keys
+from gradeclip_ft.data.shards import Skips, read_shard
 
 Make = Callable[..., list[Path]]
 Write = Callable[..., Path]

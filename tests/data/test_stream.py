@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.data.stream import (
+from gradeclip_ft.data.shards import (
     Part,
     Skips,
     TooManyDroppedError,

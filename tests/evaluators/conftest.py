@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradeclip_ft.models.architecture import Architecture
-from gradeclip_ft.models.clip import Clip, LoadedClip
+from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.transform import Preprocessing
 
 THINGS = tuple(f"thing {n}" for n in range(12))
 STUFF = tuple(f"stuff {n}" for n in range(5))

@@ -7,8 +7,7 @@ from omegaconf import OmegaConf
 
 from gradeclip_ft.__main__ import EXPLAINERS
 from gradeclip_ft.commands.build import build_evaluators
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import compose, options
+from gradeclip_ft.commands.config import check, compose, options
 
 SHAPES = ("shapes_regions", "shapes_retrieval")
 MAPS = ("shapes_pointing", "coco_pointing", "timing")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.regions import CocoRegions
-from gradeclip_ft.evaluators.localisation import LocalisationEvaluator, phrases_of
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.evaluators.maps import LocalisationEvaluator, phrases_of
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.evaluators.conftest import NAMES, Load, World, modes
 
 PROMPT = "a photo of the {}"

@@ -7,10 +7,10 @@ import pytest
 
 from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.evaluators.pairs import RetrievalEvaluator
 from gradeclip_ft.evaluators.regions import RegionEvaluator
-from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 PLAIN = ["a photo of the {}."]  # ViLD's 63 would take a minute on a CPU
 

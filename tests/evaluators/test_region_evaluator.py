@@ -11,7 +11,7 @@ import torch
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.evaluators.regions import RegionEvaluator
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.ops.pooling import pool_boxes, pool_masks
+from gradeclip_ft.ops.heatmap import pool_boxes, pool_masks
 
 Load = Callable[..., LoadedClip]
 PROMPT = ["a photo of the {}."]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradeclip_ft.data.pairs import CaptionFile
-from gradeclip_ft.evaluators.retrieval import RetrievalEvaluator
+from gradeclip_ft.evaluators.pairs import RetrievalEvaluator
 from gradeclip_ft.models.clip import LoadedClip
 
 Load = Callable[..., LoadedClip]

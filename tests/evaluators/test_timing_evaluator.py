@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradeclip_ft.evaluators.timing import TimingEvaluator
+from gradeclip_ft.evaluators.maps import TimingEvaluator
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.rollout import Rollout
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.evaluators.conftest import Load
 
 CALLS: list[float] = []
@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
     looks = itertools.count()
     monkeypatch.setattr(
-        "gradeclip_ft.evaluators.timing.time.perf_counter",
+        "gradeclip_ft.evaluators.maps.time.perf_counter",
         lambda: TICK * next(looks) + sum(CALLS),
     )
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gradeclip_ft.data.caption_choices import CaptionChoices
-from gradeclip_ft.data.labelled_images import ClassFolders, ClassShards
-from gradeclip_ft.evaluators.choice import ChoiceEvaluator
+from gradeclip_ft.data.labelled import ClassFolders, ClassShards
+from gradeclip_ft.data.pairs import CaptionChoices
+from gradeclip_ft.evaluators.pairs import ChoiceEvaluator
 from gradeclip_ft.evaluators.zero_shot import ZeroShotEvaluator
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.imagenet import imagenet_names, imagenet_templates
+from gradeclip_ft.models.other.classifier import imagenet_names, imagenet_templates
 from tests.evaluators.conftest import colour_of
 
 Load = Callable[..., LoadedClip]

@@ -13,7 +13,7 @@ from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib, information
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.similarity import cosine
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 
@@ -195,8 +195,8 @@ def test_information_of_what_passes_whole_is_large_and_finite() -> None:
 
 
 def test_methods_on_pixels_need_a_patch_size() -> None:
-    from gradeclip_ft.models.tower import UnsupportedTowerError
-    from gradeclip_ft.models.towers.opaque import OpaqueImageTower
+    from gradeclip_ft.models.tower import OpaqueImageTower
+    from gradeclip_ft.models.trace import UnsupportedTowerError
 
     clip = make_tiny_clip("vit")
     clip.image = OpaqueImageTower(clip.model.visual, "image tower averages its tokens")

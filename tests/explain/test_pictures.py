@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 
 from gradeclip_ft.explain.base import explain_image, explain_text
+from gradeclip_ft.explain.driver import explain_pictures
 from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.grad_eclip_deep import GradEclipDeep
 from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib
-from gradeclip_ft.explain.pictures import explain_pictures
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.explain.rollout import Rollout
+from gradeclip_ft.images import open_picture
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.picture import open_picture
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 

@@ -15,7 +15,7 @@ from gradeclip_ft.explain.itsm import Itsm
 from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.explain.oracle import Seen, written_out, zero_one
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from gradeclip_ft.explain.base import explain_text
+from gradeclip_ft.explain.driver import explain_sentences, merge_pieces
 from gradeclip_ft.explain.grad_eclip_deep import GradEclipDeep
 from gradeclip_ft.explain.raw_attention import RawAttention
-from gradeclip_ft.explain.sentences import explain_sentences, merge_pieces
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.words import Word
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.tokenizer import Tokenizer, Word
 
 METHODS = {"grad_eclip": GradEclipDeep(8, relu_at="sum", minmax_over="visible")}
 

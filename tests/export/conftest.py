@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from tests.export.small import ARCHITECTURES, TEXT
 
 

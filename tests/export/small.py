@@ -6,7 +6,7 @@ from typing import Any
 from timm.models import register_model
 from timm.models.eva import Eva
 
-from gradeclip_ft.export.origin import Origin
+from gradeclip_ft.export.card import Origin
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from gradeclip_ft.export.licences import licence_of
-from gradeclip_ft.export.origin import Origin, Scores, as_strings, facts, scores_of
-from gradeclip_ft.export.write import write_export
+from gradeclip_ft.export.card import Origin, Scores, as_strings, facts, licence_of, scores_of
+from gradeclip_ft.export.export import write_export
 from gradeclip_ft.results.record import Result
 
 RESULT = Result(

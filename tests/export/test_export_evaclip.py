@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from gradeclip_ft.export.class_embed import COCO
-from gradeclip_ft.export.staging import save_state
+from gradeclip_ft.export.evaclip import COCO
+from gradeclip_ft.export.export import write_export
+from gradeclip_ft.export.job import save_state
 from gradeclip_ft.export.verify import ExportError
-from gradeclip_ft.export.write import write_export
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.evaclip import to_evaclip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.names import to_evaclip
 from gradeclip_ft.text.prompts import VILD, fill
 from tests.export.small import ORIGIN, names_in
 
@@ -125,7 +125,7 @@ def test_a_plain_vit_is_told_where_to_go(vit, tmp_path) -> None:
 @pytest.mark.slow
 def test_the_full_size_model_goes_through(tmp_path, monkeypatch) -> None:
     """EVA02-B-16 with random weights; one template of 63, which spares two minutes."""
-    monkeypatch.setattr("gradeclip_ft.export.class_embed.VILD", VILD[:1])
+    monkeypatch.setattr("gradeclip_ft.export.evaclip.VILD", VILD[:1])
     loaded = load_clip("EVA02-B-16", "random")
     written = write_export(loaded, "evaclip", tmp_path / "out", ORIGIN)
     assert "410 tensors, 260 of them visual" in written.checks[0]

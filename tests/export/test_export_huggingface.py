@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.export.staging import save_state
+from gradeclip_ft.export.export import write_export
+from gradeclip_ft.export.job import save_state
 from gradeclip_ft.export.verify import ExportError, Inputs, largest_difference, pictures
-from gradeclip_ft.export.write import write_export
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from tests.export.small import ORIGIN, names_in
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gradeclip_ft.export.staging import NOTE, save_state
+from gradeclip_ft.export.export import write_export
+from gradeclip_ft.export.job import NOTE, save_state
 from gradeclip_ft.export.verify import (
     HALF_TOLERANCE,
     ExportError,
@@ -18,9 +19,7 @@ from gradeclip_ft.export.verify import (
     largest_difference,
     pictures,
 )
-from gradeclip_ft.export.write import write_export
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.openclip import open_folder
+from gradeclip_ft.models.load import load_clip, open_folder
 from tests.export.small import ORIGIN, names_in
 
 

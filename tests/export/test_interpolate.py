@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradeclip_ft.export.interpolate import mix
+from gradeclip_ft.export.export import mix
 
 START = {
     "weight": torch.tensor([0.0, 4.0]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.models.eva import checkpoint_filter_fn
 
-from gradeclip_ft.models.evaclip import from_evaclip, is_evaclip, to_evaclip
+from gradeclip_ft.models.names import from_evaclip, is_evaclip, to_evaclip
 
 SMALL = ["tiny-test-eva02", "tiny-test-eva01"]
 # Tensors of the published files, counted in them: all, and those of the image tower.

@@ -6,8 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from gradeclip_ft.models.huggingface import from_huggingface, to_huggingface
-from gradeclip_ft.models.huggingface_config import clip_config, misfit
+from gradeclip_ft.models.names import clip_config, from_huggingface, misfit, to_huggingface
 
 transformers = pytest.importorskip("transformers")
 PLAIN = ["tiny-test-export", "tiny-test-nested"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.export.staging import NOTE, files_of, staged, write_json
+from gradeclip_ft.export.job import NOTE, files_of, staged, write_json
 from tests.export.small import names_in
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradeclip_ft.losses.alignment import AlignmentOptions, alignment_loss
+from gradeclip_ft.losses import AlignmentOptions, alignment_loss
 
 SCALE = torch.tensor(20.0)
 

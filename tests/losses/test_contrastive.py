@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradeclip_ft.losses.contrastive import contrastive_loss
+from gradeclip_ft.losses import contrastive_loss
 
 
 def test_global_loss_is_the_symmetric_cross_entropy_of_eq_21() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradeclip_ft.metrics.accuracy import ClassMeanAccuracy, class_mean, label_ranks, label_ties
+from gradeclip_ft.metrics import ClassMeanAccuracy, class_mean, label_ranks, label_ties
 
 
 def naive(scores: Tensor, labels: Tensor, k: int) -> float:

@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from gradeclip_ft.metrics.localisation import (
-    chance,
-    energy_pointing_game,
-    is_constant,
-    pointing_game,
-)
+from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
 
 # The object is the upper left pixel and its right neighbour.
 MASK = torch.tensor([[[True, True, False], [False, False, False]]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalRecall
 
-from gradeclip_ft.metrics.retrieval import first_hits, recall, search
+from gradeclip_ft.metrics import first_hits, recall, search
 
 
 def test_hand_matrix_with_uneven_captions() -> None:

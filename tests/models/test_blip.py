@@ -14,10 +14,9 @@ from torch import nn
 from gradeclip_ft.explain.base import explain_image, explain_text
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.maskclip import MaskClip
-from gradeclip_ft.models.blip import Blip
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.structure import image_sentence, text_sentence
+from gradeclip_ft.models.clip import LoadedClip, image_sentence, text_sentence
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.other.blip import Blip
 from tests.tiny_foreign import library_embedding, make_tiny_blip, save_tiny_blip
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

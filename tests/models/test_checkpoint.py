@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradeclip_ft.models.checkpoint import load_state, read_state
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.weights import load_state, read_state
 
 
 def state_of(clip: Clip) -> dict[str, torch.Tensor]:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gradeclip_ft.models.class_embeddings import class_embeddings
-from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.clip import Clip, class_embeddings
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 
 WORDS = ("this", "is", "a", "an", "photo", "of", "the", "cat", "orange", "or", "dog", "itap", "my")

@@ -11,8 +11,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from gradeclip_ft.models.classifier import Classifier, LoadedClassifier, load_classifier
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.other.classifier import Classifier, LoadedClassifier, load_classifier
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.tiny_foreign import CLASSIFIERS, make_tiny_classifier, shake
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

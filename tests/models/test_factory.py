@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.models.factory import load_clip
-from gradeclip_ft.models.transform import ImageTransform, Preprocessing
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
+from gradeclip_ft.models.load import load_clip
 
 
 def test_the_packaged_clip_loads_and_matches_its_texts() -> None:

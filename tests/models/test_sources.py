@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradeclip_ft.models.architecture import find_architecture
-from gradeclip_ft.models.checkpoint import read_state
-from gradeclip_ft.models.evaclip import to_evaclip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.names import to_evaclip
+from gradeclip_ft.models.weights import read_state
 from tests.tiny import DIM, TEXT, VISION, make_tiny_clip
 
 TINY = {
@@ -197,7 +197,7 @@ def test_flat_names_and_settings_of_openai_are_read(tmp_path: Path) -> None:
     state = {key.removeprefix("text."): value for key, value in clip.model.state_dict().items()} | {
         name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")
     }
-    from gradeclip_ft.models.checkpoint import load_state
+    from gradeclip_ft.models.weights import load_state
 
     other = make_tiny_clip("eva02", seed=5)
     load_state(other.model, state, "openai.pt")
@@ -222,14 +222,14 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_architecture_is_told_by_its_shapes() -> None:
     state = find_architecture("ViT-B-32").build().state_dict()
-    from gradeclip_ft.models.checkpoint import load_state
+    from gradeclip_ft.models.weights import load_state
 
     with pytest.raises(ValueError, match=r"by its shapes it is ViT-B-32"):
         load_state(make_tiny_clip("vit").model, state, "file.pt")
 
 
 def test_diverged_weights_are_told_from_another_architecture() -> None:
-    from gradeclip_ft.models.checkpoint import load_state
+    from gradeclip_ft.models.weights import load_state
 
     clip = make_tiny_clip("vit")
     state = {key: value.clone() for key, value in clip.model.state_dict().items()}
@@ -285,7 +285,7 @@ def test_a_hub_repository_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_pixels_follow_the_published_weights_of_a_name() -> None:
     """SigLIP's are squashed to -1..1; a fine-tuned file of it must not get CLIP's statistics."""
-    from gradeclip_ft.models.factory import _published_preprocess
+    from gradeclip_ft.models.load import _published_preprocess
 
     assert _published_preprocess("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
     assert _published_preprocess("ViT-B-16-SigLIP")["resize_mode"] == "squash"

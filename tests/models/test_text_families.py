@@ -8,7 +8,7 @@ from torch import nn
 
 from gradeclip_ft.explain.grad_eclip import channel_weight
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.tiny import make_tiny_text, recorded_attention
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -12,8 +12,8 @@ from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip, channel_weight
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.towers.select import image_tower
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.tiny import images, make_tiny_clip, recorded_attention, timm_vit
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # sums in another order, in fp32

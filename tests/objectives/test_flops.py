@@ -12,13 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.data.caption_batches import Sample, collate
+from gradeclip_ft.data.captions import Sample, collate
 from gradeclip_ft.explain.base import explain_image, heat_from_trace
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip, LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
-from gradeclip_ft.ops.pooling import pool_heatmap
+from gradeclip_ft.ops.heatmap import pool_heatmap
 
 PAIRS = {
     "A man riding a brown horse on a sandy beach.": ["man", "brown horse", "sandy beach"],

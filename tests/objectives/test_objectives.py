@@ -12,11 +12,11 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.explain.uniform import Uniform
-from gradeclip_ft.losses.alignment import AlignmentOptions
+from gradeclip_ft.losses import AlignmentOptions
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.packing import pack_texts
-from gradeclip_ft.models.tower import UnsupportedTowerError
 from gradeclip_ft.models.towers.select import image_tower
+from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
 from tests.tiny import TEXTS, make_tiny_clip, make_tiny_text, timm_vit

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradeclip_ft.ops.pooling import pool_boxes, pool_heatmap, pool_masks
+from gradeclip_ft.ops.heatmap import pool_boxes, pool_heatmap, pool_masks
 
 OWNER = torch.tensor([1, 0, 1])
 

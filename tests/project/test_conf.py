@@ -11,18 +11,18 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import (
+from gradeclip_ft.commands.cli import jobs
+from gradeclip_ft.commands.config import (
     ConfigurationError,
+    check,
     compose,
     groups,
     options,
     primary_groups,
 )
-from gradeclip_ft.commands.sweep import jobs
 from gradeclip_ft.explain.base import InputExplainer, RecordExplainer
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(

@@ -11,10 +11,8 @@ import pytest
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands import data
-from gradeclip_ft.commands.check import check
-from gradeclip_ft.commands.compose import compose
-from gradeclip_ft.commands.plain import call
-from gradeclip_ft.commands.sweep import jobs
+from gradeclip_ft.commands.cli import call, jobs
+from gradeclip_ft.commands.config import check, compose
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/*.md"))]

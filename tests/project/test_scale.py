@@ -17,8 +17,7 @@ def test_the_formula_of_gathers_counts_the_gathers_of_a_step(monkeypatch) -> Non
     """By the rows that the two losses hand to their gathers."""
     import torch
 
-    from gradeclip_ft.losses import alignment
-    from gradeclip_ft.losses.alignment import AlignmentOptions, alignment_loss
+    from gradeclip_ft.losses import AlignmentOptions, alignment_loss
 
     rows: list[int] = []
 

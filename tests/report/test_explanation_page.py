@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from gradeclip_ft.report.content import Case, Page, Words
+from gradeclip_ft.report.figures import draw_words
 from gradeclip_ft.report.page import render
-from gradeclip_ft.report.words import draw_words
 from tests.report.browsing import open_page, shown, told, with_script
 
 METHODS = [f"method_{letter}" for letter in "abcdefghijklmn"]

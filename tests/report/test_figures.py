@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from gradeclip_ft.report import figures
 from gradeclip_ft.report.content import Case
-from gradeclip_ft.report.still import draw_still
+from gradeclip_ft.report.figures import draw_still
 
 
 def decode(uri: str) -> Image.Image:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from gradeclip_ft.commands import numbers
-from gradeclip_ft.commands.comparison import read_runs, same_settings
-from gradeclip_ft.commands.report import introduction, report
+from gradeclip_ft.commands import report as command
+from gradeclip_ft.commands.report import introduction, read_runs, report, same_settings
 from gradeclip_ft.results.record import Result
 
 ORDINARY = {"_target_": "gradeclip_ft.objectives.global_only.GlobalOnly"}
@@ -78,7 +77,7 @@ def pair(make_run: MakeRun) -> list[Path]:
 def test_the_last_evaluation_of_every_run_stands_in_the_table(pair: list[Path]) -> None:
     """Catches the step-10 numbers, or another run's start, taken for the final ones."""
     comparison = read_runs(pair)
-    table = numbers.results_table(comparison)
+    table = command.results_table(comparison)
     assert comparison.methods == ["Untouched", "Ordinary", "Grad-ECLIP"]
     (row,) = table.rows
     assert row.label == "Boxes, top-1"
@@ -89,7 +88,7 @@ def test_the_last_evaluation_of_every_run_stands_in_the_table(pair: list[Path]) 
 
 def test_the_terminal_table_reads_as_the_page_does(pair: list[Path]) -> None:
     comparison = read_runs(pair)
-    text = numbers.as_text(numbers.results_table(comparison), comparison.methods)
+    text = command.as_text(command.results_table(comparison), comparison.methods)
     lines = [line.split("  ") for line in text.splitlines()]
     assert [cell.strip() for cell in lines[0] if cell] == [
         "per cent",
@@ -105,7 +104,7 @@ def test_curves_begin_at_the_untouched_model_and_leave_out_what_is_missing(
     pair: list[Path],
 ) -> None:
     """Catches null values (non-finite losses), half a last line, and curves without their start."""
-    found = {chart.title: chart for chart in numbers.charts(read_runs(pair))}
+    found = {chart.title: chart for chart in command.charts(read_runs(pair))}
     assert set(found) == {"Global loss (nats)", "Local loss", "Boxes, top-1"}
     assert found["Global loss (nats)"].series["Ordinary"] == [(1.0, 4.0)]
     assert found["Local loss"].series == {"Ordinary": [], "Grad-ECLIP": [(1.0, 2.0)]}
@@ -123,7 +122,7 @@ def test_two_runs_of_one_kind_carry_their_names(make_run: MakeRun) -> None:
 def test_a_run_without_a_start_leaves_its_column_empty(make_run: MakeRun) -> None:
     """`evaluation.before=false` writes no step 0."""
     comparison = read_runs([make_run("a", ORDINARY, {20: 0.3})])
-    table = numbers.results_table(comparison)
+    table = command.results_table(comparison)
     assert table.rows[0].values == {"Ordinary": 0.3}
     assert table.contrast is None
 
@@ -134,7 +133,7 @@ def test_other_protocols_are_named(make_run: MakeRun) -> None:
         make_run("a", ORDINARY, {0: 0.1, 20: 0.2}),
         make_run("b", GRAD_ECLIP, {20: 0.3}, protocol={"classes": 80}),
     ]
-    caption = numbers.results_table(read_runs(runs)).caption
+    caption = command.results_table(read_runs(runs)).caption
     assert "Not comparable: Grad-ECLIP, shapes_regions: classes 80 instead of 64" in caption
 
 
@@ -153,7 +152,7 @@ def test_the_introduction_claims_equal_settings_only_where_they_are_equal(
 
 
 def test_facts_hold_settings_hash_and_command(pair: list[Path]) -> None:
-    facts = numbers.facts(read_runs(pair))
+    facts = command.environment_facts(read_runs(pair))
     assert facts["Grad-ECLIP: b"]["steps"] == "20"
     assert facts["Grad-ECLIP: b"]["weights"] == "b"
     assert facts["Grad-ECLIP: b"]["tagger"] == "nltk"

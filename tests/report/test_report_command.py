@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from gradeclip_ft.commands.compose import compose
+from gradeclip_ft.commands.config import compose
 from gradeclip_ft.commands.report import report
 from gradeclip_ft.data.shapes import make_shapes
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.results.record import Result
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from gradeclip_ft.commands.comparison import Comparison
-from gradeclip_ft.commands.report import map_settings
+from gradeclip_ft.commands.report import Comparison, map_settings
 
 
 def test_an_explainer_can_be_chosen_by_its_name_in_conf() -> None:

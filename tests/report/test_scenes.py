@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.commands import scenes
-from gradeclip_ft.data.coco import Picture, Region
+from gradeclip_ft.commands import report
+from gradeclip_ft.data.coco import CocoImage, Region
 from gradeclip_ft.explain.clip_surgery import ClipSurgery
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.rollout import Rollout
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 NAMES = ["red circle", "blue star", "car"]
-PICTURE = Picture(
+PICTURE = CocoImage(
     id=1,
     file_name="1.jpg",
     height=50,
@@ -33,7 +33,7 @@ PICTURE = Picture(
 
 def test_boxes_become_shares_of_the_picture() -> None:
     """By hand, with height and width different: catches swapped sides and xywh taken for xyxy."""
-    boxes = scenes.boxes_of("small red circle", PICTURE, NAMES)
+    boxes = report.boxes_of("small red circle", PICTURE, NAMES)
     assert boxes == ((0.1, 0.1, 0.4, 0.5), (0.6, 0.5, 1.0, 1.0))
 
 
@@ -43,22 +43,22 @@ def test_boxes_become_shares_of_the_picture() -> None:
 )
 def test_a_phrase_names_a_class_by_whole_words(phrase: str, count: int) -> None:
     """Catches the car in a carpet, and classes that this picture does not show."""
-    assert len(scenes.boxes_of(phrase, PICTURE, NAMES)) == count
+    assert len(report.boxes_of(phrase, PICTURE, NAMES)) == count
 
 
 def test_the_share_of_heat_inside_boxes_is_counted_on_the_picture() -> None:
     """By hand: even heat gives the area of the union; overlapping boxes count once."""
     even = np.ones((4, 4), dtype=np.float32)
-    assert scenes.inside_share(even, [(0.0, 0.0, 0.5, 0.5)]) == pytest.approx(0.25)
+    assert report.inside_share(even, [(0.0, 0.0, 0.5, 0.5)]) == pytest.approx(0.25)
     twice = [(0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.5, 0.5)]
-    assert scenes.inside_share(even, twice) == pytest.approx(0.25)
+    assert report.inside_share(even, twice) == pytest.approx(0.25)
 
 
 def test_heat_on_the_other_side_and_negative_heat_are_outside() -> None:
     heat = np.array([[4.0, -1.0], [4.0, -1.0]], dtype=np.float32)
-    assert scenes.inside_share(heat, [(0.8, 0.0, 1.0, 1.0)]) == 0
-    assert scenes.inside_share(heat, [(0.0, 0.0, 0.5, 1.0)]) > 0.8
-    assert scenes.inside_share(np.zeros((2, 2), dtype=np.float32), [(0.0, 0.0, 1.0, 1.0)]) == 0
+    assert report.inside_share(heat, [(0.8, 0.0, 1.0, 1.0)]) == 0
+    assert report.inside_share(heat, [(0.0, 0.0, 0.5, 1.0)]) > 0.8
+    assert report.inside_share(np.zeros((2, 2), dtype=np.float32), [(0.0, 0.0, 1.0, 1.0)]) == 0
 
 
 def write_coco(folder: Path, captions: list[str]) -> tuple[Path, Path, Path]:
@@ -104,7 +104,7 @@ def test_pictures_are_chosen_by_their_captions_alone(tmp_path: Path) -> None:
         "blue star, red circle",
         "blue star, big red circle",
     ]
-    found = scenes.find_scenes(*write_coco(tmp_path, captions), split, 2)
+    found = report.find_scenes(*write_coco(tmp_path, captions), split, 2)
     assert [scene.caption for scene in found] == [captions[1], captions[3]]
     assert found[0].phrases == ("small red circle", "blue star")
     assert found[0].boxes == (((0.0, 0.0, 0.5, 1.0),), ((0.5, 0.0, 1.0, 1.0),))
@@ -114,7 +114,7 @@ def test_pictures_are_chosen_by_their_captions_alone(tmp_path: Path) -> None:
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, ["a dog, a cat"])
     with pytest.raises(ValueError, match="names 2 things"):
-        scenes.find_scenes(*files, split, 3)
+        report.find_scenes(*files, split, 3)
 
 
 def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     loaded = load_clip("shapes_tiny", "random")
     files = write_coco(tmp_path, ["red circle, blue star", "blue star, red circle"])
-    first, second = scenes.find_scenes(*files, split, 2)
-    second = scenes.Scene(first.image, second.caption, second.phrases, second.boxes)
-    one, two = scenes.explain_scenes(loaded, GradEclip(), [first, second], "a photo of the {}")
+    first, second = report.find_scenes(*files, split, 2)
+    second = report.Scene(first.image, second.caption, second.phrases, second.boxes)
+    one, two = report.explain_scenes(loaded, GradEclip(), [first, second], "a photo of the {}")
     assert one.heat.shape == (2, 8, 8)
     np.testing.assert_allclose(one.heat, two.heat[::-1], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(one.cosine, two.cosine[::-1], atol=1e-6)
     assert all(parameter.grad is None for parameter in loaded.clip.parameters())
-    case = scenes.to_case(first, {"model": one})
+    case = report.to_case(first, {"model": one})
     assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}".replace("-", "−")
     assert case.values["in the box"]["model"][1].endswith(" %")
 
@@ -137,6 +137,6 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [Rollout(), ClipSurgery(depth=2)], ids=["rollout", "surgery"])
 def test_a_report_may_show_any_method(method: object) -> None:
     """Also those of several layers, and those that compare with texts of their own."""
-    scene = scenes.Scene(np.zeros((64, 64, 3), np.uint8), "a", ("red circle",), ((),))
-    (maps,) = scenes.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
+    scene = report.Scene(np.zeros((64, 64, 3), np.uint8), "a", ("red circle",), ((),))
+    (maps,) = report.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
     assert maps.heat.shape == (1, 8, 8)

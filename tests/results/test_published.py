@@ -7,9 +7,8 @@ import pytest
 
 from gradeclip_ft.commands.compare import compare
 from gradeclip_ft.results.collect import collect
-from gradeclip_ft.results.published import PATH, published
 from gradeclip_ft.results.record import Result
-from gradeclip_ft.results.table import grouped, tabulate
+from gradeclip_ft.results.table import PATH, grouped, published, tabulate
 
 TABLES = json.loads(PATH.read_text())
 

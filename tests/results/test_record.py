@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.results.fingerprint import (
+from gradeclip_ft.results.record import (
+    Result,
     data_fingerprint,
     hash_file,
     hash_json,
     hash_listing,
+    read,
     versions,
+    write_atomically,
 )
-from gradeclip_ft.results.record import Result, read, write_atomically
 
 RESULT = Result(
     evaluator="regions_224",

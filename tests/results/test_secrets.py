@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradeclip_ft.results.secrets import masked, masked_values
+from gradeclip_ft.results.masking import masked, masked_values
 
 
 @pytest.mark.parametrize(

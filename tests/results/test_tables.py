@@ -16,8 +16,7 @@ import yaml
 from gradeclip_ft.commands.compare import compare
 from gradeclip_ft.results.collect import collect
 from gradeclip_ft.results.record import Result
-from gradeclip_ft.results.render import render
-from gradeclip_ft.results.table import grouped, select, tabulate
+from gradeclip_ft.results.table import grouped, render, select, tabulate
 
 GRAD_ECLIP = {
     "_target_": "gradeclip_ft.explain.grad_eclip.GradEclip",

@@ -8,27 +8,27 @@ from pathlib import Path
 import nltk
 import pytest
 
-from gradeclip_ft.text import taggers
+from gradeclip_ft.text import phrases
 
 
 @pytest.fixture
 def tagger_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Makes a folder the only one NLTK looks in."""
-    taggers.load_tagger.cache_clear()
+    phrases.load_tagger.cache_clear()
 
     def only(folder: Path) -> None:
-        taggers.load_tagger.cache_clear()
+        phrases.load_tagger.cache_clear()
         monkeypatch.setattr(nltk.data, "path", [str(folder)])
         monkeypatch.setenv("NLTK_DATA", str(folder))
 
     yield only
-    taggers.load_tagger.cache_clear()
+    phrases.load_tagger.cache_clear()
 
 
 @pytest.fixture
 def real_tagger(
     shared_dir: Path, tmp_path: Path, tagger_path: Callable[[Path], None]
-) -> taggers.Tagger:
+) -> phrases.Tagger:
     """NLTK's published English tagger, from a private copy: NLTK refuses shared folders."""
     folder = shutil.copytree(
         shared_dir / "data/nltk_data", tmp_path / "nltk", copy_function=shutil.copyfile
@@ -36,7 +36,7 @@ def real_tagger(
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     tagger_path(folder)
-    return taggers.load_tagger("nltk")
+    return phrases.load_tagger("nltk")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def written_tagger(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
     def write(tags: dict[str, str]) -> Path:
         folder = tmp_path / "written"
-        target = folder / "taggers" / taggers.PACKAGE
+        target = folder / "taggers" / phrases.PACKAGE
         target.mkdir(parents=True)
         parts = {"weights": {}, "tagdict": tags, "classes": sorted(set(tags.values()))}
         for part, value in parts.items():

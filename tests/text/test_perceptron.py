@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from gradeclip_ft.text.perceptron import Perceptron
-from gradeclip_ft.text.phrases import Phrases
-from gradeclip_ft.text.taggers import Tagger, load_tagger
+from gradeclip_ft.text.phrases import Phrases, Tagger, load_tagger
 
 TAGS = ["DT", "JJ", "NN", "NNS", "VBG", "IN"]
 WORDS = ["a", "red", "traffic", "lights", "running", "1984", "7", "t-shirt", "-", "Dog", ""]

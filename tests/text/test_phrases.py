@@ -8,8 +8,7 @@ from pathlib import Path
 import nltk
 import pytest
 
-from gradeclip_ft.text.phrases import Phrases, chunks
-from gradeclip_ft.text.taggers import Tagger, load_tagger
+from gradeclip_ft.text.phrases import Phrases, Tagger, chunks, load_tagger
 
 TAGS = ["JJ", "JJR", "JJS", "NN", "NNS", "NNP", "NNPS", "DT", "VBG", "IN", "CC", "NNX", "J", "N"]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.text import taggers
-from gradeclip_ft.text.taggers import PACKAGE, load_tagger, nltk_problem, prepare_tagger
+from gradeclip_ft.text import phrases
+from gradeclip_ft.text.phrases import PACKAGE, load_tagger, nltk_problem, prepare_tagger
 
 PENN = {"J": "JJ", "N": "NN", "-": "DT"}
 GOOD = {
     word: PENN[letter]
-    for sentence, letters in taggers.KNOWN_SENTENCES
+    for sentence, letters in phrases.KNOWN_SENTENCES
     for word, letter in zip(sentence.split(), letters, strict=True)
 }
 Only = Callable[[Path], None]
@@ -24,8 +24,8 @@ Write = Callable[[dict[str, str]], Path]
 @pytest.fixture(autouse=True)
 def fresh_process() -> None:
     """Download and warning happen once per process; each test is like a process of its own."""
-    taggers._warn_fallback.cache_clear()
-    taggers._fetch.cache_clear()
+    phrases._warn_fallback.cache_clear()
+    phrases._fetch.cache_clear()
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_unknown_tagger_is_refused() -> None:
         load_tagger("spacy")
 
 
-def test_real_tagger_is_nltks_own(real_tagger: taggers.Tagger) -> None:
+def test_real_tagger_is_nltks_own(real_tagger: phrases.Tagger) -> None:
     import nltk
 
     words = [

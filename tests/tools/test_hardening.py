@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.data import archive
 from tools import faults_data, faults_remote, faults_safety, fuzz, soak
 from tools.faults_data import Row
 

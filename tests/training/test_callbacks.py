@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from gradeclip_ft.models.architecture import Architecture
-from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.clip import LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.models.transform import Preprocessing
 from gradeclip_ft.results.record import Measured, read
-from gradeclip_ft.training.evaluation import Evaluate
-from gradeclip_ft.training.run_files import step_of
+from gradeclip_ft.training.callbacks import Evaluate
+from gradeclip_ft.training.checkpoints import step_of
 
 
 class Watch:

@@ -16,10 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.training import checkpoints, ledger, run_files
-from gradeclip_ft.training.checkpoints import SaveError
+from gradeclip_ft.training import checkpoints, ledger
+from gradeclip_ft.training.checkpoints import SaveError, step_of, write_both
 from gradeclip_ft.training.ledger import fault, newest_good
-from gradeclip_ft.training.run_files import step_of, write_both
 
 TINY = {"weight": torch.ones(2, 2)}
 
@@ -32,7 +31,7 @@ def die_while_writing(folder: Path) -> None:
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    run_files.torch.save = half
+    checkpoints.torch.save = half
     write_both(folder, {"step": 2}, {"weight": torch.zeros(2, 2)}, step=2)
 
 
@@ -55,7 +54,7 @@ def test_a_full_disk_leaves_the_previous_files_and_nothing_else(tmp_path, monkey
     def refuse(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(run_files.torch, "save", refuse)
+    monkeypatch.setattr(checkpoints.torch, "save", refuse)
     with pytest.raises(OSError, match="no space left"):
         write_both(tmp_path, {"step": 2}, TINY, step=2)
     monkeypatch.undo()
@@ -244,7 +243,7 @@ class Full:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, saves: tuple[int, ...]) -> None:
         self.count, self.saves, self.native = 0, saves, torch.save
-        monkeypatch.setattr(run_files.torch, "save", self)
+        monkeypatch.setattr(checkpoints.torch, "save", self)
 
     def __call__(self, state: object, file: BinaryIO) -> None:
         self.count += 1

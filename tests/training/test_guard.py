@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradeclip_ft.training.guard import NonFiniteError
+from gradeclip_ft.training.callbacks import NonFiniteError
 
 
 class BreakBatch:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.losses.alignment import AlignmentOptions
+from gradeclip_ft.losses import AlignmentOptions
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.base import LossTerms, Objective
 from gradeclip_ft.objectives.global_local import GlobalLocal

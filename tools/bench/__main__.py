@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from gradeclip_ft.commands.cli import CONFIGURATION_ERROR
-from gradeclip_ft.commands.compose import ConfigurationError
-from gradeclip_ft.commands.names import suggest
-from gradeclip_ft.commands.plain import call, usage
+from gradeclip_ft.commands.cli import CONFIGURATION_ERROR, call, usage
+from gradeclip_ft.commands.config import ConfigurationError, suggest
 
 from .evaluate import evaluate
 from .explain import explain

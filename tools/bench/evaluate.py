@@ -16,9 +16,8 @@ import torch
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.evaluators.base import evaluating
 from gradeclip_ft.evaluators.regions import RegionEvaluator
-from gradeclip_ft.models.class_embeddings import class_embeddings
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.clip import LoadedClip, class_embeddings
+from gradeclip_ft.models.load import load_clip
 
 from .clock import device_clock, in_turns
 from .inputs import PHOTOS

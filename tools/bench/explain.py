@@ -13,7 +13,7 @@ from torch import Tensor
 from gradeclip_ft.explain.base import explain_image
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 from .clock import device_clock, in_turns
 from .inputs import PROMPT, read_pairs

@@ -10,11 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.data.caption_batches import Sample, collate
+from gradeclip_ft.data.captions import Sample, collate
 from gradeclip_ft.data.coco import read_captions
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.text.phrases import Phrases
-from gradeclip_ft.text.taggers import load_tagger, nltk_problem
+from gradeclip_ft.text.phrases import Phrases, load_tagger, nltk_problem
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini_open"
 PROMPT = "This is a photo of the {}"

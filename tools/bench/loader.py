@@ -13,11 +13,10 @@ import webdataset
 from open_clip.transform import image_transform
 
 from gradeclip_ft.data.captions import CaptionShards
-from gradeclip_ft.data.rewrite import add_phrases
-from gradeclip_ft.data.shards import write_shard
-from gradeclip_ft.data.stream import Skips, read_shard
+from gradeclip_ft.data.make_shards import add_phrases, write_shard
+from gradeclip_ft.data.shards import Skips, read_shard
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 
 from .clock import cpu_seconds, in_turns
 from .inputs import PHOTOS, read_pairs, tagger_name

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import nltk
 
+from gradeclip_ft.data.captions import phrase_entry, stored_phrases
 from gradeclip_ft.data.coco import read_captions
-from gradeclip_ft.data.phrase_index import phrase_entry, stored_phrases
-from gradeclip_ft.text.phrases import Phrases
-from gradeclip_ft.text.taggers import load_tagger
+from gradeclip_ft.text.phrases import Phrases, load_tagger
 
 from .clock import cpu_seconds, in_turns
 from .inputs import PHOTOS, read_pairs, tagger_name

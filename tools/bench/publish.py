@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gradeclip_ft.results.fingerprint import commit, versions
+from gradeclip_ft.results.record import commit, versions
 
 INTRODUCTION = """# Speed
 

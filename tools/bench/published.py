@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.models.passes import Pass
+from gradeclip_ft.models.trace import Pass
 from gradeclip_ft.ops.attention import attend
 from gradeclip_ft.ops.heatmap import to_grid
 from gradeclip_ft.ops.similarity import cosine, unit

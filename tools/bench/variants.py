@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.losses.alignment import AlignmentOptions, alignment_loss
-from gradeclip_ft.losses.contrastive import contrastive_loss
+from gradeclip_ft.losses import AlignmentOptions, alignment_loss, contrastive_loss
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.factory import load_clip
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
-from gradeclip_ft.ops.pooling import pool_heatmap
+from gradeclip_ft.ops.heatmap import pool_heatmap
 from gradeclip_ft.training.module import MAX_LOG_SCALE
 from gradeclip_ft.training.optim import adamw
 

@@ -10,12 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradeclip_ft.models.passes import Layer, Pass, Pick
-from gradeclip_ft.models.sizes import pair
-from gradeclip_ft.models.tower import Foreign, image_grid
-from gradeclip_ft.models.towers.base import PassTower
-from gradeclip_ft.models.trace import class_token_query
-from gradeclip_ft.ops.positions import resample_positions
+from gradeclip_ft.models.architecture import pair
+from gradeclip_ft.models.tower import PassTower, image_grid, resample_positions
+from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, class_token_query
 
 STRIDE = 32
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -12,22 +10,23 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVisionTransformer
 
-from gradeclip_ft.models.tower import Foreign, ImageTower, TextTower, UnsupportedTowerError
-from gradeclip_ft.models.towers import hf_text
-from gradeclip_ft.models.towers.coca import CocaTower
-from gradeclip_ft.models.towers.eva import EvaTower
-from gradeclip_ft.models.towers.hf_text import HuggingFaceTextTower
-from gradeclip_ft.models.towers.latent_pool import LatentPoolTower
-from gradeclip_ft.models.towers.logits import LogitTower
-from gradeclip_ft.models.towers.opaque import OpaqueImageTower, OpaqueTextTower, library_text
+from gradeclip_ft.models.tower import (
+    ImageTower,
+    OpaqueImageTower,
+    OpaqueTextTower,
+    TextTower,
+    library_text,
+)
 from gradeclip_ft.models.towers.resnet import ResNetTower
-from gradeclip_ft.models.towers.text import TransformerTextTower
-from gradeclip_ft.models.towers.timm_vit import TimmVitTower
-from gradeclip_ft.models.towers.torchvision_vit import TorchvisionVitTower
-from gradeclip_ft.models.towers.vit import VitTower
+from gradeclip_ft.models.towers.text import (
+    HuggingFaceTextTower,
+    TransformerTextTower,
+    context_length,
+)
+from gradeclip_ft.models.towers.timm import EvaTower, LatentPoolTower, TimmVitTower
+from gradeclip_ft.models.towers.vit import CocaTower, VitTower
+from gradeclip_ft.models.trace import Foreign, UnsupportedTowerError
 
 BLOCKS = (ResidualAttentionBlock, EvaBlock, EvaBlockPostNorm, Block)
 """Transformer blocks that passes run by the library's own code."""
@@ -39,17 +38,6 @@ def image_tower(visual: Foreign) -> ImageTower:
         return _image_tower(visual)
     except UnsupportedTowerError as error:
         return OpaqueImageTower(visual, str(error))
-
-
-def classifier_tower(model: Foreign) -> ImageTower:
-    """The adapter of a classifier of timm or torchvision.
-
-    Raises:
-        UnsupportedTowerError: None is exact.
-    """
-    if isinstance(model, TorchvisionVisionTransformer):
-        return LogitTower(TorchvisionVitTower(model))
-    return LogitTower(_trunk_tower(SimpleNamespace(trunk=model, head=nn.Identity())))
 
 
 def text_tower(model: Foreign) -> TextTower:
@@ -64,7 +52,7 @@ def text_tower(model: Foreign) -> TextTower:
         return OpaqueTextTower(
             library_text(model),
             str(error),
-            context_length=hf_text.context_length(text) if nested else int(text.context_length),
+            context_length=context_length(text) if nested else int(text.context_length),
             pad=int(text.config.pad_token_id if nested else getattr(text, "pad_id", 0) or 0),
             cuts_exactly=nested,
         )
@@ -77,10 +65,10 @@ def _image_tower(visual: Foreign) -> ImageTower:
         return ResNetTower(visual)
     if not isinstance(visual, TimmModel):
         raise UnsupportedTowerError(f"image tower is {type(visual).__name__}")
-    return _trunk_tower(visual)
+    return trunk_tower(visual)
 
 
-def _trunk_tower(visual: Foreign) -> ImageTower:
+def trunk_tower(visual: Foreign) -> ImageTower:
     """The adapter of a timm trunk with a head behind it."""
     trunk = visual.trunk
     if isinstance(getattr(trunk, "attn_pool", None), AttentionPoolLatent):

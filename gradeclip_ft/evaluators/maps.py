@@ -1,0 +1,391 @@
+"""Where maps point: for every class in a picture, is the hottest place on an object of it?
+
+`any_object` asks for an object of whatever class: what a method finds that knows no text. All
+methods see the same pixels and the same text vectors; maps are enlarged bilinearly.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gradeclip_ft.batch import RegionBatch
+from gradeclip_ft.evaluators.base import (
+    Track,
+    chosen,
+    evaluating,
+    placement,
+    require_float32,
+    settings,
+    untracked,
+)
+from gradeclip_ft.evaluators.embed import encode_classes
+from gradeclip_ft.evaluators.regions import RegionSource, square_side
+from gradeclip_ft.explain.base import Able, Explainer, explain_image
+from gradeclip_ft.explain.driver import prepared
+from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.heatmap import to_pixels
+from gradeclip_ft.ops.similarity import unit
+from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
+from gradeclip_ft.text.prompts import phrase_prompt
+
+PIXELS = 1  # masks are asked for at pixels: a grid with cells of one
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Classes of a batch's pictures.
+
+    Attributes:
+        owner: Picture of each phrase.
+        labels: Class of each phrase.
+        masks: Every object of that class in that picture.
+        objects: Every object of that picture, of whatever class.
+        empty: Classes left out, because no pixel of their objects was left at this size.
+    """
+
+    owner: Int[Tensor, " P"]
+    labels: Int[Tensor, " P"]
+    masks: Bool[Tensor, "P H W"]
+    objects: Bool[Tensor, "P H W"]
+    empty: int
+
+    def to(self, device: torch.device) -> Phrases:
+        """The same on another device."""
+        return Phrases(
+            owner=self.owner.to(device),
+            labels=self.labels.to(device),
+            masks=self.masks.to(device),
+            objects=self.objects.to(device),
+            empty=self.empty,
+        )
+
+
+@dataclass(frozen=True)
+class LocalisationEvaluator:
+    """Pointing game of several methods, by peak and by energy, and what chance gives.
+
+    Attributes:
+        name: Of the result file.
+        data: Where pictures and objects come from.
+        explainers: Methods by name.
+        methods: Names of those to measure; None for all.
+        image_size: Side of the padded square in pixels; None for the model's own size.
+        prompt: Sentence with `{}` for the class name.
+        batch_size: Pictures per call; does not change the numbers.
+        workers: Processes that load images; 0 loads them here.
+    """
+
+    name: str
+    data: RegionSource
+    explainers: Mapping[str, Explainer]
+    methods: Sequence[str] | None = None
+    image_size: int | None = None
+    prompt: str = "a photo of a {}"
+    batch_size: int = 8
+    workers: int = 0
+
+    @property
+    def protocol(self) -> dict[str, Json]:
+        """Settings that change the numbers, without those that need the model."""
+        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
+        return {
+            "task": "localisation of phrases",
+            **size,
+            "prompt": self.prompt,
+            "map": "enlarged bilinearly to the padded square",
+            "mask": "all objects of a class in a picture",
+            "pointing": "share of the highest pixels on the mask; a constant map misses",
+            "any_object": "as pointing, on the objects of all classes",
+            "energy": "share of the map, shifted to a minimum of 0, on the mask",
+            "methods": settings(chosen(self.explainers, self.methods)),
+            **self.data.protocol,
+        }
+
+    def prepare(self) -> None:
+        """Make or check the data."""
+        self.data.prepare()
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        """Measure one model.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            ValueError: The model can do none of the methods, is in half precision, the size does
+                not suit its patches, the data are damaged, or a map is not finite.
+        """
+        require_float32(loaded.clip, self.name)
+        side = square_side(loaded, self.image_size, self.name)
+        regions = self.data(image_size=side, patch=PIXELS, mean=loaded.mean, std=loaded.std)
+        batches = regions.batches(self.batch_size, self.workers)
+        found: dict[str, list[Tensor]] = {}
+        empty = 0
+        with evaluating(loaded.clip):
+            able = Able(prepared(chosen(self.explainers, self.methods), loaded))
+            classes = encode_classes(
+                loaded, regions.names, [self.prompt], track, self.name, say=phrase_prompt
+            )
+            for batch in track(batches, f"{self.name}: images", len(batches)):
+                phrases = phrases_of(batch)
+                empty += phrases.empty
+                for key, values in _scores(able, loaded, batch, phrases, classes).items():
+                    found.setdefault(key, []).append(values)
+        scores = {key: torch.cat(values) for key, values in found.items()}
+        return Measured(
+            metrics={
+                key: float(values.double().mean())
+                for key, values in scores.items()
+                if not key.endswith(CONSTANT)
+            },
+            protocol={
+                **self.protocol,
+                "image_size": side,
+                "class_list_hash": hash_json(list(regions.names)),
+            },
+            data=data_fingerprint(regions.files, regions.listed, regions.counts),
+            details=_details(scores, empty, able),
+        )
+
+
+CONSTANT = "/constant"
+
+
+def phrases_of(batch: RegionBatch) -> Phrases:
+    """One phrase for every class of every picture, with the union of its objects' masks.
+
+    Raises:
+        ValueError: The regions have no masks.
+    """
+    if batch.masks is None:
+        raise ValueError("regions without masks cannot be pointed at; use annotations with masks")
+    pairs, row = torch.unique(
+        torch.stack([batch.owner, batch.labels], 1), dim=0, return_inverse=True
+    )
+    masks = _unions(batch.masks, row, len(pairs))
+    objects = _unions(batch.masks, batch.owner, len(batch.images))
+    kept = masks.flatten(1).any(1)
+    owner, labels = pairs[kept].T
+    return Phrases(owner, labels, masks[kept], objects[owner], int((~kept).sum()))
+
+
+def _unions(
+    masks: Float[Tensor, "R H W"], group: Int[Tensor, " R"], groups: int
+) -> Bool[Tensor, "G H W"]:
+    count = masks.new_zeros(groups, *masks.shape[1:])
+    return count.index_add_(0, group, masks) > 0
+
+
+def _scores(
+    able: Able,
+    loaded: LoadedClip,
+    batch: RegionBatch,
+    phrases: Phrases,
+    classes: Float[Tensor, "K D"],
+) -> dict[str, Tensor]:
+    """Values of every phrase by metric."""
+    device, _ = placement(loaded.clip)
+    images, phrases = batch.images.to(device), phrases.to(device)
+    masks, target = phrases.masks, classes[phrases.labels]
+
+    def work(method: Explainer) -> Tensor:
+        heat = explain_image(method, loaded.clip, images, target, phrases.owner).float()
+        return to_pixels(heat, (masks.shape[1], masks.shape[2]))
+
+    found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy")}
+    found["chance/any_object"] = chance(phrases.objects)
+    for name, heat in able.each(work).items():
+        found[f"{name}/pointing"] = pointing_game(heat, masks)
+        found[f"{name}/energy"] = energy_pointing_game(heat, masks)
+        found[f"{name}/any_object"] = pointing_game(heat, phrases.objects)
+        found[f"{name}{CONSTANT}"] = is_constant(heat).float()
+    return {key: values.cpu() for key, values in found.items()}
+
+
+def _details(scores: Mapping[str, Tensor], empty: int, able: Able) -> dict[str, Any]:
+    phrases = len(scores["chance/pointing"])
+    constant = {
+        key.removesuffix(CONSTANT): int(values.sum())
+        for key, values in scores.items()
+        if key.endswith(CONSTANT) and values.any()
+    }
+    errors = {
+        key: round(float(values.double().std()) / phrases**0.5, 4)
+        for key, values in scores.items()
+        if key.endswith("/pointing") and phrases > 1
+    }
+    return {
+        "phrases": phrases,
+        "empty_masks": empty,
+        "constant_maps": constant,
+        "standard_error": errors,
+        "left_out": {**able.left_out},
+    }
+
+
+REFERENCE = "encode_image"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class TimingEvaluator:
+    """Median seconds of every method, and of `encode_image` alone on the same pictures.
+
+    Pictures are random pixels of the model's size and text vectors are random, which cost what real
+    ones cost. A time is that from pixels and text vectors to finished maps; encoding texts is not
+    part of it. The methods take turns, so that a machine that slows down slows all of them.
+
+    Attributes:
+        name: Of the result file.
+        explainers: Methods by name.
+        methods: Names of those to time; None for all.
+        image_size: Side in pixels; None for the model's own size.
+        batch_size: Pictures per call.
+        phrases: Texts per picture.
+        warm_up: Calls before the first that counts; slow methods (see `budget`) have one.
+        rounds: Calls that count, at most.
+        budget: Seconds for the calls of a method that count. A method of which only k calls fit has
+            k rounds; where not even one fits, its warm-up is its time. `details.rounds` says so.
+    """
+
+    name: str
+    explainers: Mapping[str, Explainer]
+    methods: Sequence[str] | None = None
+    image_size: int | None = None
+    batch_size: int = 1
+    phrases: int = 1
+    warm_up: int = 3
+    rounds: int = 20
+    budget: float = 20.0
+
+    @property
+    def protocol(self) -> dict[str, Json]:
+        """Settings that change the numbers, without those that need the model."""
+        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
+        return {
+            "task": "time of heat maps",
+            **size,
+            "pictures": "random pixels",
+            "batch_size": self.batch_size,
+            "phrases_per_image": self.phrases,
+            "from": "pixels and text vectors on the device",
+            "to": "maps at the patch grid",
+            "time": "median, methods in turns",
+            "warm_up": self.warm_up,
+            "rounds": self.rounds,
+            "budget": self.budget,
+            "methods": settings(chosen(self.explainers, self.methods)),
+        }
+
+    def prepare(self) -> None:
+        """No data are needed."""
+
+    def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+        """Time one model, where it is.
+
+        Raises:
+            ValueError: The model can do none of the methods, or is in half precision.
+        """
+        require_float32(loaded.clip, self.name)
+        size = loaded.image_size if self.image_size is None else (self.image_size,) * 2
+        device = loaded.clip.device
+        with evaluating(loaded.clip):
+            images, target, owner = self._inputs(loaded, size)
+            able = Able(prepared(chosen(self.explainers, self.methods), loaded))
+
+            def call(method: Explainer) -> Callable[[], object]:
+                return lambda: explain_image(method, loaded.clip, images, target, owner)
+
+            first = able.each(lambda method: seconds(call(method), device))
+            calls = {name: call(able.methods[name]) for name in first}
+            calls = {REFERENCE: lambda: loaded.clip.image.encode(images), **calls}
+            first = {REFERENCE: seconds(calls[REFERENCE], device), **first}
+            times = self._in_turns(calls, first, device, track)
+        return Measured(
+            metrics=self._metrics(times),
+            protocol={
+                **self.protocol,
+                "image_size": list(size),
+                "device": _name_of(device),
+                "threads": torch.get_num_threads(),
+            },
+            data=data_fingerprint([], [], {"images": self.batch_size}),
+            details={
+                "rounds": {name: len(each) for name, each in times.items()},
+                "quartiles": {name: _quartiles(each) for name, each in times.items()},
+                "left_out": {**able.left_out},
+            },
+        )
+
+    def _inputs(self, loaded: LoadedClip, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels, text vectors, and the picture of each."""
+        device = loaded.clip.device
+        generator = torch.Generator().manual_seed(SEED)
+        images = torch.randn(self.batch_size, 3, *size, generator=generator).to(device)
+        owner = torch.arange(self.batch_size).repeat_interleave(self.phrases)
+        width = loaded.clip.image.encode(images).shape[1]
+        target = unit(torch.randn(len(owner), width, generator=generator))
+        return images, target.to(device), owner.to(device)
+
+    def _in_turns(
+        self,
+        calls: Mapping[str, Callable[[], object]],
+        first: Mapping[str, float],
+        device: torch.device,
+        track: Track,
+    ) -> dict[str, list[float]]:
+        """Seconds of every call that counts, by method."""
+        left = {name: min(self.rounds, int(self.budget / first[name])) for name in calls}
+        times: dict[str, list[float]] = {
+            name: [] if count else [first[name]] for name, count in left.items()
+        }
+        for name, count in left.items():
+            for _ in range(self.warm_up - 1 if count == self.rounds else 0):
+                seconds(calls[name], device)
+        for turn in track(range(self.rounds), f"{self.name}: rounds", self.rounds):
+            for name, count in left.items():
+                if turn < count:
+                    times[name].append(seconds(calls[name], device))
+        return times
+
+    def _metrics(self, times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        bare = statistics.median(times[REFERENCE])
+        found: dict[str, float] = {}
+        for name, each in times.items():
+            median = statistics.median(each)
+            found[f"{name}/seconds"] = median / self.batch_size
+            if name != REFERENCE:
+                found[f"{name}/seconds_per_map"] = median / (self.batch_size * self.phrases)
+            found[f"{name}/times_encode_image"] = median / bare
+        return found
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, waiting for the device before and behind it."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _quartiles(times: Sequence[float]) -> Any:
+    """First and third quartile of a call in seconds."""
+    ends = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times
+    return [round(ends[0], 6), round(ends[-1], 6)]

@@ -1,0 +1,200 @@
+"""Local loss: regions and the phrases that found them (Grad-ECLIP, eq. 22), and an alternative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from gradeclip_ft.ops.distributed import gather_rows, rank, row_counts, world_size
+from gradeclip_ft.ops.similarity import unit
+
+
+@dataclass(frozen=True)
+class AlignmentOptions:
+    """Choices that eq. 22 leaves open; the defaults are the literal reading.
+
+    Attributes:
+        kind: `focal` is eq. 22; `contrastive` is InfoNCE between the regions and the phrases of a
+            batch with the model's temperature (ours).
+        cosine_map: How a cosine becomes a number in (0, 1). `clamp` cuts at eps; `linear` continues
+            the positive logarithm below `floor` with its slope; `shift` is (1 + S) / 2; `sigmoid`
+            is σ((S - center) / width).
+        eps: Distance of the clamped cosine from 0 and 1.
+        floor: Where `linear` leaves the logarithm.
+        center: Of `sigmoid`.
+        width: Of `sigmoid`.
+        gamma: Focal exponent.
+        reduction: `sum` is literal; `mean` divides by the number of phrases whose map is not zero;
+            `pair_mean` divides the negative term by the number of negatives as well.
+        mask_duplicates: Rows of the same phrase are not each other's negatives; False is literal.
+        negatives: Phrases of this process, or gathered over all with gradient.
+    """
+
+    kind: Literal["focal", "contrastive"] = "focal"
+    cosine_map: Literal["clamp", "linear", "shift", "sigmoid"] = "clamp"
+    eps: float = 1e-4
+    floor: float = 0.02
+    center: float = 0.2
+    width: float = 0.05
+    gamma: float = 2.0
+    reduction: Literal["sum", "mean", "pair_mean"] = "sum"
+    mask_duplicates: bool = True
+    negatives: Literal["rank", "all"] = "rank"
+
+
+@dataclass(frozen=True)
+class AlignmentTerms:
+    """The loss and what is worth watching, without a graph.
+
+    Attributes:
+        loss: Scalar with a graph; exactly 0 where there is no phrase.
+        positive_cosine: Mean S_tt.
+        negative_cosine: Mean S_tt' over the negatives.
+        clamped_share: Share of positives at or below eps, which `clamp` gives no gradient.
+    """
+
+    loss: Float[Tensor, ""]
+    positive_cosine: Float[Tensor, ""]
+    negative_cosine: Float[Tensor, ""]
+    clamped_share: Float[Tensor, ""]
+
+
+def alignment_loss(
+    regions: Float[Tensor, "P D"],
+    phrases: Float[Tensor, "P D"],
+    *,
+    identity: Int[Tensor, " P"],
+    weight: Float[Tensor, " P"],
+    scale: Float[Tensor, ""],
+    options: AlignmentOptions,
+) -> AlignmentTerms:
+    """Pull every region to its phrase and push it from the others (eq. 22), in fp32.
+
+    Args:
+        regions: Region embeddings F_r, any length; a row of zeros belongs to a map of zeros.
+        phrases: Phrase embeddings F_p, any length.
+        identity: Equal numbers name equal phrases.
+        weight: Factor w_t of each phrase (1, or the maximum of its map); 0 leaves it out as t, not
+            as somebody's negative.
+        scale: Inverse temperature for `contrastive`.
+        options: See `AlignmentOptions`.
+    """
+    regions, phrases, weight = unit(regions), unit(phrases), weight.float()
+    gathered = options.negatives == "all" and world_size() > 1
+    counts = row_counts(len(phrases), phrases.device) if gathered else [len(phrases)]
+    all_phrases = gather_rows(phrases, counts)
+    first = sum(counts[: rank()]) if gathered else 0
+    column = first + torch.arange(len(phrases), device=phrases.device)
+    own = torch.zeros((len(phrases), len(all_phrases)), dtype=torch.bool, device=phrases.device)
+    own.scatter_(1, column.unsqueeze(1), True)
+    negative = ~own
+    if options.mask_duplicates:
+        negative = negative & (identity.unsqueeze(1) != gather_rows(identity, counts))
+    similarity = regions @ all_phrases.T  # (P, S)
+    valid = (weight > 0).sum()
+    if gathered:
+        valid = gather_rows(valid.reshape(1), [1] * len(counts)).sum()
+    if options.kind == "focal":
+        loss = _focal(similarity, column, negative, weight, valid, options)
+    else:
+        transposed = phrases @ gather_rows(regions, counts).T
+        pairs = (similarity, transposed)
+        loss = _contrastive(pairs, column, own | negative, weight, valid, scale)
+    share = len(counts) if gathered else 1
+    connected = 0.0 * (regions.sum() + phrases.sum())
+    return _terms(loss * share + connected, similarity.detach(), own, negative, options.eps)
+
+
+def _focal(
+    similarity: Float[Tensor, "P S"],
+    column: Int[Tensor, " P"],
+    negative: Bool[Tensor, "P S"],
+    weight: Float[Tensor, " P"],
+    valid: Tensor,
+    options: AlignmentOptions,
+) -> Tensor:
+    """- Σ_t w_t [(1 - S_tt)^γ log S_tt + Σ_t' S_tt'^γ log(1 - S_tt')]."""
+    positive = _positive(_pick(similarity, column), options)
+    share = _to_unit_interval(similarity, options)
+    others = torch.where(negative, -(share**options.gamma) * torch.log1p(-share), 0.0).sum(1)
+    if options.reduction == "pair_mean":
+        others = others / negative.sum(1).clamp(min=1)
+    total = (weight * (positive + others)).sum()
+    return total if options.reduction == "sum" else total / valid.clamp(min=1)
+
+
+def _positive(cosine: Float[Tensor, " P"], options: AlignmentOptions) -> Float[Tensor, " P"]:
+    if options.cosine_map != "linear":
+        share = _to_unit_interval(cosine, options)
+        return -((1 - share) ** options.gamma) * torch.log(share)
+    floor, gamma = options.floor, options.gamma
+    share = cosine.clamp(floor, 1 - options.eps)
+    curve = -((1 - share) ** gamma) * torch.log(share)
+    at_floor = torch.tensor(floor, dtype=cosine.dtype, device=cosine.device)
+    slope = gamma * (1 - at_floor) ** (gamma - 1) * at_floor.log() - (1 - at_floor) ** gamma / floor
+    return curve + torch.where(cosine < floor, slope * (cosine - floor), 0.0)
+
+
+def _to_unit_interval(cosine: Tensor, options: AlignmentOptions) -> Tensor:
+    if options.cosine_map == "shift":
+        cosine = (1 + cosine) / 2
+    elif options.cosine_map == "sigmoid":
+        cosine = torch.sigmoid((cosine - options.center) / options.width)
+    return cosine.clamp(options.eps, 1 - options.eps)
+
+
+def _contrastive(
+    pairs: tuple[Tensor, Tensor],
+    column: Int[Tensor, " P"],
+    candidates: Bool[Tensor, "P S"],
+    weight: Float[Tensor, " P"],
+    valid: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Mean over both directions of -log softmax, its candidates the pair and its negatives."""
+    total = weight.new_zeros(())
+    for similarity in pairs:
+        logits = (scale.float() * similarity).masked_fill(~candidates, -torch.inf)
+        total = total + 0.5 * (weight * (logits.logsumexp(1) - _pick(logits, column))).sum()
+    return total / valid.clamp(min=1)
+
+
+def _pick(table: Float[Tensor, "P S"], column: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """One entry of every row, without asking the device how many there are."""
+    return table.gather(1, column.unsqueeze(1)).squeeze(1)
+
+
+def _terms(
+    loss: Tensor, similarity: Tensor, own: Tensor, negative: Tensor, eps: float
+) -> AlignmentTerms:
+    positives, others = own.sum().clamp(min=1), negative.sum().clamp(min=1)
+    return AlignmentTerms(
+        loss=loss,
+        positive_cosine=(similarity * own).sum() / positives,
+        negative_cosine=(similarity * negative).sum() / others,
+        clamped_share=((similarity <= eps) & own).sum() / positives,
+    )
+
+
+def contrastive_loss(
+    image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE on cosines (eq. 21; open_clip's ClipLoss).
+
+    The second term of (21) mixes its indices in print; it is read as text to image. Under several
+    processes every process contrasts its own rows with the rows of all, gathered with gradient, so
+    the averaged gradient is that of one process on the joined batch.
+
+    Args:
+        image: Embeddings F_I, any length.
+        text: Embeddings F_T of the captions, any length.
+        scale: Inverse temperature, exp(log_scale).
+    """
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
+    result: Tensor = loss(unit(image), unit(text), scale.float())
+    return result

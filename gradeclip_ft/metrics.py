@@ -1,0 +1,210 @@
+"""Accuracy as the plain mean over classes, so that frequent classes do not decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from gradeclip_ft.ops.similarity import unit
+
+
+def label_ranks(scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """Number of classes that come before the true one; of equal scores the first class wins.
+
+    Raises:
+        ValueError: A score is not finite: comparisons with it would count as correct.
+    """
+    require_finite(scores)
+    own = scores.gather(1, labels.unsqueeze(1))  # (R, 1)
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels.unsqueeze(1)
+    return ((scores > own) | ((scores == own) & earlier)).sum(1)
+
+
+def label_ties(scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
+    """Whether another class has exactly the score of the true one."""
+    own = scores.gather(1, labels.unsqueeze(1))
+    return (scores == own).sum(1) > 1
+
+
+def class_mean(correct: Float[Tensor, " K"], total: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+    """Mean over the classes that occur of their share of correct answers; NaN where none occurs.
+
+    >>> class_mean(torch.tensor([9.0, 1.0, 0.0]), torch.tensor([10.0, 1.0, 0.0]))
+    tensor(0.9500)
+    """
+    present = total > 0
+    return (correct[present] / total[present]).mean()
+
+
+def require_finite(scores: Float[Tensor, "R K"]) -> None:
+    """Refuse scores of a broken model.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(
+            "similarities are not finite: the model gives inf or NaN; check that its weights are "
+            "those of the last good checkpoint"
+        )
+
+
+class ClassMeanAccuracy(Metric):
+    """Top-k accuracy as mean over the classes that occur; sums as state, so batches do not matter.
+
+    Attributes:
+        correct: Correct answers by k and class.
+        total: Answers by class.
+        tied: Answers where another class scores exactly as the true one.
+        confusion: Answers by true class and by the class that came first.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+    tied: Tensor
+    confusion: Tensor
+
+    def __init__(self, classes: int, topk: Sequence[int] = (1, 5)) -> None:
+        # One process evaluates while the others wait: a sum over processes would wait for ever.
+        super().__init__(sync_on_compute=False)
+        self.topk = tuple(topk)
+        zeros = torch.zeros(len(self.topk), classes, dtype=torch.float64)
+        self.add_state("correct", zeros, dist_reduce_fx="sum")
+        self.add_state("total", zeros[0].clone(), dist_reduce_fx="sum")
+        self.add_state("tied", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("confusion", torch.zeros(classes, classes).long(), dist_reduce_fx="sum")
+
+    def update(self, scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> None:
+        """Count one batch, which may be empty.
+
+        Raises:
+            ValueError: A score is not finite.
+        """
+        ranks = label_ranks(scores, labels)
+        ones = self.total.new_ones(len(labels))
+        self.total.index_add_(0, labels, ones)
+        for row, k in zip(self.correct, self.topk, strict=True):
+            row.index_add_(0, labels, ones * (ranks < k))
+        self.tied += label_ties(scores, labels).sum()
+        first = scores.argmax(1)  # of equal scores the first
+        self.confusion.index_put_((labels, first), torch.ones_like(labels), accumulate=True)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Accuracy by name, "top1"; NaN where nothing was counted."""
+        return {
+            f"top{k}": class_mean(row, self.total)
+            for k, row in zip(self.topk, self.correct, strict=True)
+        }
+
+    def micro(self) -> dict[str, Tensor]:
+        """Share of correct answers, every answer alike, under the same names."""
+        return {
+            f"top{k}": row.sum() / self.total.sum()
+            for k, row in zip(self.topk, self.correct, strict=True)
+        }
+
+
+def first_hits(
+    scores: Float[Tensor, "Q G"], relevant: Bool[Tensor, "Q G"]
+) -> tuple[Int[Tensor, " Q"], Bool[Tensor, " Q"]]:
+    """Items that come before the first right one, and whether a wrong one scores the same.
+
+    Of equal scores the first item wins. Every query needs a right item.
+    """
+    require_finite(scores)
+    items = torch.arange(scores.shape[1], device=scores.device)
+    best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
+    equal = scores == best
+    first = items.where(equal & relevant, scores.shape[1]).amin(1, keepdim=True)
+    before = (scores > best) | (equal & (items < first))
+    return before.sum(1), (equal & ~relevant).any(1)
+
+
+def search(
+    queries: Float[Tensor, "Q D"],
+    gallery: Float[Tensor, "G D"],
+    query_key: Int[Tensor, " Q"],
+    gallery_key: Int[Tensor, " G"],
+    *,
+    chunk: int = 512,
+) -> tuple[Int[Tensor, " Q"], Bool[Tensor, " Q"]]:
+    """`first_hits` of every query by cosine in fp32; right items are those of the same key.
+
+    Args:
+        queries: Embeddings, of any length.
+        gallery: Embeddings, of any length.
+        query_key: Image number of each query.
+        gallery_key: Image number of each item.
+        chunk: Queries compared at a time; bounds memory, not the result.
+    """
+    items = unit(gallery).T  # (D, G)
+    found = []
+    for start in range(0, len(queries), chunk):
+        part = slice(start, start + chunk)
+        relevant = query_key[part].unsqueeze(1) == gallery_key
+        found.append(first_hits(unit(queries[part]) @ items, relevant))
+    ranks, ties = zip(*found, strict=True)
+    return torch.cat(ranks), torch.cat(ties)
+
+
+def recall(ranks: Int[Tensor, " Q"], topk: Sequence[int]) -> dict[int, float]:
+    """Share of queries whose first hit is among the first k.
+
+    >>> recall(torch.tensor([0, 4, 7]), (1, 5))
+    {1: 0.3333333333333333, 5: 0.6666666666666666}
+    """
+    return {k: float((ranks < k).double().mean()) for k in topk}
+
+
+TOLERANCE = 1e-6
+"""Differences below this part of a map's size are rounding."""
+
+
+def pointing_game(heat: Float[Tensor, "P H W"], mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
+    """Share of a map's highest pixels that lie on the object; a constant map scores 0.
+
+    Zhang et al., "Top-down Neural Attention by Excitation Backprop", count a hit where the arg-max
+    lies on the object. A bilinearly enlarged map has its maximum at several pixels at once (four,
+    or a corner of the picture), so that the arg-max would be a matter of order: all of them count,
+    each for its share. There is no tolerance around the object.
+    """
+    low, high = heat.amin((1, 2)), heat.amax((1, 2))
+    highest = heat >= (high - TOLERANCE * (high - low)).view(-1, 1, 1)
+    share = (highest & mask).sum((1, 2)) / highest.sum((1, 2))
+    return share.masked_fill(is_constant(heat), 0.0)
+
+
+def energy_pointing_game(
+    heat: Float[Tensor, "P H W"], mask: Bool[Tensor, "P H W"]
+) -> Float[Tensor, " P"]:
+    """Σ H on the object / Σ H, of the map shifted to a minimum of 0; a constant map scores 0.
+
+    Wang et al., "Score-CAM", on the min-maxed map as in Grad-ECLIP's Table 4; the share does not
+    depend on the maximum that it is scaled to.
+    """
+    shifted = (heat - heat.amin((1, 2), keepdim=True)).double()
+    total = shifted.sum((1, 2))
+    share = (shifted * mask).sum((1, 2)) / total.masked_fill(total == 0, 1.0)
+    return share.masked_fill(is_constant(heat), 0.0).to(heat.dtype)
+
+
+def chance(mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
+    """Share of the picture that is object: what a random pixel scores, and an even map."""
+    return mask.float().mean((1, 2))
+
+
+def is_constant(heat: Float[Tensor, "P H W"]) -> Bool[Tensor, " P"]:
+    """Whether a map says nothing about any place.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    if not bool(torch.isfinite(heat).all()):
+        raise ValueError("a heat map is not finite; check that the weights are those of a good run")
+    size = heat.abs().amax((1, 2))
+    return heat.amax((1, 2)) - heat.amin((1, 2)) <= TOLERANCE * size

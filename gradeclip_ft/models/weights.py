@@ -1,0 +1,293 @@
+"""Weights of files in models, strictly: nothing is ignored, and what does not fit is named."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gradeclip_ft.models.architecture import pair
+from gradeclip_ft.models.names import from_evaclip, from_huggingface, is_evaclip
+from gradeclip_ft.models.tower import resample_positions
+from gradeclip_ft.models.trace import Foreign
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "clip.")
+# In order of preference, as open_clip chooses.
+FOLDER_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_model.pt",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights in a folder.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    found = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no weights, expected {FOLDER_FILES[0]}")
+    return found
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a weights file or folder under its own keys, without a wrapper's prefix.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a weights file, or one that needs to execute code.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = weights_file(file)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"weights file {file} does not exist; give a .safetensors or .pt file, a tag of "
+            "`open_clip.list_pretrained()`, or `random`"
+        )
+    state = _unwrap(_read(file), file)
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _read(file: Path) -> object:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is refused below
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} cannot be read without executing code that it carries; it is refused. Ask "
+            "for a .safetensors file, or one with plain tensors only"
+        ) from error
+    except Exception as error:  # readers of damaged files raise anything
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{file} is a TorchScript archive, which carries code; it is refused. For OpenAI's "
+                "weights take the tag `openai`, or a .safetensors file"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is not a readable weights file, or damaged: {reason}") from error
+
+
+def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
+    while isinstance(content, dict):
+        if content and all(map(_is_plain, content, content.values())):
+            return content
+        inner = next((key for key in ("state_dict", "model", "module") if key in content), None)
+        if inner is None:
+            break
+        content = content[inner]
+    raise ValueError(
+        f"{file} holds {type(content).__name__}, expected tensors by name, plain or below "
+        "`state_dict`, `model` or `module`"
+    )
+
+
+def _is_plain(key: object, value: object) -> bool:
+    """A name with numbers; nothing sparse, quantised or complex, which no model here has."""
+    return (
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+NAMES_SHOWN = 3
+
+
+def closest_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of open_clip whose native ViT and text tower have these shapes; at most three.
+
+    Empty for other towers, and where none fits.
+    """
+    conv, table = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
+    words = state.get("token_embedding.weight", state.get("text.token_embedding.weight"))
+    if conv is None or table is None or words is None or conv.ndim != 4:
+        return []
+    layers = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
+    found = {
+        "width": conv.shape[0],
+        "patch": conv.shape[2],
+        "layers": len(layers),
+        "size": math.isqrt(len(table) - 1) * conv.shape[2],
+        "words": tuple(words.shape),
+    }
+    names = [name for name in open_clip.list_models() if _shapes(name) == found]
+    return sorted(names, key=len)[:NAMES_SHOWN]
+
+
+def _shapes(name: str) -> dict[str, Any]:
+    config = open_clip.get_model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    return {
+        "width": vision.get("width", 768),
+        "patch": vision.get("patch_size", 16),
+        "layers": vision.get("layers", 12),
+        "size": vision.get("image_size", 224),
+        "words": (text.get("vocab_size", 49408), text.get("width", 512)),
+    }
+
+
+SHOWN = 5
+MOST_POSITIONS = 2**18  # more is no image: a tensor can claim any shape
+TRANSFORMERS_MARK = "vision_model.embeddings.class_embedding"
+# Buffers and settings that some files carry and no model needs; by name, never by pattern.
+OMITTED = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "text.attn_mask",
+    "text.transformer.embeddings.position_ids",
+)
+TEXT_PARTS = (
+    "text_projection",
+    "positional_embedding",
+    "token_embedding.",
+    "transformer.",
+    "ln_final.",
+)
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a weights file or folder under open_clip's keys.
+
+    Files: `.safetensors`, `.pt`, `.pth`, `.bin`, Lightning's `.ckpt`; folders of open_clip and of
+    Hugging Face's `CLIPModel`. Names of EVA-CLIP and of `CLIPModel` are recognised.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a weights file, or one that needs to execute code.
+    """
+    state = read_tensors(path)
+    if TRANSFORMERS_MARK in state:
+        return from_huggingface(state)
+    return from_evaclip(state) if is_evaclip(state) else state
+
+
+def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy the tensors into the model; position embeddings of another grid are interpolated.
+
+    Raises:
+        ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
+    """
+    expected = model.state_dict()
+    tensors = {
+        key: value
+        for key, value in _nested(state, expected).items()
+        if key in expected or key not in OMITTED
+    }
+    for key in ("logit_scale", "logit_bias"):  # a number, or a vector of one
+        if key in tensors and key in expected and tensors[key].numel() == 1:
+            tensors[key] = tensors[key].reshape(expected[key].shape)
+    _resize(model, tensors, expected)
+    load_exactly(model, tensors, source)
+
+
+def load_exactly(model: Foreign, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy the tensors into the model.
+
+    Raises:
+        ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
+    """
+    _compare(model.state_dict(), tensors, source)
+    model.load_state_dict(tensors, strict=True)
+
+
+def _nested(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """OpenAI's flat names of the text tower, below `text.` where the model has it there."""
+    flat = "positional_embedding" in state and "text.positional_embedding" in expected
+    if not flat:
+        return state
+    return {
+        f"text.{key}" if key.startswith(TEXT_PARTS) else key: value for key, value in state.items()
+    }
+
+
+def _resize(model: Foreign, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Position embeddings of a square grid at the model's own grid."""
+    visual = model.visual
+    if isinstance(visual, VisionTransformer):
+        key, grid, first = "visual.positional_embedding", tuple(visual.grid_size), 1
+    elif hasattr(visual, "attnpool"):
+        side = pair(visual.image_size)
+        key, grid, first = "visual.attnpool.positional_embedding", (side[0] // 32, side[1] // 32), 1
+    elif getattr(getattr(visual, "trunk", None), "pos_embed", None) is not None:
+        trunk = visual.trunk
+        key, grid = "visual.trunk.pos_embed", tuple(trunk.patch_embed.grid_size)
+        first = trunk.pos_embed.shape[1] - grid[0] * grid[1]
+    else:
+        return
+    table = tensors.get(key)
+    if (
+        table is None
+        or table.shape == expected[key].shape
+        or table.dim() != expected[key].dim()
+        or table.shape[-1:] != (expected[key].shape[-1:])
+    ):
+        return
+    if not first < table[..., 0].numel() <= MOST_POSITIONS:
+        return
+    flat = table.reshape(-1, table.shape[-1])
+    root = math.isqrt(len(flat) - first)
+    if root * root == len(flat) - first:
+        # Half precision has no bicubic interpolation; the model's own precision stays.
+        resized = resample_positions(flat.float(), (root, root), grid)
+        tensors[key] = resized.reshape(expected[key].shape)
+
+
+def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str) -> None:
+    misfits = {
+        "missing": [key for key in expected if key not in got],
+        "unexpected": [key for key in got if key not in expected],
+        "of another shape": [
+            f"{key}: got {tuple(got[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in got and got[key].shape != value.shape
+        ],
+    }
+    broken = [
+        key
+        for key, value in got.items()
+        if key in expected
+        and value.shape == expected[key].shape  # a small file can claim terabytes
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    lines = [
+        f"  {len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in {**misfits, "not finite": broken}.items()
+        if names
+    ]
+    if not lines:
+        return
+    report = "\n".join(lines)
+    if any(misfits.values()):
+        close = closest_names(got)
+        hint = f"; by its shapes it is {' or '.join(close)}" if close else ""
+        remedy = f"name the architecture that the file was trained with (model.name=...){hint}"
+    else:
+        remedy = "its training diverged; take an earlier checkpoint"
+    raise ValueError(
+        f"{source} ({len(got)} tensors) does not fit the model ({len(expected)} tensors):\n"
+        f"{report}\n{remedy}"
+    )
