@@ -394,9 +394,8 @@ def _pictures(images: Path, count: int, seed: int, image_size: int) -> Iterator[
 
 
 def _stamp(**parameters: int) -> dict[str, Any]:
-    sources = sorted(
-        [*Path(__file__).parent.glob("shapes*.py"), Path(__file__).parent / "coco_write.py"]
-    )
+    here = Path(__file__).parent
+    sources = [here / name for name in ("coco.py", "shapes.py", "shapes_scenes.py")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {**parameters, "generator": digest}
 
