@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.data import captions
 from gradeclip_ft.data.captions import CaptionShards
 from gradeclip_ft.data.shards import stable_hash
 from gradeclip_ft.text import phrases
@@ -242,7 +243,7 @@ def test_only_broken_samples_end_with_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A loader that goes on looking would hang without a word."""
-    monkeypatch.setattr(caption_batches, "MOST_BAD_SAMPLES", 500)
+    monkeypatch.setattr(captions, "MOST_BAD_SAMPLES", 500)
     write_shard(tmp_path / "a.tar", [{"x.txt": b"a dog"}, {"y.txt": b"a cat"}])
     data = source(str(tmp_path), samples_per_epoch=8, workers=workers)
     with pytest.raises(RuntimeError, match=r"500 samples in a row .*missing_image 500"):
@@ -309,7 +310,7 @@ def test_no_tagger_is_needed_without_phrases(
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    monkeypatch.setattr(taggers, "load_tagger", refuse)
+    monkeypatch.setattr(captions, "load_tagger", refuse)
     data = source(shards, samples_per_epoch=8, max_phrases=0, tagger="nltk")
     assert data.prepare()["tagger"] is None
     assert len(epoch_of(data)) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gradeclip_ft.data import make_shards
 from gradeclip_ft.data.captions import sample_counts
 from gradeclip_ft.data.make_shards import CaptionedFile, new_folder, ranges, write_shards
 from gradeclip_ft.data.pairs import coco_files, table_files
@@ -31,7 +32,7 @@ def images(tmp_path: Path, jpeg: Callable[[int], bytes]) -> Path:
 
 
 def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(shards).failed == 0
+    assert doctest.testmod(make_shards).failed == 0
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 10), (7, 10), (8, 1), (1000, 99), (2001, 1000)])

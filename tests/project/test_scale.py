@@ -17,6 +17,7 @@ def test_the_formula_of_gathers_counts_the_gathers_of_a_step(monkeypatch) -> Non
     """By the rows that the two losses hand to their gathers."""
     import torch
 
+    from gradeclip_ft import losses
     from gradeclip_ft.losses import AlignmentOptions, alignment_loss
 
     rows: list[int] = []
@@ -25,10 +26,10 @@ def test_the_formula_of_gathers_counts_the_gathers_of_a_step(monkeypatch) -> Non
         rows.append(x.numel() * x.element_size())
         return torch.cat([x, x])
 
-    monkeypatch.setattr(alignment, "world_size", lambda: 2)
-    monkeypatch.setattr(alignment, "rank", lambda: 0)
-    monkeypatch.setattr(alignment, "row_counts", lambda count, device: [count, count])
-    monkeypatch.setattr(alignment, "gather_rows", gather)
+    monkeypatch.setattr(losses, "world_size", lambda: 2)
+    monkeypatch.setattr(losses, "rank", lambda: 0)
+    monkeypatch.setattr(losses, "row_counts", lambda count, device: [count, count])
+    monkeypatch.setattr(losses, "gather_rows", gather)
     alignment_loss(
         torch.randn(5, 16),
         torch.randn(5, 16),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gradeclip_ft.data import shards
 from tools import faults_data, faults_remote, faults_safety, fuzz, soak
 from tools.faults_data import Row
 
@@ -15,7 +16,7 @@ def failures(rows: list[Row]) -> list[Row]:
 def test_every_fault_of_data_costs_what_is_broken_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "MOST_BYTES", 4 * 2**20)  # typechecked, the true sizes take long
+    monkeypatch.setattr(shards, "MOST_BYTES", 4 * 2**20)  # typechecked, the true sizes take long
     monkeypatch.setattr(faults_data, "BOMB", 5 * 2**20)
     rows = [*faults_data.rows(tmp_path), *faults_remote.rows(tmp_path)]
     assert failures(rows) == []
