@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -18,10 +17,9 @@ from gradeclip_ft.commands.config import conf_dir, options
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
 from gradeclip_ft.data.files import open_image
-from gradeclip_ft.explain.base import Explainer, explain_image
-from gradeclip_ft.explain.driver import prepared
+from gradeclip_ft.explain.base import Explainer
+from gradeclip_ft.explain.driver import Explained, explain_pictures
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.ops.similarity import cosine
 from gradeclip_ft.report.content import Box, Case, Chart, Point, Row, Table
 from gradeclip_ft.report.figures import enlarge
 from gradeclip_ft.results.collect import Entry, collect
@@ -414,7 +412,7 @@ def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -
     scenes = find_scenes(*files, parse, count)
     explainer: Explainer = make(map_settings(comparison))
     maps = {
-        method: list(explain_scenes(loaded, explainer, scenes, source.prompt))
+        method: explain_scenes(loaded, explainer, scenes, source.prompt)
         for method, loaded in models.items()
     }
     return [
@@ -461,6 +459,7 @@ def map_settings(comparison: Comparison) -> dict[str, Any]:
 
 LONGEST = 512  # pixels of a shown picture
 LEAST = 2  # phrases with a true box
+MAP = "map"  # a report shows one explainer
 
 
 @dataclass(frozen=True)
@@ -478,14 +477,6 @@ class Scene:
     caption: str
     phrases: tuple[str, ...]
     boxes: tuple[tuple[Box, ...], ...]
-
-
-@dataclass(frozen=True)
-class Maps:
-    """What one model makes of one scene."""
-
-    heat: Float[np.ndarray, "P h w"]
-    cosine: Float[np.ndarray, " P"]
 
 
 def find_scenes(
@@ -537,39 +528,34 @@ def boxes_of(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> tupl
 
 def explain_scenes(
     loaded: LoadedClip, explainer: Explainer, scenes: Sequence[Scene], prompt: str
-) -> Iterator[Maps]:
-    """Heat maps and scores of one model, scene by scene; the picture is squashed to its size."""
+) -> list[Explained]:
+    """Heat maps and scores of one model; the pictures are squashed to its size."""
     height, width = loaded.image_size
-    transform = loaded.transform(train=False)
-    method = prepared({"": explainer}, loaded)[""]
-    for scene in scenes:
-        pixels = transform(Image.fromarray(scene.image).resize((width, height))).unsqueeze(0)
-        owner = torch.zeros(len(scene.phrases), dtype=torch.long)
-        with torch.no_grad():
-            texts = [phrase_prompt(prompt, phrase) for phrase in scene.phrases]
-            target = loaded.clip.text.encode(loaded.tokenizer(texts))
-            embedding = loaded.clip.image.encode(pixels)
-        heat = explain_image(method, loaded.clip, pixels, target, owner)
-        yield Maps(heat.numpy(), cosine(embedding[owner], target).numpy())
+    transform = loaded.transform()
+    pixels = [transform(Image.fromarray(one.image).resize((width, height))) for one in scenes]
+    texts = [[phrase_prompt(prompt, phrase) for phrase in scene.phrases] for scene in scenes]
+    targets = [loaded.encode_texts(some) for some in texts]
+    return explain_pictures(loaded, pixels, targets, {MAP: explainer})
 
 
-def to_case(scene: Scene, maps: Mapping[str, Maps]) -> Case:
+def to_case(scene: Scene, found: Mapping[str, Explained]) -> Case:
     """The scene for the page, with each method's heat inside the true boxes in numbers."""
+    heat = {method: one.heat[MAP].numpy() for method, one in found.items()}
     inside = {
         method: [
-            f"{100 * inside_share(heat, boxes):.0f} %"
-            for heat, boxes in zip(made.heat, scene.boxes, strict=True)
+            f"{100 * inside_share(each, boxes):.0f} %"
+            for each, boxes in zip(maps, scene.boxes, strict=True)
         ]
-        for method, made in maps.items()
+        for method, maps in heat.items()
     }
     scores = {
-        method: [f"{score:.2f}".replace("-", "−") for score in made.cosine]
-        for method, made in maps.items()
+        method: [f"{score:.2f}".replace("-", "−") for score in one.score.tolist()]
+        for method, one in found.items()
     }
     return Case(
         image=scene.image,
         phrases=scene.phrases,
-        heat={method: made.heat for method, made in maps.items()},
+        heat=heat,
         caption=scene.caption,
         boxes=scene.boxes,
         values={"in the box": inside, "cosine": scores},

@@ -1,7 +1,8 @@
-"""Where maps point: for every class in a picture, is the hottest place on an object of it?
+"""Where maps point, and what they cost.
 
-`any_object` asks for an object of whatever class: what a method finds that knows no text. All
-methods see the same pixels and the same text vectors; maps are enlarged bilinearly.
+The pointing game asks, for every class in a picture: is the hottest place on an object of it?
+`any_object` asks for an object of whatever class, which a method that knows no text can find too.
+All methods read one pass over the same pixels and text vectors; maps are enlarged bilinearly.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,8 +29,8 @@ from gradeclip_ft.evaluators.base import (
 )
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.evaluators.regions import RegionSource, square_side
-from gradeclip_ft.explain.base import Able, Explainer, explain_image
-from gradeclip_ft.explain.driver import prepared
+from gradeclip_ft.explain.base import Explainer, explain_image, shared_pass
+from gradeclip_ft.explain.driver import Supported, heat_maps
 from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.heatmap import to_pixels
@@ -38,35 +39,9 @@ from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_j
 from gradeclip_ft.text.prompts import phrase_prompt
 
 PIXELS = 1  # masks are asked for at pixels: a grid with cells of one
-
-
-@dataclass(frozen=True)
-class Phrases:
-    """Classes of a batch's pictures.
-
-    Attributes:
-        owner: Picture of each phrase.
-        labels: Class of each phrase.
-        masks: Every object of that class in that picture.
-        objects: Every object of that picture, of whatever class.
-        empty: Classes left out, because no pixel of their objects was left at this size.
-    """
-
-    owner: Int[Tensor, " P"]
-    labels: Int[Tensor, " P"]
-    masks: Bool[Tensor, "P H W"]
-    objects: Bool[Tensor, "P H W"]
-    empty: int
-
-    def to(self, device: torch.device) -> Phrases:
-        """The same on another device."""
-        return Phrases(
-            owner=self.owner.to(device),
-            labels=self.labels.to(device),
-            masks=self.masks.to(device),
-            objects=self.objects.to(device),
-            empty=self.empty,
-        )
+CONSTANT = "/constant"
+REFERENCE = "encode_image"
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +55,7 @@ class LocalisationEvaluator:
         methods: Names of those to measure; None for all.
         image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the class name.
-        batch_size: Pictures per call; does not change the numbers.
+        batch_size: Pictures per pass; does not change the numbers.
         workers: Processes that load images; 0 loads them here.
     """
 
@@ -129,19 +104,20 @@ class LocalisationEvaluator:
         found: dict[str, list[Tensor]] = {}
         empty = 0
         with evaluating(loaded.clip):
-            able = Able(prepared(chosen(self.explainers, self.methods), loaded))
+            supported = Supported(chosen(self.explainers, self.methods), loaded)
             classes = encode_classes(
                 loaded, regions.names, [self.prompt], track, self.name, say=phrase_prompt
             )
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 phrases = phrases_of(batch)
                 empty += phrases.empty
-                for key, values in _scores(able, loaded, batch, phrases, classes).items():
-                    found.setdefault(key, []).append(values)
-        scores = {key: torch.cat(values) for key, values in found.items()}
+                for key, values in _scores(supported, loaded, batch, phrases, classes).items():
+                    found.setdefault(key, []).append(values.cpu())
+        scores = {key: torch.cat(values).double() for key, values in found.items()}
+        count = len(scores["chance/pointing"])
         return Measured(
             metrics={
-                key: float(values.double().mean())
+                key: float(values.mean())
                 for key, values in scores.items()
                 if not key.endswith(CONSTANT)
             },
@@ -151,11 +127,41 @@ class LocalisationEvaluator:
                 "class_list_hash": hash_json(list(regions.names)),
             },
             data=data_fingerprint(regions.files, regions.listed, regions.counts),
-            details=_details(scores, empty, able),
+            details={
+                "phrases": count,
+                "empty_masks": empty,
+                "constant_maps": {
+                    key.removesuffix(CONSTANT): int(values.sum())
+                    for key, values in scores.items()
+                    if key.endswith(CONSTANT) and values.any()
+                },
+                "standard_error": {
+                    key: round(float(values.std()) / count**0.5, 4)
+                    for key, values in scores.items()
+                    if key.endswith("/pointing") and count > 1
+                },
+                "left_out": {**supported.left_out},
+            },
         )
 
 
-CONSTANT = "/constant"
+@dataclass(frozen=True)
+class Phrases:
+    """Classes of a batch's pictures.
+
+    Attributes:
+        owner: Picture of each phrase.
+        labels: Class of each phrase.
+        masks: Every object of that class in that picture.
+        objects: Every object of that picture, of whatever class.
+        empty: Classes left out, because no pixel of their objects was left at this size.
+    """
+
+    owner: Int[Tensor, " P"]
+    labels: Int[Tensor, " P"]
+    masks: Bool[Tensor, "P H W"]
+    objects: Bool[Tensor, "P H W"]
+    empty: int
 
 
 def phrases_of(batch: RegionBatch) -> Phrases:
@@ -179,12 +185,11 @@ def phrases_of(batch: RegionBatch) -> Phrases:
 def _unions(
     masks: Float[Tensor, "R H W"], group: Int[Tensor, " R"], groups: int
 ) -> Bool[Tensor, "G H W"]:
-    count = masks.new_zeros(groups, *masks.shape[1:])
-    return count.index_add_(0, group, masks) > 0
+    return masks.new_zeros(groups, *masks.shape[1:]).index_add_(0, group, masks) > 0
 
 
 def _scores(
-    able: Able,
+    supported: Supported,
     loaded: LoadedClip,
     batch: RegionBatch,
     phrases: Phrases,
@@ -192,46 +197,19 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Values of every phrase by metric."""
     device, _ = placement(loaded.clip)
-    images, phrases = batch.images.to(device), phrases.to(device)
-    masks, target = phrases.masks, classes[phrases.labels]
-
-    def work(method: Explainer) -> Tensor:
-        heat = explain_image(method, loaded.clip, images, target, phrases.owner).float()
-        return to_pixels(heat, (masks.shape[1], masks.shape[2]))
-
+    masks, objects, owner = (x.to(device) for x in (phrases.masks, phrases.objects, phrases.owner))
+    target = classes[phrases.labels.to(device)]
+    with shared_pass(loaded.clip, loaded.clip.image, batch.images.to(device)) as shared:
+        maps = heat_maps(supported, shared, target, owner)
     found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy")}
-    found["chance/any_object"] = chance(phrases.objects)
-    for name, heat in able.each(work).items():
+    found["chance/any_object"] = chance(objects)
+    for name, grid in maps.items():
+        heat = to_pixels(grid.float(), (masks.shape[1], masks.shape[2]))
         found[f"{name}/pointing"] = pointing_game(heat, masks)
         found[f"{name}/energy"] = energy_pointing_game(heat, masks)
-        found[f"{name}/any_object"] = pointing_game(heat, phrases.objects)
+        found[f"{name}/any_object"] = pointing_game(heat, objects)
         found[f"{name}{CONSTANT}"] = is_constant(heat).float()
-    return {key: values.cpu() for key, values in found.items()}
-
-
-def _details(scores: Mapping[str, Tensor], empty: int, able: Able) -> dict[str, Any]:
-    phrases = len(scores["chance/pointing"])
-    constant = {
-        key.removesuffix(CONSTANT): int(values.sum())
-        for key, values in scores.items()
-        if key.endswith(CONSTANT) and values.any()
-    }
-    errors = {
-        key: round(float(values.double().std()) / phrases**0.5, 4)
-        for key, values in scores.items()
-        if key.endswith("/pointing") and phrases > 1
-    }
-    return {
-        "phrases": phrases,
-        "empty_masks": empty,
-        "constant_maps": constant,
-        "standard_error": errors,
-        "left_out": {**able.left_out},
-    }
-
-
-REFERENCE = "encode_image"
-SEED = 0
+    return found
 
 
 @dataclass(frozen=True)
@@ -294,45 +272,47 @@ class TimingEvaluator:
             ValueError: The model can do none of the methods, or is in half precision.
         """
         require_float32(loaded.clip, self.name)
-        size = loaded.image_size if self.image_size is None else (self.image_size,) * 2
-        device = loaded.clip.device
+        height, width = (self.image_size,) * 2 if self.image_size else loaded.image_size
+        device, count = loaded.clip.device, self.batch_size * self.phrases
+        generator = torch.Generator().manual_seed(SEED)
+        images = torch.randn(self.batch_size, 3, height, width, generator=generator).to(device)
+        owner = torch.arange(self.batch_size).repeat_interleave(self.phrases).to(device)
         with evaluating(loaded.clip):
-            images, target, owner = self._inputs(loaded, size)
-            able = Able(prepared(chosen(self.explainers, self.methods), loaded))
+            channels = loaded.clip.image.encode(images).shape[1]
+            target = unit(torch.randn(count, channels, generator=generator)).to(device)
+            supported = Supported(chosen(self.explainers, self.methods), loaded)
 
             def call(method: Explainer) -> Callable[[], object]:
-                return lambda: explain_image(method, loaded.clip, images, target, owner)
+                return partial(explain_image, method, loaded.clip, images, target, owner)
 
-            first = able.each(lambda method: seconds(call(method), device))
-            calls = {name: call(able.methods[name]) for name in first}
-            calls = {REFERENCE: lambda: loaded.clip.image.encode(images), **calls}
+            first = supported.run(lambda method: seconds(call(method), device))
+            calls = {name: call(method) for name, method in supported.methods.items()}
+            calls = {REFERENCE: partial(loaded.clip.image.encode, images), **calls}
             first = {REFERENCE: seconds(calls[REFERENCE], device), **first}
             times = self._in_turns(calls, first, device, track)
+        median = {name: statistics.median(each) for name, each in times.items()}
+        metrics: dict[str, float] = {}
+        for name, taken in median.items():
+            metrics[f"{name}/seconds"] = taken / self.batch_size
+            if name != REFERENCE:
+                metrics[f"{name}/seconds_per_map"] = taken / count
+            metrics[f"{name}/times_encode_image"] = taken / median[REFERENCE]
+        on_gpu = device.type == "cuda"
         return Measured(
-            metrics=self._metrics(times),
+            metrics=metrics,
             protocol={
                 **self.protocol,
-                "image_size": list(size),
-                "device": _name_of(device),
+                "image_size": [height, width],
+                "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
                 "threads": torch.get_num_threads(),
             },
             data=data_fingerprint([], [], {"images": self.batch_size}),
             details={
                 "rounds": {name: len(each) for name, each in times.items()},
                 "quartiles": {name: _quartiles(each) for name, each in times.items()},
-                "left_out": {**able.left_out},
+                "left_out": {**supported.left_out},
             },
         )
-
-    def _inputs(self, loaded: LoadedClip, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels, text vectors, and the picture of each."""
-        device = loaded.clip.device
-        generator = torch.Generator().manual_seed(SEED)
-        images = torch.randn(self.batch_size, 3, *size, generator=generator).to(device)
-        owner = torch.arange(self.batch_size).repeat_interleave(self.phrases)
-        width = loaded.clip.image.encode(images).shape[1]
-        target = unit(torch.randn(len(owner), width, generator=generator))
-        return images, target.to(device), owner.to(device)
 
     def _in_turns(
         self,
@@ -343,9 +323,7 @@ class TimingEvaluator:
     ) -> dict[str, list[float]]:
         """Seconds of every call that counts, by method."""
         left = {name: min(self.rounds, int(self.budget / first[name])) for name in calls}
-        times: dict[str, list[float]] = {
-            name: [] if count else [first[name]] for name, count in left.items()
-        }
+        times = {name: [] if count else [first[name]] for name, count in left.items()}
         for name, count in left.items():
             for _ in range(self.warm_up - 1 if count == self.rounds else 0):
                 seconds(calls[name], device)
@@ -355,37 +333,21 @@ class TimingEvaluator:
                     times[name].append(seconds(calls[name], device))
         return times
 
-    def _metrics(self, times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        bare = statistics.median(times[REFERENCE])
-        found: dict[str, float] = {}
-        for name, each in times.items():
-            median = statistics.median(each)
-            found[f"{name}/seconds"] = median / self.batch_size
-            if name != REFERENCE:
-                found[f"{name}/seconds_per_map"] = median / (self.batch_size * self.phrases)
-            found[f"{name}/times_encode_image"] = median / bare
-        return found
-
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, waiting for the device before and behind it."""
-    _wait(device)
-    start = time.perf_counter()
+    """Time of one call, waiting for the device before and after it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
     call()
-    _wait(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _quartiles(times: Sequence[float]) -> Any:
+def _quartiles(times: Sequence[float]) -> list[Json]:
     """First and third quartile of a call in seconds."""
     ends = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times
     return [round(ends[0], 6), round(ends[-1], 6)]

@@ -1,21 +1,32 @@
-"""What an explainer is, and the one place where a heat map is stopped or left differentiable."""
+"""What an explainer is, and the one forward pass that several of them read.
+
+`heat_from_trace` serves the training step: it is the one place where a heat map is stopped or left
+differentiable. `SharedPass` serves explanation: it traces once, and every method explains from it.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gradeclip_ft.models.clip import Clip, ImageModel, evaluation_mode
-from gradeclip_ft.models.tower import Tower
-from gradeclip_ft.models.trace import Heads, Record, Trace, UnsupportedTowerError, record_layers
+from gradeclip_ft.models.trace import (
+    Heads,
+    Pass,
+    Record,
+    Trace,
+    UnsupportedTowerError,
+    record_layers,
+)
 from gradeclip_ft.ops.heatmap import to_grid
-from gradeclip_ft.ops.similarity import unit
+from gradeclip_ft.ops.similarity import cosine, unit
 
 WITHOUT_TEXTS = "grad_eclip, raw_attention, rollout, grad_cam, game or integrated_gradients"
 
@@ -27,7 +38,6 @@ class TraceExplainer(Protocol):
     @property
     def create_graph(self) -> bool:
         """Whether gradients flow through the map: differentiable, or stopped."""
-        ...
 
     def from_trace(
         self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
@@ -39,7 +49,6 @@ class TraceExplainer(Protocol):
             target: Unit embeddings whose score is explained.
             owner: Row of the trace for each target.
         """
-        ...
 
 
 @runtime_checkable
@@ -48,22 +57,19 @@ class RecordExplainer(Protocol):
 
     @property
     def depth(self) -> int | None:
-        """Last layers that are recorded; None for all."""
-        ...
+        """Number of last layers that are recorded; None for all."""
 
     @property
     def heads(self) -> Heads:
         """How these layers attend: the model's own heads, or one over all channels."""
-        ...
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
-        """Relevance of every token.
+        """Relevance of every token; keeps the graph of the record, which other methods read too.
 
         Args:
             record: One row of inputs per target.
             target: Unit embeddings whose score is explained.
         """
-        ...
 
 
 @runtime_checkable
@@ -73,7 +79,6 @@ class InputExplainer(Protocol):
     @property
     def images_only(self) -> bool:
         """Whether it changes pixels, so that texts have no such relevance."""
-        ...
 
     def from_input(
         self,
@@ -83,7 +88,6 @@ class InputExplainer(Protocol):
         owner: Int[Tensor, " P"],
     ) -> Float[Tensor, "P ..."]:
         """Relevance of every token (P, N), or of patches (P, h, w)."""
-        ...
 
 
 Explainer: TypeAlias = TraceExplainer | RecordExplainer | InputExplainer
@@ -103,13 +107,128 @@ def heat_from_trace(
     Raises:
         ValueError: The trace is that of a text.
     """
-    if trace.grid is None:
-        raise ValueError("heat maps exist for images; this is the trace of a text")
     source = trace.float() if explainer.create_graph else trace.detach().float()
     with torch.enable_grad(), torch.autocast(trace.tokens.device.type, enabled=False):
         relevance = explainer.from_trace(source, unit(target.detach()), owner)
-    heat = to_grid(relevance, trace.grid)
+    heat = to_grid(relevance, _grid(trace.grid))
     return heat if explainer.create_graph else heat.detach()
+
+
+class SharedPass:
+    """One forward pass over a batch, made at its first use and read by every method.
+
+    The input of every layer is kept, without a graph, so that the trace of the last layer and
+    records of any depth continue the same pass. A record needs one row for each target; it is kept
+    as long as the targets belong to the same inputs.
+    """
+
+    def __init__(self, tower: Any, x: Shaped[Tensor, "B ..."]) -> None:
+        self._tower, self._x = tower, x
+        self._inputs: list[Tensor] = []  # of each layer, (B, N, W)
+        self._owner: Tensor | None = None
+        self._records: dict[tuple[Heads, int | None], Record] = {}
+
+    @cached_property
+    def opened(self) -> Pass:
+        """The pass before its first layer."""
+        with torch.no_grad():
+            opened: Pass = self._tower.open(self._x)
+        return opened
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The last layer, without a graph."""
+        with torch.no_grad():
+            return self._from_layer(len(self.opened.layers) - 1).trace().detach().float()
+
+    @property
+    def embedding(self) -> Float[Tensor, "B D"]:
+        """Embeddings, not normalised; from the trace, or as the library encodes without one."""
+        if self._tower.unexplained is None:
+            return self.trace.embedding
+        with torch.no_grad():
+            embedding: Tensor = self._tower.encode(self._x).float()
+        return embedding
+
+    def heat(
+        self, explainer: Explainer, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P h w"]:
+        """Heat maps for pictures; see `explain_image`."""
+        found = self._relevance(explainer, target, owner)
+        return found if found.ndim == 3 else to_grid(found, _grid(self.opened.grid))
+
+    def word_shares(
+        self, explainer: Explainer, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P N"]:
+        """Shares of the tokens of texts; see `explain_text`."""
+        if isinstance(explainer, InputExplainer) and explainer.images_only:
+            raise ValueError(f"{type(explainer).__name__} changes pixels; it explains images alone")
+        positive = self._relevance(explainer, target, owner).clamp(min=0)
+        total = positive.sum(1, keepdim=True)
+        return positive / total.masked_fill(total == 0, 1.0)
+
+    def _relevance(self, explainer: Explainer, target: Tensor, owner: Tensor) -> Tensor:
+        """What a method says of tokens (P, N), those that are not explained 0; or (P, h, w)."""
+        # A classifier's score is a logit, so its targets are classes and no embeddings of texts.
+        if getattr(explainer, "compares_texts", False) and self._tower.score is not cosine:
+            raise UnsupportedTowerError(
+                f"{type(explainer).__name__} compares tokens with the embedding of a text, which a "
+                f"classifier does not have; choose {WITHOUT_TEXTS}"
+            )
+        target = unit(_usable(target)).to(self._x.device)
+        owner = _usable(owner).to(self._x.device)
+        if isinstance(explainer, InputExplainer):
+            found = explainer.from_input(self._tower, self._x, target, owner)
+        elif isinstance(explainer, RecordExplainer):
+            found = explainer.from_record(
+                self._record(owner, explainer.depth, explainer.heads), target
+            )
+        else:
+            found = explainer.from_trace(self.trace, target, owner)
+        if found.ndim == 3:
+            return found.detach()
+        return found.detach().masked_fill(~self.opened.explained[owner], 0.0)
+
+    def _record(self, owner: Tensor, depth: int | None, heads: Heads) -> Record:
+        if self._owner is None or not self._owner.equal(owner):
+            self._records.clear()  # before the next one is made: they are large
+            self._owner = owner
+        # With the model's own heads a deep record holds every shallower one. With one head over all
+        # channels the recorded layers compute something else, and each depth is another pass.
+        key = heads, depth if heads == "one" else None
+        count = len(self.opened.layers)
+        last = count if depth is None else min(depth, count)
+        kept = self._records.get(key)
+        if kept is None or len(kept.layers) < last:
+            start = count - last if last > 0 else 0
+            kept = record_layers(self._from_layer(start), owner, depth=depth, heads=heads)
+            self._records[key] = kept
+        return replace(kept, layers=kept.layers[-last:])
+
+    def _from_layer(self, start: int) -> Pass:
+        """The pass as if layer `start` were its first one."""
+        inputs = self._inputs or [self.opened.tokens]
+        with torch.no_grad():
+            for layer in range(len(inputs), start + 1):
+                inputs.append(self.opened.run(inputs[-1], layer - 1, layer))
+        self._inputs = inputs
+        return replace(self.opened, tokens=inputs[start], layers=self.opened.layers[start:])
+
+
+@contextmanager
+def shared_pass(model: nn.Module, tower: Any, x: Shaped[Tensor, "B ..."]) -> Iterator[SharedPass]:
+    """A pass of a tower for explanation: evaluation mode, gradients possible, full precision.
+
+    Mode, gradients and hooks of the model stay as they were. Inference mode, which allows no
+    gradient, is left for a while.
+    """
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        yield SharedPass(tower, _usable(x))
 
 
 def explain_image(
@@ -119,37 +238,20 @@ def explain_image(
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
 ) -> Float[Tensor, "P h w"]:
-    """Heat maps for pictures, without a graph; the model's mode, gradients and hooks stay as is.
+    """Heat maps for pictures by one method, without a graph.
 
     Args:
         explainer: The method.
         clip: The model: a CLIP, or a classifier.
         images: Normalised pixels.
-        target: Embeddings of the phrases, any length; for a classifier, unit vectors of classes.
+        target: Embeddings of phrases, any length; of a classifier, unit vectors of classes.
         owner: Image row of each target.
 
     Raises:
         UnsupportedTowerError: The image tower cannot do this method.
     """
-    _check_texts(explainer, clip)
-    with _explaining(clip), torch.autocast(images.device.type, enabled=False):
-        images = _usable(images)
-        target, owner = unit(_usable(target)).to(images.device), _usable(owner).to(images.device)
-        if isinstance(explainer, InputExplainer):
-            with torch.enable_grad():
-                found = explainer.from_input(clip.image, images, target, owner).detach()
-            if found.ndim == 3:
-                return found
-            with torch.no_grad():
-                opened = clip.image.open(images)
-            found = found.masked_fill(~opened.explained[owner], 0.0)
-            return to_grid(found, _grid(opened.grid))
-        if isinstance(explainer, RecordExplainer):
-            record, found = _from_record(explainer, clip.image, images, target, owner)
-            return to_grid(found, _grid(record.opened.grid))
-        with torch.no_grad():
-            trace = clip.image.trace(images)
-        return heat_from_trace(explainer, trace, target, owner).detach()
+    with shared_pass(clip, clip.image, images) as shared:
+        return shared.heat(explainer, target, owner)
 
 
 def explain_text(
@@ -159,7 +261,7 @@ def explain_text(
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
 ) -> Float[Tensor, "P N"]:
-    """Relevance of every token of a text for an image, without a graph.
+    """Relevance of every token of a text for an image by one method, without a graph.
 
     Positive parts over the words, divided by their sum; 0 everywhere where nothing is relevant.
 
@@ -167,53 +269,15 @@ def explain_text(
         explainer: The method.
         clip: The model.
         texts: Token ids.
-        target: Embeddings of the images, any length.
+        target: Embeddings of images, any length.
         owner: Text row of each image.
 
     Raises:
         UnsupportedTowerError: The text tower cannot do this method.
         ValueError: The method is for images alone.
     """
-    if isinstance(explainer, InputExplainer) and explainer.images_only:
-        raise ValueError(f"{type(explainer).__name__} changes pixels; it explains images alone")
-    device = clip.device
-    with _explaining(clip), torch.autocast(device.type, enabled=False):
-        texts, owner = _usable(texts).to(device), _usable(owner).to(device)
-        target = unit(_usable(target)).to(device)
-        with torch.no_grad():
-            opened = clip.text.open(texts)
-        if isinstance(explainer, InputExplainer):
-            with torch.enable_grad():
-                found = explainer.from_input(clip.text, texts, target, owner)
-        elif isinstance(explainer, RecordExplainer):
-            _, found = _from_record(explainer, clip.text, texts, target, owner)
-        else:
-            trace = opened.trace().detach().float()
-            with torch.enable_grad():
-                found = explainer.from_trace(trace, target, owner)
-    words = found.detach().masked_fill(~opened.explained[owner], 0.0).clamp(min=0)
-    total = words.sum(1, keepdim=True)
-    return words / total.masked_fill(total == 0, 1.0)
-
-
-def _check_texts(explainer: Explainer, model: ImageModel) -> None:
-    """Refuse a comparison with texts where there are none."""
-    if not isinstance(model, Clip) and getattr(explainer, "compares_texts", False):
-        raise UnsupportedTowerError(
-            f"{type(explainer).__name__} compares tokens with the embedding of a text, which a "
-            f"classifier has not; choose {WITHOUT_TEXTS}"
-        )
-
-
-def _from_record(
-    explainer: RecordExplainer, tower: Tower, x: Tensor, target: Tensor, owner: Tensor
-) -> tuple[Record, Float[Tensor, "P N"]]:
-    with torch.enable_grad():
-        with torch.no_grad():
-            opened = tower.open(x)
-        record = record_layers(opened, owner, depth=explainer.depth, heads=explainer.heads)
-        found = explainer.from_record(record, target).detach()
-    return record, found.masked_fill(~record.explained, 0.0)
+    with shared_pass(clip, clip.text, texts.to(clip.device)) as shared:
+        return shared.word_shares(explainer, target, owner)
 
 
 def _grid(grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -225,56 +289,3 @@ def _grid(grid: tuple[int, int] | None) -> tuple[int, int]:
 def _usable(tensor: Tensor) -> Tensor:
     """Without a graph; a copy where inference mode forbids gradients through it."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-@contextmanager
-def _explaining(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, outside inference mode, which allows no gradient."""
-    with evaluation_mode(module), torch.inference_mode(False):
-        yield
-
-
-Answer = TypeVar("Answer")
-log = logging.getLogger(__name__)
-
-
-class Able:
-    """Methods that this model can do; the others are left out at their first failure, with a word.
-
-    Args:
-        methods: By name.
-        skip: Whether others may be left out at all.
-
-    Attributes:
-        methods: Those left, by name.
-        left_out: Why the others are not.
-    """
-
-    def __init__(self, methods: Mapping[str, Explainer], *, skip: bool = True) -> None:
-        self.methods = dict(methods)
-        self.left_out: dict[str, str] = {}
-        self._skip = skip
-
-    def each(self, work: Callable[[Explainer], Answer]) -> dict[str, Answer]:
-        """Answers of all methods that this model can do.
-
-        Raises:
-            UnsupportedTowerError: It can do none, or not all of them and none may be left out.
-        """
-        return {name: answer for name in list(self.methods) for answer in self.one(name, work)}
-
-    def one(self, name: str, work: Callable[[Explainer], Answer]) -> list[Answer]:
-        """The answer of one method, or none."""
-        try:
-            return [work(self.methods[name])]
-        except UnsupportedTowerError as error:
-            if not self._skip:
-                raise
-            log.warning("%s is left out: %s", name, error)
-            self.left_out[name] = str(error)
-            del self.methods[name]
-            if not self.methods:
-                raise UnsupportedTowerError(
-                    f"this model can do none of {', '.join(self.left_out)}: {error}"
-                ) from error
-            return []

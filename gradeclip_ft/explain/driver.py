@@ -1,30 +1,135 @@
-"""Pictures and phrases to maps, by several methods on the same pixels and the same text vectors."""
+"""Several methods on the same pixels and the same text vectors, from one image pass.
+
+`heat_maps` is the one driver of `explain`, `report` and the pointing game; `explain_pictures` and
+`explain_sentences` put files and texts around it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, groupby, pairwise
+from math import inf
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from gradeclip_ft.explain.base import Able, Explainer, explain_image, explain_text
+from gradeclip_ft.explain.base import (
+    Explainer,
+    InputExplainer,
+    RecordExplainer,
+    SharedPass,
+    shared_pass,
+)
 from gradeclip_ft.images import open_picture
 from gradeclip_ft.models.clip import ImageTransform, LoadedClip, LoadedImageModel
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
+from gradeclip_ft.report.content import Words
 
 Geometry: TypeAlias = Literal["model", "aspect"]
 Picture: TypeAlias = Image.Image | str | Path | Tensor
 """A picture, its file, or its normalised pixels (3, H, W), which are taken as they are."""
+Answer = TypeVar("Answer")
 
-ROWS = 64  # maps per call at most: several layers of each are kept at a time
+ROWS = 64  # phrases at a time: records keep several layers of each
+BATCH = 16  # pictures at a time
+log = logging.getLogger(__name__)
+
+
+class Supported:
+    """Explainers that a model supports; another is dropped, with a warning, when it first fails.
+
+    Args:
+        methods: By name. Those that compare with texts of their own have them encoded here.
+        loaded: The model.
+        skip: Whether any may be dropped.
+
+    Attributes:
+        methods: Those left, by name.
+        left_out: Why the others are not.
+    """
+
+    def __init__(
+        self, methods: Mapping[str, Explainer], loaded: LoadedImageModel, *, skip: bool = True
+    ) -> None:
+        self.methods: dict[str, Explainer] = {
+            name: method.prepare(loaded) if hasattr(method, "prepare") else method
+            for name, method in methods.items()
+        }
+        self.left_out: dict[str, str] = {}
+        self._skip = skip
+
+    def run(
+        self, work: Callable[[Explainer], Answer], names: Iterable[str] | None = None
+    ) -> dict[str, Answer]:
+        """Answers of those of the methods that the model supports; of all for None.
+
+        Raises:
+            UnsupportedTowerError: It supports none at all, or not all, and none may be dropped.
+        """
+        answers: dict[str, Answer] = {}
+        for name in list(self.methods if names is None else names):
+            try:
+                if name in self.methods:
+                    answers[name] = work(self.methods[name])
+            except UnsupportedTowerError as error:
+                if not self._skip:
+                    raise
+                log.warning("%s is left out: %s", name, error)
+                self.left_out[name] = str(error)
+                del self.methods[name]
+                if not self.methods:
+                    raise UnsupportedTowerError(
+                        f"this model can do none of {', '.join(self.left_out)}: {error}"
+                    ) from error
+        return answers
+
+
+def heat_maps(
+    supported: Supported,
+    shared: SharedPass,
+    target: Float[Tensor, "P D"],
+    owner: Int[Tensor, " P"],
+    *,
+    rows: int = ROWS,
+) -> dict[str, Float[Tensor, "P h w"]]:
+    """Maps of every target by every method that the model supports, from one pass.
+
+    Args:
+        supported: The methods.
+        shared: The pass of the pictures.
+        target: Embeddings of the phrases, any length.
+        owner: Picture of each.
+        rows: Phrases at a time; bounds memory, not the result, and costs no image pass.
+    """
+    # Methods with passes of their own go over the phrases themselves: RISE has one set of masked
+    # pictures for all. The others share what they read, those with the deepest record first.
+    depth = {name: _depth(method) for name, method in supported.methods.items()}
+    deepest_first = sorted(depth, key=lambda name: -depth[name])
+    alone = [name for name in depth if isinstance(supported.methods[name], InputExplainer)]
+    sharing = [name for name in deepest_first if name not in alone]
+    parts = list(zip(torch.split(target, rows), torch.split(owner, rows), strict=True))
+    found: dict[str, list[Tensor]] = {name: [] for name in depth}
+    for names, chunks in ((sharing, parts), (alone, [(target, owner)])):
+        for some, of in chunks:
+            work = partial(shared.heat, target=some, owner=of)
+            for name, heat in supported.run(work, names).items():
+                found[name].append(heat)
+    return {name: torch.cat(found[name]) for name in supported.methods}
+
+
+def _depth(method: Explainer) -> float:
+    """Layers of the record that a method reads."""
+    if not isinstance(method, RecordExplainer):
+        return 0.0
+    return inf if method.depth is None else float(method.depth)
 
 
 @dataclass(frozen=True)
@@ -52,98 +157,75 @@ def explain_pictures(
     loaded: LoadedImageModel,
     pictures: Sequence[Picture],
     targets: Sequence[Float[Tensor, "_ D"]],
-    methods: Mapping[str, Explainer],
+    methods: Mapping[str, Explainer] | Supported,
     *,
     geometry: Geometry = "model",
     longest: int = 640,
     rows: int = ROWS,
     skip: bool = False,
 ) -> list[Explained]:
-    """Maps of every phrase by every method, pictures of one size together.
+    """Maps of every phrase by every method, neighbours of one size in one pass.
 
     Args:
         loaded: The model, on its device.
         pictures: Of any size and mode.
         targets: Embeddings of the phrases of each picture.
-        methods: By name; those with texts of their own are already `prepared`.
-        geometry: See `transform_for`.
-        longest: See `transform_for`.
-        rows: Phrases per call at most; bounds memory, not the result.
-        skip: Leave out, with a word in the log, what this model cannot do.
+        methods: By name; or those that earlier pictures have left.
+        geometry: See `pixels_of`.
+        longest: See `pixels_of`.
+        rows: See `heat_maps`.
+        skip: Drop, with a warning, what this model does not support.
 
     Returns:
         One per picture, on the CPU.
 
     Raises:
         UnsupportedTowerError: The model cannot do a method and `skip` is false, or it can do none.
-        ValueError: Counts of pictures and targets differ, or a file is no picture.
+        ValueError: Counts of pictures and targets differ, or a file is not a picture.
     """
     if len(pictures) != len(targets):
         raise ValueError(f"{len(targets)} sets of phrases for {len(pictures)} pictures; give each")
+    supported = methods
+    if not isinstance(supported, Supported):
+        supported = Supported(supported, loaded, skip=skip)
     pixels = [pixels_of(loaded, picture, geometry, longest) for picture in pictures]
-    able = Able(methods, skip=skip)
-    return [
-        explained
-        for some in _together(pixels, targets, rows)
-        for explained in _explain_together(
-            loaded, [pixels[row] for row in some], [targets[row] for row in some], able, rows
-        )
-    ]
+    found: list[Explained] = []
+    for _, group in groupby(range(len(pixels)), key=lambda row: pixels[row].shape):
+        same = list(group)
+        for at in range(0, len(same), BATCH):
+            some = slice(same[at], same[at] + len(same[at : at + BATCH]))
+            found += _explain_batch(loaded, pixels[some], targets[some], supported, rows)
+    return found
 
 
-def _explain_together(
+def _explain_batch(
     loaded: LoadedImageModel,
     pixels: Sequence[Tensor],
     targets: Sequence[Tensor],
-    able: Able,
+    supported: Supported,
     rows: int,
 ) -> list[Explained]:
-    """Pictures of one size in one call for each `rows` phrases."""
-    device = loaded.clip.device
-    stacked, target = torch.stack(list(pixels)).to(device), torch.cat(list(targets)).to(device)
-    counts = [len(target) for target in targets]
+    device, counts = loaded.clip.device, [len(target) for target in targets]
+    target = torch.cat(list(targets)).to(device)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
-    parts = list(zip(torch.split(target, rows), torch.split(owner, rows), strict=True))
-
-    def draw(method: Explainer) -> tuple[Tensor, ...]:
-        maps = [explain_image(method, loaded.clip, stacked, *part) for part in parts]
-        return torch.split(torch.cat(maps).cpu(), counts)
-
-    heat = able.each(draw)
-    with torch.no_grad():
-        embedding = loaded.clip.image.encode(stacked).float()
-        score = loaded.clip.image.score(embedding[owner], target.float())
-    scores = torch.split(score.cpu(), counts)
+    tower = loaded.clip.image
+    with shared_pass(loaded.clip, tower, torch.stack(list(pixels)).to(device)) as shared:
+        maps = heat_maps(supported, shared, target, owner, rows=rows)
+        embedding = shared.embedding
+        score = tower.score(embedding[owner], target.float())
+    heat = {name: torch.split(found.cpu(), counts) for name, found in maps.items()}
     return [
-        Explained(picture, {name: maps[row] for name, maps in heat.items()}, scores[row], own.cpu())
-        for row, (picture, own) in enumerate(zip(pixels, embedding, strict=True))
+        Explained(picture, {name: found[row] for name, found in heat.items()}, scores, own)
+        for row, (picture, scores, own) in enumerate(
+            zip(pixels, torch.split(score.cpu(), counts), embedding.cpu(), strict=True)
+        )
     ]
 
 
 def pixels_of(
     loaded: LoadedImageModel, picture: Picture, geometry: Geometry = "model", longest: int = 640
 ) -> Float[Tensor, "3 H W"]:
-    """Normalised pixels of one picture; see `transform_for`.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is no picture, or a tensor is not (3, H, W).
-    """
-    if isinstance(picture, Tensor):
-        if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point():
-            raise ValueError(
-                f"a picture is a tensor of shape {tuple(picture.shape)} and type {picture.dtype}, "
-                "expected normalised pixels (3, H, W); give a PIL image or a file otherwise"
-            )
-        return picture
-    upright = open_picture(picture)
-    return transform_for(loaded, upright, geometry, longest)(upright)
-
-
-def transform_for(
-    loaded: LoadedImageModel, picture: Image.Image, geometry: Geometry, longest: int
-) -> ImageTransform:
-    """How a picture becomes pixels.
+    """Normalised pixels of one picture.
 
     Args:
         loaded: The model.
@@ -153,72 +235,34 @@ def transform_for(
         longest: Pixels of the longer side under `aspect`, at most.
 
     Raises:
-        ValueError: The model takes pictures of one size only, or `longest` is below 1.
+        FileNotFoundError: No such file.
+        ValueError: The file is not a picture, a tensor is not (3, H, W), `longest` is below 1, or
+            the model takes pictures of one size only.
     """
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point():
+            raise ValueError(
+                f"a picture is a tensor of shape {tuple(picture.shape)} and type {picture.dtype}, "
+                "expected normalised pixels (3, H, W); give a PIL image or a file otherwise"
+            )
+        return picture
     if longest < 1:
         raise ValueError(f"longest is {longest}; give the pixels of the longer side, 1 or more")
+    upright, patch = open_picture(picture), loaded.patch
     if geometry == "model":
-        return loaded.transform()
-    patch = loaded.patch
+        return loaded.transform()(upright)
     if not patch:
         raise ValueError("this model takes pictures of one size; choose geometry=model")
-    scale = min(1.0, longest / max(picture.size))
-    width, height = (max(1, round(side * scale / patch)) * patch for side in picture.size)
-    how = loaded.preprocessing
-    whole = type(how)(how.mean, how.std, how.interpolation, resize="squash")
-    return ImageTransform(size=(height, width), preprocessing=whole)
+    scale = min(1.0, longest / max(upright.size))
+    width, height = (max(1, round(side * scale / patch)) * patch for side in upright.size)
+    whole = replace(loaded.preprocessing, resize="squash")
+    return ImageTransform(size=(height, width), preprocessing=whole)(upright)
 
 
-def prepared(methods: Mapping[str, Explainer], loaded: LoadedImageModel) -> dict[str, Explainer]:
-    """Methods that compare with texts of their own, with these encoded by this model if it can."""
-    return {
-        name: method.prepare(loaded)
-        if hasattr(method, "prepare") and isinstance(loaded, LoadedClip)
-        else method
-        for name, method in methods.items()
-    }
-
-
-def shown(pixels: Float[Tensor, "3 H W"], loaded: LoadedImageModel) -> Tensor:
+def to_display_image(pixels: Float[Tensor, "3 H W"], loaded: LoadedImageModel) -> Tensor:
     """The picture as the model saw it, (H, W, 3) in bytes: maps belong on this one."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (loaded.mean, loaded.std))
     return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-
-
-def _together(
-    pixels: Sequence[Tensor], targets: Sequence[Tensor], rows: int
-) -> Iterator[Sequence[int]]:
-    """Runs of neighbouring pictures of one size with at most `rows` phrases; at least one each."""
-    some: list[int] = []
-    count = 0
-    for row, (picture, target) in enumerate(zip(pixels, targets, strict=True)):
-        if some and (picture.shape != pixels[some[0]].shape or count + len(target) > rows):
-            yield some
-            some, count = [], 0
-        some.append(row)
-        count += len(target)
-    if some:
-        yield some
-
-
-Merge = Literal["sum", "max", "mean"]
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """What each word says for a picture.
-
-    Attributes:
-        words: Those that the model reads.
-        cut: The rest of the text, beyond its context.
-        values: Relevance of every word by method; with `sum` they sum to 1, less what stands on a
-            word that the context cuts in two, or are all 0.
-    """
-
-    words: tuple[str, ...]
-    cut: str
-    values: Mapping[str, Float[Tensor, " W"]]
 
 
 def explain_sentences(
@@ -228,10 +272,9 @@ def explain_sentences(
     methods: Mapping[str, Explainer],
     *,
     owner: Int[Tensor, " P"] | None = None,
-    merge: Merge = "sum",
     skip: bool = False,
-) -> list[Sentence]:
-    """Relevance of the words of texts for pictures.
+) -> list[Words]:
+    """Relevance of the words of texts for pictures, by all methods from one text pass.
 
     Args:
         loaded: The model, on its device.
@@ -239,12 +282,12 @@ def explain_sentences(
         target: Embeddings of pictures, any length.
         methods: By name.
         owner: Text of each picture; None for one each.
-        merge: How the tokens of a word become its value. Relevance is a distribution over tokens,
-            so their sum is the default; the authors merge nothing.
-        skip: Leave out, with a word in the log, what this model cannot do.
+        skip: Leave out, with a warning, what this model does not support.
 
     Returns:
-        One per picture, in the order of `target`.
+        One per picture, in the order of `target`. A word has the sum of its tokens' shares (the
+        authors merge nothing), so the values of a method sum to 1, less what is on a word that the
+        context cuts in two, or are all 0.
 
     Raises:
         UnsupportedTowerError: The text tower cannot do a method and `skip` is false.
@@ -256,54 +299,31 @@ def explain_sentences(
                 f"{len(texts)} texts for {len(target)} pictures; give one each, or owner="
             )
         owner = torch.arange(len(texts))
-    read = [loaded.tokenizer.words(text) for text in texts]
-    ids = loaded.tokenizer(texts, trim=True).to(loaded.clip.log_scale.device)
     found: dict[str, Tensor] = {}
     left: dict[str, list[str]] = {}
-    for name, method in methods.items():
-        try:
-            found[name] = explain_text(method, loaded.clip, ids, target, owner).cpu()
-        except UnsupportedTowerError as error:
-            if not skip:
-                raise
-            left.setdefault(str(error), []).append(name)
+    first = torch.zeros(len(texts), dtype=torch.long)
+    ids = loaded.tokenizer(texts, trim=True).to(loaded.clip.device)
+    with shared_pass(loaded.clip, loaded.clip.text, ids) as shared:
+        for name, method in methods.items():
+            try:
+                found[name] = shared.word_shares(method, target, owner).cpu()
+            except UnsupportedTowerError as error:
+                if not skip:
+                    raise
+                left.setdefault(str(error), []).append(name)
+        if found:
+            first = shared.opened.explained.int().argmax(1).cpu()  # position of the first word
     for reason, names in left.items():
         log.warning("words by %s are left out: %s", ", ".join(names), reason)
-    first = _first_words(loaded, ids) if found else torch.zeros(len(texts), dtype=torch.long)
+    read = [loaded.tokenizer.words(text) for text in texts]
     sentences = []
     for row, text in enumerate(owner.tolist()):
         words, cut = read[text]
-        pieces = [word.pieces for word in words]
+        start = int(first[text])
+        ends = [start, *(start + end for end in accumulate(word.pieces for word in words))]
         values = {
-            name: merge_pieces(relevance[row, int(first[text]) :], pieces, merge)
-            for name, relevance in found.items()
+            name: [float(shares[row, a:b].sum()) for a, b in pairwise(ends)]
+            for name, shares in found.items()
         }
-        sentences.append(Sentence(tuple(word.text for word in words), cut, values))
+        sentences.append(Words([word.text for word in words], values, cut))
     return sentences
-
-
-def merge_pieces(
-    relevance: Float[Tensor, " N"], pieces: Sequence[int], merge: Merge = "sum"
-) -> Float[Tensor, " W"]:
-    """Relevance per token to relevance per word.
-
-    Args:
-        relevance: From the first word's first token on; what follows the last word is ignored.
-        pieces: Tokens of every word.
-        merge: Sum, largest or mean.
-    """
-    ends = list(accumulate(pieces))
-    parts = [relevance[end - count : end] for count, end in zip(pieces, ends, strict=True)]
-    how: dict[str, Callable[[Tensor], Tensor]] = {
-        "sum": torch.sum,
-        "max": torch.amax,
-        "mean": torch.mean,
-    }
-    return torch.stack([how[merge](part) for part in parts]) if parts else relevance.new_zeros(0)
-
-
-def _first_words(loaded: LoadedClip, ids: Int[Tensor, "M L"]) -> Int[Tensor, " M"]:
-    """Position of the first token of the first word."""
-    with torch.no_grad():
-        explained = loaded.clip.text.open(ids).explained
-    return explained.int().argmax(1).cpu()

@@ -35,7 +35,7 @@ class Game:
         """Relevance of every token for each target."""
         score = record.opened.score(record.embedding, target).sum()
         nodes = [layer.attention for layer in record.layers]
-        gradients = torch.autograd.grad(score, nodes)
+        gradients = torch.autograd.grad(score, nodes, retain_graph=True)
         count = nodes[0].shape[-1]
         relevance = torch.eye(count, device=score.device).expand(len(target), -1, -1)
         for weights, gradient in zip(nodes, gradients, strict=True):

@@ -38,7 +38,8 @@ class GradEclipDeep:
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
         score = record.opened.score(record.embedding, target).sum()
-        weights = torch.autograd.grad(score, [layer.o for layer in record.layers])
+        nodes = [layer.o for layer in record.layers]
+        weights = torch.autograd.grad(score, nodes, retain_graph=True)
         among = self._among(record)
         total: Tensor | None = None
         for layer, gradient in zip(record.layers, weights, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradeclip_ft.explain.base import explain_text
-from gradeclip_ft.explain.driver import explain_sentences, merge_pieces
+from gradeclip_ft.explain.driver import explain_sentences
 from gradeclip_ft.explain.grad_eclip_deep import GradEclipDeep
 from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.models.clip import LoadedClip
@@ -99,14 +99,6 @@ def test_real_word_pieces(shared_dir: Path) -> None:
     assert sum(word.pieces for word in words) == int(loaded.tokenizer.lengths(ids)[0]) - 2
 
 
-@pytest.mark.parametrize(
-    ("merge", "expected"), [("sum", [0.1, 0.5]), ("max", [0.1, 0.3]), ("mean", [0.1, 0.25])]
-)
-def test_pieces_become_one_value(merge: str, expected: list[float]) -> None:
-    found = merge_pieces(torch.tensor([0.1, 0.2, 0.3, 0.4]), [1, 2], merge)
-    torch.testing.assert_close(found, torch.tensor(expected))
-
-
 def test_values_of_words_are_those_of_their_tokens(tiny: LoadedClip) -> None:
     """Two sentences of other lengths in one call, against one call of `explain_text` each."""
     texts = ["a red circle", "a large blue star above a green square"]
@@ -117,7 +109,7 @@ def test_values_of_words_are_those_of_their_tokens(tiny: LoadedClip) -> None:
         one = explain_text(
             METHODS["grad_eclip"], tiny.clip, tiny.tokenizer([text]), target[row, None], ZERO
         )
-        values = found[row].values["grad_eclip"]
+        values = torch.tensor(found[row].values["grad_eclip"])
         torch.testing.assert_close(values, one[0, 1 : 1 + len(values)], rtol=1e-4, atol=1e-6)
         assert values.sum().item() == pytest.approx(1, abs=1e-5) or not values.any()
 
@@ -132,13 +124,13 @@ def test_one_sentence_for_several_pictures(tiny: LoadedClip) -> None:
     )
     alone = explain_sentences(tiny, ["a red circle"], target[2:], METHODS)[0]
     assert len(both) == 3
-    torch.testing.assert_close(both[2].values["grad_eclip"], alone.values["grad_eclip"])
+    assert both[2].values["grad_eclip"] == pytest.approx(alone.values["grad_eclip"], abs=1e-5)
 
 
 def test_texts_without_words_have_no_values(tiny: LoadedClip) -> None:
     (sentence,) = explain_sentences(tiny, ["🙂"], torch.randn(1, 96), METHODS)
-    assert sentence.words == ()
-    assert sentence.values["grad_eclip"].shape == (0,)
+    assert sentence.words == []
+    assert sentence.values["grad_eclip"] == []
 
 
 def test_counts_that_do_not_fit_are_refused(tiny: LoadedClip) -> None:
@@ -159,5 +151,5 @@ def test_methods_that_read_no_words_are_refused_or_left_out(shared_dir: Path) ->
     with pytest.raises(ValueError, match="averages its tokens"):
         explain_sentences(loaded, ["a dog"], target, {"raw": RawAttention()})
     (sentence,) = explain_sentences(loaded, ["a dog"], target, {"raw": RawAttention()}, skip=True)
-    assert sentence.words == ("a", "dog")
+    assert sentence.words == ["a", "dog"]
     assert sentence.values == {}

@@ -125,12 +125,14 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     first, second = report.find_scenes(*files, split, 2)
     second = report.Scene(first.image, second.caption, second.phrases, second.boxes)
     one, two = report.explain_scenes(loaded, GradEclip(), [first, second], "a photo of the {}")
-    assert one.heat.shape == (2, 8, 8)
-    np.testing.assert_allclose(one.heat, two.heat[::-1], rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(one.cosine, two.cosine[::-1], atol=1e-6)
+    assert one.heat[report.MAP].shape == (2, 8, 8)
+    torch.testing.assert_close(
+        one.heat[report.MAP], two.heat[report.MAP].flip(0), rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(one.score, two.score.flip(0), atol=1e-6, rtol=0)
     assert all(parameter.grad is None for parameter in loaded.clip.parameters())
     case = report.to_case(first, {"model": one})
-    assert case.values["cosine"]["model"][0] == f"{one.cosine[0]:.2f}".replace("-", "−")
+    assert case.values["cosine"]["model"][0] == f"{one.score[0]:.2f}".replace("-", "−")
     assert case.values["in the box"]["model"][1].endswith(" %")
 
 
@@ -138,5 +140,5 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
 def test_a_report_may_show_any_method(method: object) -> None:
     """Also those of several layers, and those that compare with texts of their own."""
     scene = report.Scene(np.zeros((64, 64, 3), np.uint8), "a", ("red circle",), ((),))
-    (maps,) = report.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
-    assert maps.heat.shape == (1, 8, 8)
+    (found,) = report.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
+    assert found.heat[report.MAP].shape == (1, 8, 8)
