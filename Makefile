@@ -1,11 +1,12 @@
 # Two commands: `make demo` and `make test`. Both set up .venv by themselves, once.
+# `make harden` runs what takes longer: campaigns, long tests, other processors.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m gradeclip_ft
 
-.PHONY: demo test results methods clean
+.PHONY: demo test harden results methods speed clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo_ordinary runs/demo_gradeclip
@@ -36,12 +37,31 @@ speed: $(VENV)/installed-dev
 	    scaling explain phrases loader evaluate startup; do \
 	    OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench $$what out=results/speed || exit 1; done
 
+# One thread adds in one order: exact comparisons stay exact. Two workers share the files of tests.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest  # one thread adds in one order: exact comparisons stay exact
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow'
+
+# Instruction sets that this processor has, by the names that torch gives them.
+CAPABILITIES := default $(shell grep -qsw avx2 /proc/cpuinfo && echo avx2) $(shell grep -qs avx512f /proc/cpuinfo && echo avx512)
+
+# About an hour and a half on two cores; any of the lines can be typed alone.
+harden: $(VENV)/installed-dev
+	$(BIN)/python -m tools.kill_test
+	$(BIN)/python -m tools.kill_test ranks=true
+	$(BIN)/python -m tools.faults out=results/faults.md
+	$(BIN)/python -m tools.fuzz cases=10000
+	$(BIN)/python -m tools.soak samples=100000
+	$(BIN)/python -m tools.check_towers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	for capability in $(CAPABILITIES); do for threads in 1 2; do \
+	    echo "ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads"; \
+	    ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads $(PYTEST) -m 'not slow' || exit 1; \
+	done; done
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --editable .
