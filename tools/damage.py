@@ -16,9 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.models.clip import ImageTransform, Preprocessing
+from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
+
 Files = dict[str, bytes]
 """Contents by suffix; the image first."""
 WORDS = ("dog", "cat", "horse", "bird", "cow", "sheep", "car")
+OTHER_WORDS = ("a", "black", "near", "house", "this", "is", "photo", "of", "the")
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -41,34 +46,47 @@ class Damage:
     usable: bool = False
 
 
-def good(number: int, *, side: int = 8) -> Files:
+def source(place: str, **options: object) -> CaptionShards:
+    """The loader of training with 8-pixel images and phrases by TextBlob."""
+    settings = {"batch_size": 1, "resampled": False, "shuffle": 0, "workers": 0, **options}
+    return CaptionShards(
+        shards=place,
+        tokenizer=Tokenizer(WordTokenizer((*OTHER_WORDS, *WORDS), 24), 24),
+        transform=ImageTransform((8, 8), Preprocessing(), train=True),
+        tagger="textblob",
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def good(number: int) -> Files:
     """A sample with an image and a caption."""
     word = WORDS[number % len(WORDS)]
-    return {"jpg": jpeg(number % 64, side), "txt": f"a black {word} near house {number}".encode()}
+    return {"jpg": jpeg(number % 64), "txt": f"a black {word} near house {number}".encode()}
 
 
 @cache
-def jpeg(number: int, side: int, mode: str = "RGB") -> bytes:
-    """A small picture; numbers differ in colour."""
+def jpeg(number: int, mode: str = "RGB") -> bytes:
+    """A picture of 8 x 8 pixels; numbers differ in colour."""
     colour = (number * 37 % 256, number * 91 % 256, number * 13 % 256)
-    image = Image.linear_gradient("L").resize((side, side)).convert("RGB")
-    image = Image.blend(image, Image.new("RGB", (side, side), colour), 0.5).convert(mode)
+    image = Image.linear_gradient("L").resize((8, 8)).convert("RGB")
+    image = Image.blend(image, Image.new("RGB", (8, 8), colour), 0.5).convert(mode)
     content = io.BytesIO()
     image.save(content, "jpeg")
     return content.getvalue()
 
 
 def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bool = True) -> bytes:
-    """A grey PNG with further chunks behind its header; without pixels it only claims its size."""
+    """A grey PNG with further chunks after its header; without pixels it only claims its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = zlib.compress(bytes((width + 1) * height if pixels else 1))
     parts = [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    check = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def _image(content: Callable[[], bytes]) -> Callable[[Files], Files]:
@@ -83,46 +101,40 @@ def _without(suffix: str) -> Callable[[Files], Files]:
     return lambda files: {name: data for name, data in files.items() if name != suffix}
 
 
-BROKEN = {"broken_image": 1}
-EXTREME = {"extreme_image": 1}
+def _bomb() -> bytes:
+    return png_of(50_000, 50_000, pixels=False)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+BROKEN, EXTREME = {"broken_image": 1}, {"extreme_image": 1}
+LOST_CAPTION = {"damaged_header": 1, "missing_text": 1}
 DAMAGES = (
     Damage("HTML instead of a JPEG", _image(lambda: b"<html>404</html>"), BROKEN),
     Damage("image of zero bytes", _image(lambda: b""), BROKEN),
     Damage("JPEG cut in half", lambda f: {**f, "jpg": f["jpg"][: len(f["jpg"]) // 2]}, BROKEN),
     Damage("100 megapixels", _image(lambda: png_of(10_000, 10_000, pixels=False)), EXTREME),
-    Damage(
-        "decompression bomb, 2.5 gigapixels",
-        _image(lambda: png_of(50_000, 50_000, pixels=False)),
-        EXTREME,
-    ),
+    Damage("decompression bomb, 2.5 gigapixels", _image(_bomb), EXTREME),
     Damage("image of 2 x 2,000 pixels", _image(lambda: png_of(2, 2000)), EXTREME),
-    Damage(
-        "PostScript instead of a JPEG",
-        _image(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-        BROKEN,
-    ),
+    Damage("PostScript instead of a JPEG", _image(lambda: EPS), BROKEN),
     Damage("no image", _without("jpg"), {"missing_image": 1}),
     Damage("no caption", _without("txt"), {"missing_text": 1}),
     Damage("broken UTF-8", _text(b"caf\xe9 au lait"), {"bad_encoding": 1}),
     Damage("empty caption", _text(b" \n"), {"empty_caption": 1}),
     Damage("caption of 10,000 characters", _text(b"a dog and " * 1000), {"extreme_caption": 1}),
-    Damage(
-        "damaged tar header of the caption", dict, {"damaged_header": 1, "missing_text": 1}, "txt"
-    ),
-    Damage("CMYK image", _image(lambda: jpeg(1, 8, "CMYK")), {}, usable=True),
-    Damage(
-        "one file twice", lambda f: {**f, "TXT": b"another"}, {"duplicate_name": 1}, usable=True
-    ),
+    Damage("damaged tar header of the caption", dict, LOST_CAPTION, "txt"),
+    Damage("CMYK image", _image(lambda: jpeg(1, "CMYK")), {}, usable=True),
+    Damage("one file twice", lambda f: {**f, "TXT": b"other"}, {"duplicate_name": 1}, usable=True),
 )
 
 
-def pack(path: Path, samples: Iterable[tuple[str, Files, str | None]]) -> None:
-    """Write a shard of (key, files, suffix of the file whose header is damaged)."""
+def pack(path: Path, samples: Iterable[tuple[str, Files, Damage | None]]) -> None:
+    """Write a shard of (key, files of a good sample, what happens to them)."""
     with path.open("wb") as out:
-        for key, files, damaged in samples:
-            for suffix, content in files.items():
+        for key, files, damage in samples:
+            broken = damage.break_(files) if damage else files
+            for suffix, content in broken.items():
                 header = bytearray(tar_header(f"{key}.{suffix}", len(content)))
-                if suffix == damaged:
+                if damage and suffix == damage.header:
                     header[3] ^= 0xFF
                 out.write(header + content + bytes(-len(content) % BLOCK))
         out.write(bytes(2 * BLOCK))

@@ -20,17 +20,10 @@ from pathlib import Path
 
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.commands.config import perform, wants_traceback
-from gradeclip_ft.data.captions import CaptionShards
-from gradeclip_ft.models.clip import ImageTransform, Preprocessing
-from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from tools.damage import DAMAGES, WORDS, Damage, good, pack
+from tools.damage import DAMAGES, Damage, good, pack, source
 
-EVERY = 100
-PER_SHARD = 1000
-BATCH = 250
-ALLOWED = 50.0
-MEGABYTE = 2**20
-PROMPT_WORDS = ("a", "black", "near", "house", "this", "is", "photo", "of", "the")
+EVERY, PER_SHARD, BATCH = 100, 1000, 250
+ALLOWED = 50.0  # MB
 
 
 def soak(*, samples: int = 1_000_000, workers: int = 1, folder: Path | None = None) -> int:
@@ -43,10 +36,13 @@ def soak(*, samples: int = 1_000_000, workers: int = 1, folder: Path | None = No
     if samples % (PER_SHARD * workers):
         raise ValueError(f"samples={samples} must be a multiple of {PER_SHARD} x workers={workers}")
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        begun = time.perf_counter()
-        write(Path(place), samples)
-        seconds = time.perf_counter() - begun
-        print(f"{samples:,} samples in {samples // PER_SHARD:,} shards, written in {seconds:.0f} s")
+        for first in range(0, samples, PER_SHARD):
+            rows = range(first, first + PER_SHARD)
+            pack(
+                Path(place, f"part-{first // PER_SHARD:05d}.tar"),
+                ((f"{number:09d}", good(number), damage_of(number)) for number in rows),
+            )
+        print(f"{samples:,} samples in {samples // PER_SHARD:,} shards")
         print(f"every {EVERY}th is broken, in {len(DAMAGES)} ways in turn", flush=True)
         return read(place, samples, workers)
 
@@ -54,20 +50,6 @@ def soak(*, samples: int = 1_000_000, workers: int = 1, folder: Path | None = No
 def damage_of(number: int) -> Damage | None:
     """What is wrong with a sample; None for 99 in 100."""
     return DAMAGES[number // EVERY % len(DAMAGES)] if number % EVERY == EVERY // 2 else None
-
-
-def write(folder: Path, samples: int) -> None:
-    """All shards."""
-    for first in range(0, samples, PER_SHARD):
-        rows = range(first, first + PER_SHARD)
-        pack(folder / f"part-{first // PER_SHARD:05d}.tar", map(_sample, rows))
-
-
-def _sample(number: int) -> tuple[str, dict[str, bytes], str | None]:
-    files, damage = good(number), damage_of(number)
-    if damage is None:
-        return f"{number:09d}", files, None
-    return f"{number:09d}", damage.break_(files), damage.header
 
 
 def expected(samples: int, workers: int) -> Counter[str]:
@@ -85,13 +67,13 @@ def expected(samples: int, workers: int) -> Counter[str]:
 
 
 def read(place: str, samples: int, workers: int) -> int:
-    """One epoch; exit code."""
-    source = _source(place, workers)
-    print(source.prepare(), flush=True)
+    """One epoch; prints what came out and returns the exit code."""
+    data = source(place, batch_size=BATCH, workers=workers)
+    print(data.prepare(), flush=True)
     got: Counter[str] = Counter()
     memory: list[tuple[int, float]] = []
     seen, begun = 0, time.perf_counter()
-    for batch in source.loader(seed=0, epoch=0, rank=0, world_size=1):
+    for batch in data.loader(seed=0, epoch=0, rank=0, world_size=1):
         seen += len(batch.keys)
         got.update(batch.skipped)
         if seen * 100 // samples > (seen - len(batch.keys)) * 100 // samples:
@@ -99,51 +81,22 @@ def read(place: str, samples: int, workers: int) -> int:
             if len(memory) % 10 == 0:
                 rate = seen / (time.perf_counter() - begun)
                 print(f"{seen:>10,} samples {rate:6.0f}/s {memory[-1][1]:7.0f} MB", flush=True)
-    return judge(seen, samples, memory, got, expected(samples, workers))
-
-
-def judge(
-    seen: int,
-    samples: int,
-    memory: list[tuple[int, float]],
-    got: Counter[str],
-    wanted: Counter[str],
-) -> int:
-    """Print what came out; exit code."""
-    settled = [value for place, value in memory if place >= samples // 10]
-    growth = max(settled) - settled[0]
+    settled = [value for number, value in memory if number >= samples // 10]
+    growth, wanted = max(settled) - settled[0], expected(samples, workers)
     print(f"memory grew by {growth:.1f} MB after the first tenth, {ALLOWED:.0f} are allowed")
     for cause in sorted(wanted | got):
         print(f"{got[cause]:>8,} {cause}, {wanted[cause]:,} expected")
     print(f"{seen:,} usable samples of {samples:,} in the epoch; {got.total():,} counts")
-    good_enough = seen == samples and got == wanted and growth < ALLOWED
-    print("passed" if good_enough else "FAILED")
-    return 0 if good_enough else 1
+    passed = seen == samples and got == wanted and growth < ALLOWED
+    print("passed" if passed else "FAILED")
+    return 0 if passed else 1
 
 
 def megabytes() -> float:
     """Resident memory of this process and its workers."""
-    own = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
-    return sum(_resident(number) for number in own) / MEGABYTE
-
-
-def _resident(process: int) -> int:
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
-
-
-def _source(place: str, workers: int) -> CaptionShards:
-    words = tuple(dict.fromkeys((*PROMPT_WORDS, *WORDS)))
-    return CaptionShards(
-        shards=place,
-        batch_size=BATCH,
-        tokenizer=Tokenizer(WordTokenizer(words, 24), 24),
-        transform=ImageTransform((8, 8), Preprocessing(), train=True),
-        resampled=False,
-        shuffle=0,
-        workers=workers,
-        tagger="textblob",
-    )
+    own = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    pages = sum(int(Path(f"/proc/{number}/statm").read_text().split()[1]) for number in own)
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 if __name__ == "__main__":

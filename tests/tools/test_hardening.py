@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from gradeclip_ft.data import shards
-from tools import faults_data, faults_remote, faults_safety, fuzz, soak
-from tools.faults_data import Row
+from tools import faults, fuzz, soak
+from tools.faults import Row
 
 
 def failures(rows: list[Row]) -> list[Row]:
@@ -17,14 +17,14 @@ def test_every_fault_of_data_costs_what_is_broken_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "MOST_BYTES", 4 * 2**20)  # typechecked, the true sizes take long
-    monkeypatch.setattr(faults_data, "BOMB", 5 * 2**20)
-    rows = [*faults_data.rows(tmp_path), *faults_remote.rows(tmp_path)]
+    monkeypatch.setattr(faults, "BOMB", 5 * 2**20)
+    rows = [*faults.data_rows(tmp_path), *faults.remote_rows(tmp_path)]
     assert failures(rows) == []
     assert len(rows) >= 30
 
 
 def test_no_attack_succeeds_and_no_secret_is_written(tmp_path: Path) -> None:
-    rows = list(faults_safety.rows(tmp_path / "f"))
+    rows = list(faults.safety_rows(tmp_path))
     assert failures(rows) == []
     assert sum(row.outcome == "refused" for row in rows) >= 10
 
