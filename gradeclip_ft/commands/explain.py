@@ -30,6 +30,7 @@ from gradeclip_ft.explain.driver import (
     to_display_image,
 )
 from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.images import IMAGE_SUFFIXES, images_in
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.other.classifier import LoadedClassifier
 from gradeclip_ft.report.content import Case, Page, Words
@@ -41,7 +42,6 @@ from gradeclip_ft.text.prompts import phrase_prompt
 
 Loaded: TypeAlias = LoadedClip | LoadedClassifier
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 AT_A_TIME = 8  # pictures
 HIDDEN = ("_target_", "create_graph")  # of a method's settings on the page
 PAGE, MAPS, SENTENCES = "index.html", "maps.npz", "words.json"
@@ -157,7 +157,7 @@ def _files(asked: Any) -> Iterator[Path]:
     for name in _listed(asked):
         path = Path(name)
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            found = images_in(path)
         elif path.is_file():
             found = [path]
         else:
@@ -165,7 +165,7 @@ def _files(asked: Any) -> Iterator[Path]:
         if not found:
             raise FileNotFoundError(
                 f"images={name}: no such picture; give a file, a folder with pictures "
-                f"({', '.join(PICTURES)}), or a pattern in quotes"
+                f"({', '.join(IMAGE_SUFFIXES)}), or a pattern in quotes"
             )
         yield from found
 

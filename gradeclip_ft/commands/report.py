@@ -16,9 +16,9 @@ from PIL import Image
 from gradeclip_ft.commands.config import conf_dir, options
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
-from gradeclip_ft.data.files import open_image
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import Explained, explain_pictures
+from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.report.content import Box, Case, Chart, Point, Row, Table
 from gradeclip_ft.report.figures import enlarge
@@ -506,7 +506,7 @@ def find_scenes(
             caption = entry.captions[0]
             named = _named(parse(caption), pictures[entry.id], names)
             if len(named) >= LEAST:
-                image = _to_show(open_image(images / entry.file_name))
+                image = _to_show(read_image(images / entry.file_name, exif=False))
                 found.append(Scene(image, caption, tuple(named), tuple(named.values())))
     if not found:
         raise ValueError(

@@ -29,8 +29,9 @@ from gradeclip_ft.data.order import Place, each_sample_once, resampled, slice_of
 from gradeclip_ft.data.samples import (
     MOST_CHARACTERS,
     CaptionChoice,
+    check_image_of,
+    image_of,
     read_caption,
-    read_image,
     read_record,
     sample_name,
 )
@@ -182,12 +183,12 @@ class Batches:
 
     def _check(self, raw: RawSample) -> None:
         read_caption(raw, self._record(raw), self.caption, key=0)
-        read_image(raw, only_check=True)
+        check_image_of(raw)
 
     def _read(self, raw: RawSample, key: int, phrases: Phrases | None) -> Sample:
         record = self._record(raw)
         caption = read_caption(raw, record, self.caption, key)
-        image = read_image(raw)
+        image = image_of(raw)
         found = self._phrases(record, caption, phrases) if phrases else []
         return Sample(sample_name(raw), _augmented(self.transform, image, key), caption, found)
 

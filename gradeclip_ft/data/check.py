@@ -20,7 +20,7 @@ from gradeclip_ft.data.files import TarSample, index_shards, load_json
 from gradeclip_ft.data.labelled import ClassFolders, ClassShards, LabelledImages
 from gradeclip_ft.data.pairs import CaptionChoices, CaptionedImages, CaptionFile, CaptionShards
 from gradeclip_ft.data.regions import CocoRegions, RegionImages
-from gradeclip_ft.data.samples import read_caption, read_image, read_record, sample_name
+from gradeclip_ft.data.samples import image_of, read_caption, read_record, sample_name
 from gradeclip_ft.data.shards import (
     BadSampleError,
     RawSample,
@@ -258,4 +258,4 @@ def _bars(lines: Bool[ndarray, " n"]) -> bool:
 def _read(raw: RawSample) -> Image.Image:
     read_caption(raw, {}, "text", key=0)
     read_record(raw)
-    return read_image(raw)
+    return image_of(raw)

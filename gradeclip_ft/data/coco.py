@@ -20,7 +20,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools import mask as run_lengths
 
-from gradeclip_ft.data.files import open_image, read_json
+from gradeclip_ft.data.files import read_json
+from gradeclip_ft.images import read_image
 
 LAYOUT = "expected the layout of cocodataset.org's files"
 
@@ -181,7 +182,8 @@ def read_segment_ids(path: Path) -> Int[ndarray, "H W"]:
         FileNotFoundError: No such PNG.
         ValueError: The PNG cannot be read.
     """
-    colours = np.asarray(open_image(path)).astype(np.int32)  # before the sum: 8 bits overflow
+    stored = np.asarray(read_image(path, exif=False))
+    colours = stored.astype(np.int32)  # before the sum: 8 bits overflow
     ids: Int[ndarray, "H W"] = colours[..., 0] + (colours[..., 1] << 8) + (colours[..., 2] << 16)
     return ids
 

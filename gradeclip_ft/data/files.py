@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
 
-from gradeclip_ft.data.samples import IMAGE_SUFFIXES, read_image
-from gradeclip_ft.data.shards import BadSampleError
+from gradeclip_ft.images import IMAGE_SUFFIXES, read_image
 
 
 def prepare_files(
@@ -85,22 +85,6 @@ def load_json(path: Path) -> Any:
         ) from error
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image in RGB, as its pixels are stored: COCO's annotations ignore EXIF rotation.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is no complete image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no image {path}") from error
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); fetch it again") from error
-
-
 def read_image_at(paths: Sequence[Path], index: int) -> Image.Image:
     """Image number `index` of a list; as a partial it crosses to other processes.
 
@@ -108,7 +92,7 @@ def read_image_at(paths: Sequence[Path], index: int) -> Image.Image:
         FileNotFoundError: No such file.
         ValueError: The file is no complete image.
     """
-    return open_image(paths[index])
+    return read_image(paths[index])
 
 
 Item = TypeVar("Item")
@@ -203,11 +187,9 @@ class TarSample:
             ValueError: There is none, or it cannot be decoded.
         """
         suffix = next((name for name in IMAGE_SUFFIXES if name in self.files), None)
-        content = {} if suffix is None else {suffix: self.files[suffix].read()}
-        try:
-            return read_image(content)
-        except BadSampleError as error:
-            raise ValueError(f"{self.where}: {': '.join(map(str, error.args))}") from error
+        if suffix is None:
+            raise ValueError(f"{self.where} has no image, only {', '.join(self.files)}")
+        return read_image(self.files[suffix].read(), name=self.where)
 
 
 def tar_files(folder: Path) -> list[Path]:
@@ -239,8 +221,8 @@ def index_shards(shards: Sequence[Path]) -> list[TarSample]:
         try:
             with tarfile.open(shard, mode="r:") as archive:
                 for entry in archive:
-                    if entry.isfile():
-                        key, _, suffix = entry.name.partition(".")
+                    key, suffix = base_plus_ext(entry.name)  # as training splits names
+                    if entry.isfile() and key is not None:
                         sample = samples.setdefault((shard, key), TarSample(key, {}))
                         sample.files[suffix.lower()] = Member(
                             shard, entry.name, entry.offset_data, entry.size

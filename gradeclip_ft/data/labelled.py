@@ -25,8 +25,8 @@ from gradeclip_ft.data.files import (
     subset_protocol,
     tar_files,
 )
+from gradeclip_ft.images import images_in
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
@@ -121,10 +121,7 @@ class ClassFolders:
         """
         folders = self._folders()
         found = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in SUFFIXES
+            (path, label) for label, folder in enumerate(folders) for path in images_in(folder)
         ]
         if not found:
             raise FileNotFoundError(f"no image in the folders of {self.folder}")

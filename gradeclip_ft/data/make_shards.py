@@ -18,7 +18,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from gradeclip_ft.data.captions import KEY, SIZES, phrase_entry, sample_counts
-from gradeclip_ft.data.samples import captions_of, read_image, read_record, text_of
+from gradeclip_ft.data.samples import captions_of, check_image_of, image_of, read_record, text_of
 from gradeclip_ft.data.shards import BadSampleError, RawSample, Skips, read_shard
 from gradeclip_ft.text.phrases import RULE, Phrases, load_tagger
 
@@ -166,12 +166,12 @@ def _image(path: Path) -> tuple[str, bytes, tuple[int, int]]:
         content = path.read_bytes()
     except OSError as error:
         raise BadSampleError("missing_image", error.strerror) from error
-    read_image({"jpg": content}, only_check=True)
+    check_image_of({"jpg": content})
     with Image.open(io.BytesIO(content)) as header:
         suffix, size = FORMATS.get(str(header.format)), header.size
     if suffix is None:
         buffer = io.BytesIO()
-        read_image({"jpg": content}).save(buffer, "jpeg", quality=95)
+        image_of({"jpg": content}).save(buffer, "jpeg", quality=95)
         return "jpg", buffer.getvalue(), size
     return suffix, content, size
 

@@ -23,12 +23,12 @@ from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.captions import evaluation_loader
 from gradeclip_ft.data.coco import Category, CocoImage, Region, read_regions, region_masks
 from gradeclip_ft.data.files import (
-    open_image,
     prepare_files,
     require_images,
     subset,
     subset_protocol,
 )
+from gradeclip_ft.images import read_image
 
 Fit = Literal["letterbox", "stretch"]
 
@@ -206,7 +206,7 @@ class RegionImages(Dataset[RegionSample]):
         """
         picture, regions = self.pictures[index]
         path = self.images / picture.file_name
-        image = open_image(path)
+        image = read_image(path, exif=False)  # boxes and masks are about the stored pixels
         if (image.height, image.width) != (picture.height, picture.width):
             raise ValueError(
                 f"{path} (id {picture.id}) has {image.height} x {image.width} pixels (height x "

@@ -27,7 +27,7 @@ from gradeclip_ft.explain.base import (
     SharedPass,
     shared_pass,
 )
-from gradeclip_ft.images import open_picture
+from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import ImageTransform, LoadedClip, LoadedImageModel
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
@@ -248,7 +248,7 @@ def pixels_of(
         return picture
     if longest < 1:
         raise ValueError(f"longest is {longest}; give the pixels of the longer side, 1 or more")
-    upright, patch = open_picture(picture), loaded.patch
+    upright, patch = read_image(picture), loaded.patch
     if geometry == "model":
         return loaded.transform()(upright)
     if not patch:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from gradeclip_ft.images import IMAGE_SUFFIXES, images_in, read_image
 from gradeclip_ft.models.architecture import pair
 from gradeclip_ft.models.clip import ImageTransform, LoadedClip
 from gradeclip_ft.models.load import describe
@@ -24,7 +25,6 @@ TOLERANCE = 1e-5
 HALF_TOLERANCE = 2e-3
 TEXTS = ("a photo of a red circle", "two people walk a small dog past the old station")
 PHOTOS = 4
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 5
 
 
@@ -133,13 +133,13 @@ def photos(folder: Path) -> list[Image.Image]:
     Raises:
         FileNotFoundError: There is none.
     """
-    found = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES][:PHOTOS]
+    found = images_in(folder)[:PHOTOS]
     if not found:
         raise FileNotFoundError(
-            f"no photo in pixels={folder}; give a folder with {', '.join(SUFFIXES)} files, or "
-            "leave it out for drawn pictures"
+            f"no photo in pixels={folder}; give a folder of images ({', '.join(IMAGE_SUFFIXES)}), "
+            "or leave it out for drawn pictures"
         )
-    return [Image.open(path).convert("RGB") for path in found]
+    return [read_image(path) for path in found]
 
 
 def pictures() -> Sequence[Image.Image]:

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.images import open_picture
+from gradeclip_ft.images import read_image
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.tower import ImageTower, Tower, packs
@@ -178,7 +178,7 @@ class LoadedImageModel:
             ValueError: A file is no picture.
         """
         transform = self.transform()
-        stacked = torch.stack([transform(open_picture(image)) for image in images])
+        stacked = torch.stack([transform(read_image(image)) for image in images])
         return stacked.to(self.clip.device)
 
 

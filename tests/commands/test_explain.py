@@ -135,8 +135,8 @@ def test_any_script_is_taken(text: str) -> None:
         ("images=photos phrases=[dog] captions=[dog]", "give phrases="),
         ("images=photos captions=[dog,cat]", "2 captions for 3 pictures"),
         ("images=photos captions=[slowly]", "no phrase with a noun in 'slowly'"),
-        ("images=bad.jpg phrases=[dog]", r"bad.jpg cannot be read as a picture"),
-        ("images=cut.jpg phrases=[dog]", r"cut.jpg cannot be read as a picture"),
+        ("images=bad.jpg phrases=[dog]", r"bad.jpg cannot be read as an image"),
+        ("images=cut.jpg phrases=[dog]", r"cut.jpg cannot be read as an image"),
     ],
 )
 def test_what_cannot_be_explained_is_named(overrides: str, message: str) -> None:

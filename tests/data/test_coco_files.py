@@ -10,7 +10,6 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from gradeclip_ft.data.coco import read_captions, read_regions, read_segment_ids, region_masks
-from gradeclip_ft.data.files import open_image
 
 IMAGE = {"id": 7, "file_name": "a.jpg", "height": 6, "width": 8}
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}]
@@ -116,13 +115,3 @@ def test_segment_without_a_pixel_is_named(tmp_path: Path) -> None:
         region_masks(picture, picture.regions, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no image .*a.png"):
         region_masks(picture, picture.regions, tmp_path / "elsewhere")
-
-
-def test_a_truncated_image_is_named(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    content = (tmp_path / "a.jpg").read_bytes()
-    for size in (0, 10, len(content) // 2):
-        (tmp_path / "a.jpg").write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"a.jpg cannot be read as an image"):
-            open_image(tmp_path / "a.jpg")
