@@ -14,8 +14,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from gradeclip_ft.models.clip import ImageModel
-from gradeclip_ft.models.other.classifier import Classifier
+from gradeclip_ft.models.other.classifier import Classifier, ImageModel
 from tests.explain.oracle import Seen, written_out
 from tests.tiny import TRUNK
 

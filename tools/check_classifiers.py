@@ -19,9 +19,8 @@ from torch import Tensor
 
 from gradeclip_ft.explain.base import explain_image
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.models.clip import ImageModel
 from gradeclip_ft.models.other.blip import Blip
-from gradeclip_ft.models.other.classifier import load_classifier
+from gradeclip_ft.models.other.classifier import ImageModel, load_classifier
 
 CLASSIFIERS = (
     "timm:vit_base_patch16_224",
@@ -55,7 +54,7 @@ def models() -> Iterator[tuple[str, ImageModel, Callable[[Tensor], Tensor], int]
     """Name, model, the library's own embedding, and side of its pictures."""
     for name in CLASSIFIERS:
         loaded = load_classifier(name, "random")
-        yield name, loaded.clip, loaded.clip.model, loaded.image_size[0]
+        yield name, loaded.classifier, loaded.classifier.model, loaded.image_size[0]
     config = transformers.BlipConfig(vision_config={"image_size": 384})
     blip = Blip(transformers.BlipForImageTextRetrieval(config)).eval()
 

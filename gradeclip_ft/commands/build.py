@@ -104,7 +104,9 @@ def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
 
 def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:
     """The training step with optimiser and schedule."""
-    module: FineTuneModule = make(cfg.optim)(loaded.clip, objective, seed=cfg.seed)
+    module: FineTuneModule = make(cfg.optim)(
+        loaded.require_clip("trained"), objective, seed=cfg.seed
+    )
     return module
 
 

@@ -107,7 +107,7 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
     loaded = structure(cfg)
     yield Finding("ok", f"image tower: {image_sentence(loaded)}")
     yield Finding("ok", f"text tower: {text_sentence(loaded)}")
-    build_objective(cfg).check(loaded.clip)
+    build_objective(cfg).check(loaded.require_clip("trained"))
     size = sum(parameter.numel() for parameter in loaded.clip.parameters())
     height, width = loaded.image_size
     yield Finding("ok", f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels")

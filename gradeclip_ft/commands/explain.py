@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,15 +32,13 @@ from gradeclip_ft.explain.driver import (
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.images import IMAGE_SUFFIXES, images_in
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.other.classifier import LoadedClassifier
+from gradeclip_ft.models.other.classifier import LoadedImageModel as Loaded
 from gradeclip_ft.report.content import Case, Page, Words
 from gradeclip_ft.report.figures import draw_still, overlay
 from gradeclip_ft.report.page import render
 from gradeclip_ft.results.record import versions
 from gradeclip_ft.text.phrases import Phrases, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
-
-Loaded: TypeAlias = LoadedClip | LoadedClassifier
 
 AT_A_TIME = 8  # pictures
 HIDDEN = ("_target_", "create_graph")  # of a method's settings on the page
@@ -85,7 +83,7 @@ def explain(cfg: DictConfig) -> None:
     """
     asked = questions(cfg)
     loaded = _load(cfg)
-    loaded.clip.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.image_model.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     words: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
         warn_truncated_texts(asked, loaded)
@@ -93,7 +91,7 @@ def explain(cfg: DictConfig) -> None:
     methods = {str(name): make(node) for name, node in cfg.explainer.items()}
     skip = len(methods) > 1
     if cfg.per_head:
-        heads = range(loaded.clip.image.heads)
+        heads = range(loaded.image_model.image.heads)
         methods |= {f"head {head}": GradEclip(heads="all", head=head) for head in heads}
     supported = Supported(methods, loaded, skip=skip)
     out, cases = Path(cfg.out), []

@@ -77,6 +77,7 @@ def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
     from gradeclip_ft.export.export import mix
 
     tuned = build_clip(OmegaConf.create({**start, "init_from": str(weights)}))
+    tuned.require_clip("exported")
     if alpha == 1.0:
         return tuned
     if start.get("init_from") is None and start.model.get("weights") == "random":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.metrics import ClassMeanAccuracy
-from gradeclip_ft.models.clip import Clip, LoadedClip, evaluation_mode
+from gradeclip_ft.models.clip import ImageTextModel, LoadedClip, evaluation_mode
 from gradeclip_ft.results.record import Json, Measured, Result, read, result_path, versions
 
 Item = TypeVar("Item")
@@ -126,7 +126,7 @@ def run_all(
 
 
 @contextmanager
-def evaluating(clip: Clip) -> Iterator[None]:
+def evaluating(clip: ImageTextModel) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every layer has the mode it had.
 
     No inference mode: tensors that a model caches there could not be used in training.
@@ -135,7 +135,7 @@ def evaluating(clip: Clip) -> Iterator[None]:
         yield
 
 
-def placement(clip: Clip) -> tuple[torch.device, torch.dtype]:
+def placement(clip: ImageTextModel) -> tuple[torch.device, torch.dtype]:
     """Device and type that images must have."""
     parameter = next(clip.model.parameters())
     return parameter.device, parameter.dtype
@@ -228,7 +228,7 @@ def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
     return plain
 
 
-def require_float32(clip: Clip, name: str) -> None:
+def require_float32(clip: ImageTextModel, name: str) -> None:
     """Refuse a model in half precision, whose gradients are no reference.
 
     Raises:

@@ -22,8 +22,7 @@ from gradeclip_ft.evaluators.base import (
 )
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import ClassMeanAccuracy
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.other.classifier import imagenet_names, imagenet_templates
+from gradeclip_ft.models.clip import LoadedClip, imagenet_names, imagenet_templates
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import phrase_prompt

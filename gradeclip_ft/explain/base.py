@@ -14,9 +14,10 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradeclip_ft.models.clip import Clip, ImageModel, evaluation_mode
+from gradeclip_ft.models.clip import ImageTextModel, evaluation_mode
+from gradeclip_ft.models.other.classifier import ImageModel
 from gradeclip_ft.models.trace import (
     Heads,
     Pass,
@@ -216,7 +217,7 @@ class SharedPass:
 
 
 @contextmanager
-def shared_pass(model: nn.Module, tower: Any, x: Shaped[Tensor, "B ..."]) -> Iterator[SharedPass]:
+def shared_pass(model: ImageModel, tower: Any, x: Shaped[Tensor, "B ..."]) -> Iterator[SharedPass]:
     """A pass of a tower for explanation: evaluation mode, gradients possible, full precision.
 
     Mode, gradients and hooks of the model stay as they were. Inference mode, which allows no
@@ -256,7 +257,7 @@ def explain_image(
 
 def explain_text(
     explainer: Explainer,
-    clip: Clip,
+    clip: ImageTextModel,
     texts: Int[Tensor, "M L"],
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradeclip_ft.models.clip import LoadedClip, LoadedImageModel
+from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.other.classifier import LoadedImageModel
 from gradeclip_ft.models.trace import Heads, Record
 from gradeclip_ft.ops.attention import attend
 from gradeclip_ft.ops.similarity import unit

@@ -28,7 +28,8 @@ from gradeclip_ft.explain.base import (
     shared_pass,
 )
 from gradeclip_ft.images import read_image
-from gradeclip_ft.models.clip import ImageTransform, LoadedClip, LoadedImageModel
+from gradeclip_ft.models.clip import ImageTransform, LoadedClip
+from gradeclip_ft.models.other.classifier import LoadedImageModel
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
 from gradeclip_ft.report.content import Words
@@ -205,11 +206,11 @@ def _explain_batch(
     supported: Supported,
     rows: int,
 ) -> list[Explained]:
-    device, counts = loaded.clip.device, [len(target) for target in targets]
+    model, counts = loaded.image_model, [len(target) for target in targets]
+    tower, device = model.image, model.device
     target = torch.cat(list(targets)).to(device)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
-    tower = loaded.clip.image
-    with shared_pass(loaded.clip, tower, torch.stack(list(pixels)).to(device)) as shared:
+    with shared_pass(model, tower, torch.stack(list(pixels)).to(device)) as shared:
         maps = heat_maps(supported, shared, target, owner, rows=rows)
         embedding = shared.embedding
         score = tower.score(embedding[owner], target.float())
@@ -248,7 +249,7 @@ def pixels_of(
         return picture
     if longest < 1:
         raise ValueError(f"longest is {longest}; give the pixels of the longer side, 1 or more")
-    upright, patch = read_image(picture), loaded.patch
+    upright, patch = read_image(picture), loaded.image_model.image.patch
     if geometry == "model":
         return loaded.transform()(upright)
     if not patch:
@@ -261,7 +262,8 @@ def pixels_of(
 
 def to_display_image(pixels: Float[Tensor, "3 H W"], loaded: LoadedImageModel) -> Tensor:
     """The picture as the model saw it, (H, W, 3) in bytes: maps belong on this one."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (loaded.mean, loaded.std))
+    how = loaded.preprocessing
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (how.mean, how.std))
     return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from gradeclip_ft.models.tower import ImageTower, patch_grid
+from gradeclip_ft.models.tower import Tower, patch_grid
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class IntegratedGradients:
 
     def from_input(
         self,
-        tower: ImageTower,
+        tower: Tower,
         x: Float[Tensor, "B 3 H W"],
         target: Float[Tensor, "P D"],
         owner: Int[Tensor, " P"],
@@ -55,7 +55,7 @@ class IntegratedGradients:
         pixels = torch.stack(maps) if maps else x.new_zeros(0, height, width)
         return adaptive_avg_pool2d(pixels, grid)
 
-    def _pixels(self, tower: ImageTower, x: Tensor, target: Tensor) -> Float[Tensor, "H W"]:
+    def _pixels(self, tower: Tower, x: Tensor, target: Tensor) -> Float[Tensor, "H W"]:
         total = torch.zeros_like(x)
         share = (torch.arange(self.steps, device=x.device, dtype=x.dtype) + 0.5) / self.steps
         for first in range(0, self.steps, self.batch_size):

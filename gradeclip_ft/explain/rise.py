@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from gradeclip_ft.models.tower import ImageTower, patch_grid
+from gradeclip_ft.models.tower import Tower, patch_grid
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rise:
 
     def from_input(
         self,
-        tower: ImageTower,
+        tower: Tower,
         x: Float[Tensor, "B 3 H W"],
         target: Float[Tensor, "P D"],
         owner: Int[Tensor, " P"],
@@ -83,7 +83,7 @@ class Rise:
 
 
 def _scores(
-    tower: ImageTower, found: Float[Tensor, "n D"], target: Float[Tensor, "p D"]
+    tower: Tower, found: Float[Tensor, "n D"], target: Float[Tensor, "p D"]
 ) -> Float[Tensor, "p n"]:
     """The score of every masked picture with every target."""
     pictures, targets = found.repeat(len(target), 1), target.repeat_interleave(len(found), 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import chdir
 from pathlib import Path
 
+import open_clip
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from gradeclip_ft.export.card import as_strings
 from gradeclip_ft.export.job import Job, Written, save_state, write_description
 from gradeclip_ft.export.verify import check_embeddings, check_tensors
 from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.load import describe, is_registered, open_file, open_folder
+from gradeclip_ft.models.load import describe
 
 FILES = {
     "safetensors": "open_clip_model.safetensors",
@@ -40,7 +41,7 @@ def write_openclip(job: Job, stage: Path) -> Written:
     loaded = job.loaded
     if job.form not in FILES:
         raise ValueError(f"format={job.form} is unknown; use {' or '.join(FILES)}")
-    registered = is_registered(loaded)
+    registered = loaded.architecture.registered
     if job.form != "safetensors" and not registered:
         raise ValueError(
             f"open_clip knows no architecture {loaded.name}, so its export is a folder with a "
@@ -67,6 +68,20 @@ def write_openclip(job: Job, stage: Path) -> Written:
             f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}"
         )
     return Written(tuple(checks), code("import open_clip", *calls))
+
+
+def open_file(name: str, file: Path, image_size: tuple[int, int]) -> nn.Module:
+    """A registered architecture with the weights of a file, by `open_clip.create_model`."""
+    known = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+    other = None if image_size == (known, known) else image_size
+    model: nn.Module = open_clip.create_model(name, pretrained=str(file), force_image_size=other)
+    return model.eval()
+
+
+def open_folder(folder: Path) -> nn.Module:
+    """A folder with architecture and weights, by `open_clip.create_model`."""
+    model: nn.Module = open_clip.create_model(f"local-dir:{folder}")
+    return model.eval()
 
 
 def check_folder(job: Job, stage: Path, *, parts: bool) -> float:

@@ -20,6 +20,7 @@ from gradeclip_ft.models.tower import resample_positions
 from gradeclip_ft.models.trace import Foreign
 
 PACKAGED = ("shapes_tiny",)
+ASSETS = resources.files("gradeclip_ft") / "assets"
 CONFIG_NAME = "open_clip_config.json"
 WORDS_NAME = "vocabulary.json"
 FOLDER, HUB = "local-dir:", "hf-hub:"
@@ -68,14 +69,16 @@ class Architecture:
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture behind a name of open_clip, a packaged model, a folder or a hub repository.
+    """The architecture of a name of open_clip, a packaged model, a folder or a hub repository.
 
     Raises:
         ValueError: Unknown name, or a folder without description.
         FileNotFoundError: No such folder.
     """
     if name in PACKAGED:
-        return _packaged(name)
+        own = json.loads((ASSETS / f"{name}.json").read_text("utf-8"))
+        words = tuple(own["vocabulary"])
+        return Architecture(name, own["model_cfg"], own["preprocess_cfg"], vocabulary=words)
     if name.startswith(HUB):
         return _from_folder(name, fetch_repository(name.removeprefix(HUB)))
     if name.startswith(FOLDER) or Path(name).is_dir():
@@ -96,21 +99,8 @@ def find_architecture(name: str) -> Architecture:
     return Architecture(name, config, {}, registered=True)
 
 
-def packaged_config(name: str) -> dict[str, Any]:
-    """Architecture, vocabulary and history of a packaged model."""
-    text = resources.files("gradeclip_ft").joinpath("assets", f"{name}.json").read_text("utf-8")
-    config: dict[str, Any] = json.loads(text)
-    return config
-
-
-def _packaged(name: str) -> Architecture:
-    config = packaged_config(name)
-    words = tuple(config["vocabulary"])
-    return Architecture(name, config["model_cfg"], config["preprocess_cfg"], vocabulary=words)
-
-
 def _from_folder(name: str, folder: Path) -> Architecture:
-    """A folder in open_clip's layout; paths inside of it are relative to it."""
+    """A folder in open_clip's layout; parts that are folders inside it become absolute paths."""
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; give one that holds {CONFIG_NAME}")
@@ -125,29 +115,22 @@ def _from_folder(name: str, folder: Path) -> Architecture:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ValueError(f"{path} has no model_cfg; write it with open_clip, or export again")
-    words = folder / WORDS_NAME
-    return Architecture(
-        name,
-        _absolute(config["model_cfg"], folder),
-        config.get("preprocess_cfg") or {},
-        vocabulary=tuple(read_json(words)) if words.is_file() else None,
-        folder=folder,
-    )
-
-
-def _absolute(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Names of parts that are folders beside the description, as paths from anywhere."""
-    vision, text = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
+    vision, text = dict(config["model_cfg"]["vision_cfg"]), dict(config["model_cfg"]["text_cfg"])
     trunk = vision.get("timm_model_name")
     if isinstance(trunk, str) and trunk.startswith(FOLDER):
         vision["timm_model_name"] = f"{FOLDER}{folder / trunk.removeprefix(FOLDER)}"
     for key in ("hf_model_name", "hf_tokenizer_name"):
-        part = text.get(key)
-        if isinstance(part, str):
-            inside = part.removeprefix(FOLDER)
-            if inside and (folder / inside).is_dir():
-                text[key] = str(folder / inside)
-    return {**model_cfg, "vision_cfg": vision, "text_cfg": text}
+        inside = text[key].removeprefix(FOLDER) if isinstance(text.get(key), str) else ""
+        if inside and (folder / inside).is_dir():
+            text[key] = str(folder / inside)
+    words = folder / WORDS_NAME
+    return Architecture(
+        name,
+        {**config["model_cfg"], "vision_cfg": vision, "text_cfg": text},
+        config.get("preprocess_cfg") or {},
+        vocabulary=tuple(read_json(words)) if words.is_file() else None,
+        folder=folder,
+    )
 
 
 def fetch_repository(repository: str) -> Path:
@@ -169,12 +152,12 @@ def read_json(path: Path) -> Any:
     """Content of a file.
 
     Raises:
-        ValueError: It is no complete JSON.
+        ValueError: It is not complete JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no complete JSON ({error}); write it again") from error
+        raise ValueError(f"{path} is not complete JSON ({error}); write it again") from error
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -201,7 +184,7 @@ def checked_size(
         name: Of the model.
 
     Raises:
-        ValueError: A side is no multiple of the patch.
+        ValueError: A side is not a multiple of the patch.
     """
     height, width = size = pair(own if wanted is None else wanted)
     if patch and (height % patch or width % patch):
@@ -217,7 +200,7 @@ def checked_size(
 def set_image_size(model: Foreign, size: int | Sequence[int] | None) -> None:
     """Resize a native ViT's table of positions; tell trunks without one what to expect.
 
-    Sides that are no multiple of the patch are left to the caller's check.
+    Sides that are not a multiple of the patch are left to the caller's check.
     """
     visual = model.visual
     if size is None:

@@ -1,4 +1,8 @@
-"""What every model with an image tower has in common: a CLIP, BLIP, or a classifier."""
+"""A CLIP seen through its two towers, with its tokenizer and pixels: what the package works on.
+
+BLIP and classifiers (`models/other`) stand beside it. They share what explaining and evaluating
+need, which the protocols below say, and cannot be trained or exported.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
@@ -20,7 +25,7 @@ from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.images import read_image
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import ImageTower, Tower, packs
+from gradeclip_ft.models.tower import Tower
 from gradeclip_ft.models.towers.select import BLOCKS, image_tower, text_tower
 from gradeclip_ft.models.trace import Foreign, UnsupportedTowerError
 from gradeclip_ft.ops.similarity import unit
@@ -67,6 +72,15 @@ class ImageTransform:
         result: Tensor = F.normalize(tensor, list(how.mean), list(how.std), inplace=True)
         return result
 
+    def stack(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
+        """Pixels of pictures or their files.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: A file is not a picture.
+        """
+        return torch.stack([self(read_image(image)) for image in images])
+
     def _resize(self, image: Image.Image) -> Image.Image:
         height, width = self.size
         if self.preprocessing.resize == "shortest":
@@ -92,27 +106,8 @@ class ImageTransform:
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
 
-class ImageModel(nn.Module):
-    """A library's model, sole owner of the parameters, with an adapter of its image tower.
-
-    Attributes:
-        model: The library's module.
-        image: Adapter of the image tower.
-    """
-
-    def __init__(self, model: Foreign, image: ImageTower) -> None:
-        super().__init__()
-        self.model: Foreign = model
-        self.image = image
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: Foreign) -> Iterator[None]:
     """Evaluation mode for a while; every submodule gets its own mode back."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
@@ -123,69 +118,40 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-class LoadedImageModel:
-    """How pictures become the pixels of a model, and what names it.
+@runtime_checkable
+class ImageTextModel(Protocol):
+    """What evaluating and explaining take: a Clip, or the Blip beside it; both are torch modules.
 
     Attributes:
-        clip: The model.
-        preprocessing: Pixel statistics and resizing of the model.
-        image_size: (height, width) in pixels.
+        model: The library's module.
+        image: Adapter of the image tower.
+        text: Adapter of the text tower.
     """
 
-    clip: ImageModel
-    preprocessing: Preprocessing
-    image_size: tuple[int, int]
+    model: Foreign
+    image: Tower
+    text: Tower
+
+    def to(self, *where: Any) -> Any:
+        """Move or cast all parameters."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
 
     @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean of the pixels by channel, for values in [0, 1]."""
-        return self.preprocessing.mean
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        ...
 
     @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation of the pixels by channel, for values in [0, 1]."""
-        return self.preprocessing.std
-
-    @property
-    def patch(self) -> int:
-        """Side of a patch in pixels."""
-        return self.clip.image.patch
-
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256 of the current parameters and buffers, independent of any file format."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.clip.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    def transform(self, train: bool = False, size: int | None = None) -> ImageTransform:
-        """Picture to normalised pixels; for training a random crop, never a flip.
-
-        Args:
-            train: Random instead of central crop.
-            size: Side in pixels where it is not the model's.
-        """
-        target = self.image_size if size is None else (size, size)
-        return ImageTransform(size=target, preprocessing=self.preprocessing, train=train)
-
-    def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
-        """Pictures, or their files, as the model takes them, on its device.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: A file is no picture.
-        """
-        transform = self.transform()
-        stacked = torch.stack([transform(read_image(image)) for image in images])
-        return stacked.to(self.clip.device)
+    def log_scale(self) -> Tensor:
+        """Logarithm of the inverse temperature, a scalar."""
+        ...
 
 
-Item = TypeVar("Item")
-
-
-class Clip(ImageModel):
+class Clip(nn.Module):
     """An open_clip model, sole owner of the parameters, with an adapter per tower.
 
     Attributes:
@@ -195,8 +161,15 @@ class Clip(ImageModel):
     """
 
     def __init__(self, model: Foreign) -> None:
-        super().__init__(model, image_tower(model.visual))
+        super().__init__()
+        self.model: Foreign = model
+        self.image = image_tower(model.visual)
         self.text = text_tower(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     @property
     def log_scale(self) -> Tensor:
@@ -222,12 +195,12 @@ class Clip(ImageModel):
         self, batch: CaptionBatch
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "U D"]]:
         """Embeddings of the captions and of the distinct phrases, not normalised."""
-        if batch.packed is None or not packs(self.text):
+        if batch.packed is None or self.text.encode_packed is None:
             captions = self.text.encode(batch.captions)
             if not len(batch.distinct):  # some towers refuse a call without texts
                 return captions, captions[:0]  # in the graph: all processes gather gradients
             return captions, self.text.encode(batch.distinct)
-        both = self.text.encode_packed(batch.packed)
+        both = self.text.encode_packed(batch.packed)  # one call: the prompt is computed once
         count = len(batch.captions)
         return both[:count], both[count:]
 
@@ -257,11 +230,11 @@ class Clip(ImageModel):
 
 
 @dataclass(frozen=True)
-class LoadedClip(LoadedImageModel):
-    """A model with its tokenizer and preprocessing.
+class LoadedClip:
+    """A model of images and texts with its tokenizer and preprocessing.
 
     Attributes:
-        clip: The model.
+        clip: The model: a Clip, or a Blip.
         tokenizer: Texts to token ids.
         preprocessing: Pixel statistics and resizing of the model.
         image_size: (height, width) in pixels.
@@ -269,23 +242,83 @@ class LoadedClip(LoadedImageModel):
         weights: Where its weights came from: a tag, a file, `random`; None for a model's own.
     """
 
-    clip: Clip
+    clip: ImageTextModel
     tokenizer: Tokenizer
     preprocessing: Preprocessing
     image_size: tuple[int, int]
     architecture: Architecture
     weights: str | None = None
 
+    def require_clip(self, what: str) -> Clip:
+        """The model as one of open_clip's, which alone can be trained and exported.
+
+        Args:
+            what: Is not possible otherwise: trained, exported.
+
+        Raises:
+            ValueError: It is not one.
+        """
+        if not isinstance(self.clip, Clip):
+            raise ValueError(
+                f"{self.name} is a {type(self.clip).__name__}, which can be explained and "
+                f"evaluated but not {what}; choose a model of open_clip"
+            )
+        return self.clip
+
     @property
     def name(self) -> str:
         """Name of the architecture."""
         return self.architecture.name
 
+    @property
+    def image_model(self) -> ImageTextModel:
+        """The model; a classifier has it under this name too."""
+        return self.clip
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of the pixels by channel, for values in [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of the pixels by channel, for values in [0, 1]."""
+        return self.preprocessing.std
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.clip.image.patch
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the current parameters and buffers, independent of any file format."""
+        return hash_weights(self.clip.model)
+
+    def transform(self, train: bool = False, size: int | None = None) -> ImageTransform:
+        """Picture to normalised pixels; for training a random crop, never a flip.
+
+        Args:
+            train: Random instead of central crop.
+            size: Side in pixels where it is not the model's.
+        """
+        target = self.image_size if size is None else (size, size)
+        return ImageTransform(target, self.preprocessing, train)
+
+    def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
+        """Pictures, or their files, as the model takes them, on its device.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: A file is not a picture.
+        """
+        return self.transform().stack(images).to(self.clip.device)
+
     @torch.no_grad()
     def encode_images(
         self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 32
     ) -> Float[Tensor, "B D"]:
-        """Unit embeddings of pictures, on the CPU, in fp32.
+        """Unit embeddings of pictures, on the CPU, in fp32; without pictures no rows.
 
         Args:
             images: Pictures or their files.
@@ -294,36 +327,48 @@ class LoadedClip(LoadedImageModel):
         Raises:
             FileNotFoundError: No such file.
         """
-        parts = [
-            unit(self.clip.image.encode(self.pixels(some))).cpu()
-            for some in _chunks(list(images), batch_size)
-        ]
-        return torch.cat(parts)
+        if not images:  # a blank one says how many columns there are
+            return self.encode_images([Image.new("RGB", (1, 1))])[:0]
+        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        return torch.cat([unit(self.clip.image.encode(self.pixels(part))).cpu() for part in parts])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "M D"]:
-        """Unit embeddings of texts, on the CPU, in fp32.
+        """Unit embeddings of texts, on the CPU, in fp32; without texts no rows.
 
         Args:
             texts: Sentences.
             batch_size: Texts at a time; bounds memory, not the result.
         """
-        device = self.clip.log_scale.device
-        parts = [
-            unit(self.clip.text.encode(self.tokenizer(some, trim=True).to(device))).cpu()
-            for some in _chunks(list(texts), batch_size)
-        ]
-        return torch.cat(parts)
+        if not texts:
+            return self.encode_texts([""])[:0]
+        return embed_texts(self.clip, self.tokenizer, texts, batch_size).cpu()
 
 
-def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of parameters and buffers, independent of any file format."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def embed_texts(
+    clip: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int
+) -> Float[Tensor, "M D"]:
+    """Unit embeddings of at least one text, in fp32, on the model's device."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        ids = tokenizer(texts[start : start + batch_size], trim=True)
+        parts.append(unit(clip.text.encode(ids.to(clip.device))))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def class_embeddings(
-    clip: Clip,
+    clip: ImageTextModel,
     tokenizer: Tokenizer,
     names: Sequence[str],
     templates: Sequence[str],
@@ -346,16 +391,20 @@ def class_embeddings(
     """
     if not names or not templates:
         raise ValueError(f"got {len(names)} names and {len(templates)} templates, expected some")
-    device = clip.log_scale.device
     sentences = [say(template, name) for name in names for template in templates]
-    parts = [
-        unit(
-            clip.text.encode(tokenizer(sentences[start : start + batch_size], trim=True).to(device))
-        )
-        for start in range(0, len(sentences), batch_size)
-    ]
-    by_class = torch.cat(parts).view(len(names), len(templates), -1)  # (K, T, D)
+    embedded = embed_texts(clip, tokenizer, sentences, batch_size)
+    by_class = embedded.view(len(names), len(templates), -1)  # (K, T, D)
     return unit(by_class.mean(1))
+
+
+def imagenet_names() -> list[str]:
+    """Class names in the order of the sorted WordNet ids, which name the folders of the images."""
+    return list(IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 templates with `{}` for the class name."""
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
 def image_sentence(loaded: LoadedClip) -> str:
@@ -363,11 +412,13 @@ def image_sentence(loaded: LoadedClip) -> str:
     tower, (height, width) = loaded.clip.image, loaded.image_size
     if tower.unexplained is not None:
         return f"encodes only, no heat maps and no dense features: {tower.unexplained}"
-    sides = f"patch {tower.patch}, grid {height // tower.patch} x {width // tower.patch}"
     visual = getattr(loaded.clip.model, "visual", loaded.clip.model)
     kind, trunk = type(visual).__name__, getattr(visual, "trunk", None)
     what = kind if trunk is None else f"{kind} around timm's {type(trunk).__name__}"
-    return f"{what}: {_parts(tower)}, {sides}; maps and dense features at any multiple of the patch"
+    return (
+        f"{what}: {_parts(tower)}, patch {tower.patch}, grid {height // tower.patch} x "
+        f"{width // tower.patch}; maps and dense features at any multiple of the patch"
+    )
 
 
 def text_sentence(loaded: LoadedClip) -> str:

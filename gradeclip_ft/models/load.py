@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
-from torch import nn
 
 from gradeclip_ft.models.architecture import (
-    CONFIG_NAME,
+    ASSETS,
     Architecture,
     checked_size,
     find_architecture,
@@ -22,7 +20,6 @@ from gradeclip_ft.models.architecture import (
 from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
 from gradeclip_ft.models.other.blip import BLIP, load_blip
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, fetch_tokenizer
-from gradeclip_ft.models.tower import packs
 from gradeclip_ft.models.trace import Foreign
 from gradeclip_ft.models.weights import load_state, read_state, weights_file
 
@@ -48,8 +45,8 @@ def load_clip(
             embeddings are interpolated.
 
     Raises:
-        ValueError: Unknown name or tag, weights that do not fit, or a size that is no multiple of
-            the patch.
+        ValueError: Unknown name or tag, weights that do not fit, or a size that is not a
+            multiple of the patch.
         FileNotFoundError: No such file or folder.
     """
     if name.startswith(BLIP):
@@ -78,9 +75,7 @@ def _own_weights(architecture: Architecture) -> str | Path:
             f"no weights given for {architecture.name}; choose a tag "
             f"({_tags(architecture.name)}), a file, or `random`"
         )
-    return Path(
-        str(resources.files("gradeclip_ft") / "assets" / f"{architecture.name}.safetensors")
-    )
+    return Path(str(ASSETS / f"{architecture.name}.safetensors"))
 
 
 def _build(
@@ -89,7 +84,13 @@ def _build(
     """The open_clip module with its weights at the wanted size, and how its pixels are made."""
     name, spec = architecture.name, str(weights)
     if architecture.registered and spec in open_clip.list_pretrained_tags_by_model(name):
-        model = _fetch(name, spec)
+        try:
+            model = open_clip.create_model(name, pretrained=spec, require_pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"weights {spec!r} of {name} cannot be fetched: {error}. Download them where there "
+                "is a network and give the file as weights="
+            ) from error
         set_image_size(model, image_size)
         return model, model.visual.preprocess_cfg
     if spec != RANDOM and not Path(spec).exists() and not Path(spec).suffix:
@@ -100,28 +101,17 @@ def _build(
     set_image_size(model, image_size)
     if spec != RANDOM:
         load_state(model, read_state(weights), spec)
-    return model, architecture.preprocess_cfg or _published_preprocess(name)
+    return model, architecture.preprocess_cfg or published_preprocess(name)
 
 
-def _fetch(name: str, tag: str) -> Foreign:
-    try:
-        return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"weights {tag!r} of {name} cannot be fetched: {error}. Download them where there is "
-            "a network and give the file as weights="
-        ) from error
-
-
-def _published_preprocess(name: str) -> Mapping[str, Any]:
+def published_preprocess(name: str) -> Mapping[str, Any]:
     """Preprocessing that all published weights of a name agree on; empty where they do not."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
     found = [
-        open_clip.get_pretrained_cfg(name, tag)
+        {key: value for key in keys if (value := open_clip.get_pretrained_cfg(name, tag).get(key))}
         for tag in open_clip.list_pretrained_tags_by_model(name)
     ]
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    kept = [{key: one[key] for key in keys if one.get(key)} for one in found]
-    return kept[0] if kept and all(one == kept[0] for one in kept) else {}
+    return found[0] if found and all(one == found[0] for one in found) else {}
 
 
 def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
@@ -140,9 +130,9 @@ def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
 def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
     text = architecture.model_cfg["text_cfg"]
     length = int(text.get("context_length") or clip.text.context_length)
+    packs = clip.text.encode_packed is not None
     if architecture.vocabulary is not None:
-        words = WordTokenizer(architecture.vocabulary, length)
-        return Tokenizer(words, length, packs=packs(clip.text))
+        return Tokenizer(WordTokenizer(architecture.vocabulary, length), length, packs=packs)
     source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     extra = dict(text.get("tokenizer_kwargs") or {})
     if source is None:
@@ -151,59 +141,24 @@ def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
         tokenize = fetch_tokenizer(str(source), length, extra)
     own = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None)
     pad = clip.text.pad if own is None else int(own)
-    return Tokenizer(
-        tokenize,
-        length,
-        exact_cut=clip.text.cuts_exactly,
-        pad=pad,
-        packs=packs(clip.text),
-    )
+    return Tokenizer(tokenize, length, exact_cut=clip.text.cuts_exactly, pad=pad, packs=packs)
 
 
 def _tags(name: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
 
 
-__all__ = ["CONFIG_NAME", "describe", "is_registered", "open_file", "open_folder"]
-
-
-def is_registered(loaded: LoadedClip) -> bool:
-    """Whether open_clip knows the architecture by name."""
-    return loaded.architecture.registered
-
-
 def describe(loaded: LoadedClip) -> dict[str, Any]:
     """Content of an `open_clip_config.json`: architecture and preprocessing.
 
     The image size is the one that open_clip can build: that of the model for open_clip's own ViT,
-    the architecture's for others (`models/sizes.py`).
+    the architecture's for others (`set_image_size`).
     """
-    model = dict(loaded.architecture.model_cfg)
+    model, how = dict(loaded.architecture.model_cfg), loaded.preprocessing
     if isinstance(loaded.clip.model.visual, VisionTransformer):
         height, width = loaded.image_size
         size = height if height == width else [height, width]
         model["vision_cfg"] = {**model["vision_cfg"], "image_size": size}
-    how = loaded.preprocessing
-    return {
-        "model_cfg": model,
-        "preprocess_cfg": {
-            "mean": list(how.mean),
-            "std": list(how.std),
-            "interpolation": how.interpolation,
-            "resize_mode": how.resize,
-        },
-    }
-
-
-def open_file(name: str, file: Path, image_size: tuple[int, int]) -> nn.Module:
-    """A registered architecture with the weights of a file, by `open_clip.create_model`."""
-    known = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
-    other = None if image_size == (known, known) else image_size
-    model: nn.Module = open_clip.create_model(name, pretrained=str(file), force_image_size=other)
-    return model.eval()
-
-
-def open_folder(folder: Path) -> nn.Module:
-    """A folder with architecture and weights, by `open_clip.create_model`."""
-    model: nn.Module = open_clip.create_model(f"local-dir:{folder}")
-    return model.eval()
+    pixels = {"mean": list(how.mean), "std": list(how.std)}
+    resizing = {"interpolation": how.interpolation, "resize_mode": how.resize}
+    return {"model_cfg": model, "preprocess_cfg": pixels | resizing}

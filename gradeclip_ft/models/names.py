@@ -1,8 +1,8 @@
-"""EVA weights under EVA-CLIP's own names, and back: interop notes of CLIPSelf and F-ViT.
+"""Names of weights in other programs, and back: EVA-CLIP's, and those of transformers' CLIPModel.
 
 open_clip builds EVA from timm, whose names differ inside the blocks. EVA-CLIP's users load with
-`strict=False`, so that a wrong name leaves a random layer without a word: both directions compare
-with the complete list of names and refuse what is missing or unknown.
+`strict=False`, so that a wrong name leaves a random layer without a word. Every direction therefore
+compares with the complete list of names and refuses what is missing or unknown.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ TEXT_STEM = (
     *_pairs("ln_final"),
     "text_projection",
 )
-ROPE = ("freqs_cos", "freqs_sin")
 
 
 def is_evaclip(state: Mapping[str, Tensor]) -> bool:
@@ -70,7 +69,7 @@ def to_evaclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: A key is missing or unknown; the message names it.
     """
     table = name_table(state, OURS)
-    _require(table, state, "open_clip")
+    _require(table, state, "an EVA model under open_clip's names")
     return {theirs: state[ours] for ours, theirs in table.items()}
 
 
@@ -81,7 +80,11 @@ def from_evaclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: A key is missing or unknown; the message names it.
     """
     table = name_table(state, THEIRS)
-    _require(table.values(), [key for key in state if key not in _rope(state)], "EVA-CLIP")
+    blocks = range(_depth(state, f"{THEIRS}blocks."))
+    homes = [f"{THEIRS}rope", *(f"{THEIRS}blocks.{index}.attn.rope" for index in blocks)]
+    rope = {f"{home}.{name}" for home in homes for name in ("freqs_cos", "freqs_sin")}
+    kept = [key for key in state if key not in rope]
+    _require(table.values(), kept, "an EVA model under EVA-CLIP's names")
     return {ours: state[theirs] for ours, theirs in table.items()}
 
 
@@ -107,16 +110,9 @@ def name_table(state: Iterable[str], prefix: str) -> dict[str, str]:
 
 
 def _depth(keys: Iterable[str], prefix: str) -> int:
-    """One more than the largest number behind the prefix; at least one block."""
+    """One more than the largest number after the prefix; at least one block."""
     numbers = [key.removeprefix(prefix).split(".", 1)[0] for key in keys if key.startswith(prefix)]
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
-
-
-def _rope(state: Iterable[str]) -> set[str]:
-    """Rotary tables that EVA-CLIP may save, by their full names."""
-    depth = _depth(state, f"{THEIRS}blocks.")
-    homes = [f"{THEIRS}rope", *(f"{THEIRS}blocks.{index}.attn.rope" for index in range(depth))]
-    return {f"{home}.{name}" for home in homes for name in ROPE}
 
 
 def _require(expected: Iterable[str], got: Iterable[str], whose: str) -> None:
@@ -132,26 +128,12 @@ def _require(expected: Iterable[str], got: Iterable[str], whose: str) -> None:
     ]
     if lines:
         raise ValueError(
-            f"not the weights of an EVA model under {whose}'s names ({len(present)} tensors, "
-            f"expected {len(wanted)}); {'; '.join(lines)}. EVA01 and EVA02 of open_clip fit; for "
-            "other architectures use to=[openclip]"
+            f"these are not the weights of {whose} ({len(present)} tensors, expected "
+            f"{len(wanted)}); {'; '.join(lines)}. For other architectures use to=[openclip]"
         )
 
 
-VISION_BLOCK = "visual.transformer.resblocks."
-HF_TEXT_BLOCK = "transformer.resblocks."
-HF_BLOCK = {
-    VISION_BLOCK: "vision_model.encoder.layers.",
-    HF_TEXT_BLOCK: "text_model.encoder.layers.",
-}
-IN_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# open_clip's ViT, text tower not nested, to CLIPModel.
 PLAIN = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -166,7 +148,20 @@ PLAIN = {
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
+# Matrices that open_clip multiplies from the right, CLIPModel's linear layers from the left.
 TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+TOWERS = {
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+IN_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 # Index tables that older releases of transformers saved.
 POSITIONS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
@@ -177,21 +172,14 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: A key has no place there, or one is missing; the message names it.
     """
-    names = {key: key.removeprefix("text.") for key in state}
-    if missing := [name for name in (*PLAIN, *TURNED) if name not in names.values()]:
-        raise ValueError(
-            f"{', '.join(missing)} missing, which transformers' CLIPModel needs; it holds ViTs of "
-            "OpenAI's type. Use to=[openclip]"
-        )
+    flat = {key.removeprefix("text."): value for key, value in state.items()}
+    table = _clip_table({ours: _depth(flat, ours) for ours in TOWERS})
+    _require(table, flat, "a ViT of OpenAI's type, which transformers' CLIPModel holds")
     result: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = names[key]
-        if name in PLAIN:
-            result[PLAIN[name]] = value
-        elif name in TURNED:
-            result[TURNED[name]] = value.T.contiguous()
-        else:
-            result |= _block_to_huggingface(key, name, value)
+    for ours, theirs in table.items():
+        value = flat[ours].T if ours in TURNED else flat[ours]
+        parts = (part.contiguous() for part in value.chunk(len(theirs))) if value.ndim else (value,)
+        result |= dict(zip(theirs, parts, strict=True))
     return result
 
 
@@ -200,87 +188,45 @@ def from_huggingface(state: Mapping[str, Tensor], *, nested: bool = False) -> di
 
     Args:
         state: Tensors of a CLIPModel.
-        nested: Whether the text tower stands below `text.`, as in open_clip's CustomTextCLIP.
+        nested: Whether the text tower is below `text.`, as in open_clip's CustomTextCLIP.
 
     Raises:
-        ValueError: A key is not one of CLIPModel's, or a projection is missing.
+        ValueError: A key is not one of CLIPModel's, or one is missing.
     """
-    plain = {theirs: ours for ours, theirs in PLAIN.items()}
-    turned = {theirs: ours for ours, theirs in TURNED.items()}
-    fused: dict[str, dict[str, Tensor]] = {}
+    table = _clip_table({ours: _depth(state, theirs) for ours, theirs in TOWERS.items()})
+    names = [name for theirs in table.values() for name in theirs]
+    _require(names, [key for key in state if key not in POSITIONS], "transformers' CLIPModel")
     result: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key in plain:
-            result[plain[key]] = value
-        elif key in turned:
-            result[turned[key]] = value.T.contiguous()
-        elif key not in POSITIONS:
-            name, part = _block_from_huggingface(key)
-            if part is None:
-                result[name] = value
-            else:
-                fused.setdefault(name, {})[part] = value
-    for name, parts in fused.items():
-        if missing := [part for part in PROJECTIONS if part not in parts]:
-            raise ValueError(f"{', '.join(missing)} missing for {name}; the file is incomplete")
-        result[name] = torch.cat([parts[part] for part in PROJECTIONS])
-    if not nested:
-        return result
-    image = ("visual.", "logit_scale")
-    return {key if key.startswith(image) else f"text.{key}": value for key, value in result.items()}
+    for ours, theirs in table.items():
+        value = state[theirs[0]] if len(theirs) == 1 else torch.cat([state[key] for key in theirs])
+        inside = nested and not ours.startswith(("visual.", "logit_scale"))
+        result[f"text.{ours}" if inside else ours] = (
+            value.T.contiguous() if ours in TURNED else value
+        )
+    return result
 
 
-def _block_to_huggingface(key: str, name: str, value: Tensor) -> dict[str, Tensor]:
-    for ours, theirs in HF_BLOCK.items():
-        index, _, rest = name.removeprefix(ours).partition(".")
-        if not name.startswith(ours) or not index.isdigit():
-            continue
-        if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            kind = rest.rsplit("_", 1)[1]
-            return {
-                f"{theirs}{index}.self_attn.{projection}.{kind}": part.contiguous()
-                for projection, part in zip(PROJECTIONS, value.chunk(3), strict=True)
-            }
-        module, _, kind = rest.rpartition(".")
-        if module in IN_BLOCK:
-            return {f"{theirs}{index}.{IN_BLOCK[module]}.{kind}": value}
-    raise ValueError(
-        f"{key} has no place in transformers' CLIPModel, which holds ViTs of OpenAI's type; use "
-        "to=[openclip]"
-    )
-
-
-def _block_from_huggingface(key: str) -> tuple[str, str | None]:
-    """open_clip's name, and which of q, k, v it is a part of."""
-    modules = {theirs: ours for ours, theirs in IN_BLOCK.items()}
-    for ours, theirs in HF_BLOCK.items():
-        index, _, rest = key.removeprefix(theirs).partition(".")
-        if not key.startswith(theirs) or not index.isdigit():
-            continue
-        module, _, kind = rest.rpartition(".")
-        if module in modules:
-            return f"{ours}{index}.{modules[module]}.{kind}", None
-        projection = module.removeprefix("self_attn.")
-        if projection in PROJECTIONS:
-            return f"{ours}{index}.attn.in_proj_{kind}", projection
-    raise ValueError(
-        f"{key} is no tensor of transformers' CLIPModel; give a file that CLIPModel has saved"
-    )
+def _clip_table(depths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Every name of an open_clip ViT to CLIPModel's; a fused projection to its three parts."""
+    table: dict[str, tuple[str, ...]] = {
+        ours: (theirs,) for ours, theirs in (PLAIN | TURNED).items()
+    }
+    for ours, theirs in TOWERS.items():
+        for index in range(depths[ours]):
+            for kind in ("weight", "bias"):
+                table[f"{ours}{index}.attn.in_proj_{kind}"] = tuple(
+                    f"{theirs}{index}.self_attn.{part}.{kind}" for part in PROJECTIONS
+                )
+                for a, b in IN_BLOCK.items():
+                    table[f"{ours}{index}.{a}.{kind}"] = (f"{theirs}{index}.{b}.{kind}",)
+    return table
 
 
 # Options of open_clip that have a counterpart, or do not change what the weights compute.
 FREE = {
-    "vision_cfg": {
-        "image_size",
-        "patch_size",
-        "layers",
-        "width",
-        "head_width",
-        "mlp_ratio",
-        "patch_dropout",
-    },
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
-    "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"},
+    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"),
+    *("width", "layers", "mlp_ratio", "image_size", "patch_size", "head_width", "patch_dropout"),
+    *("heads", "context_length", "vocab_size"),
 }
 # Options whose neutral value is not empty.
 NEUTRAL = {
@@ -299,7 +245,7 @@ def misfit(model: Mapping[str, Any]) -> str | None:
     parts = {"vision_cfg": model["vision_cfg"], "text_cfg": model["text_cfg"], "": model}
     for part, options in parts.items():
         for key, value in options.items():
-            if key not in FREE[part] and value and value not in NEUTRAL.get(key, ()):
+            if key not in FREE and value and value not in NEUTRAL.get(key, ()):
                 return f"{f'{part}.' if part else ''}{key}={value!r}"
     vision = model["vision_cfg"]
     if not isinstance(vision["layers"], int):
@@ -329,35 +275,34 @@ def clip_config(
             f"transformers' CLIPModel has no {reason}; it holds ViTs of OpenAI's type with square "
             "images. Use to=[openclip]"
         )
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    size = vision["image_size"]
-    shared = {
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": model["embed_dim"],
-    }
-    ends = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    vision, text, size = model["vision_cfg"], model["text_cfg"], model["vision_cfg"]["image_size"]
+
+    def shared(part: Mapping[str, Any], heads: int) -> dict[str, Any]:
+        return {
+            "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": model["embed_dim"],
+            "hidden_size": part["width"],
+            "intermediate_size": int(part["width"] * part.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": part["layers"],
+            "num_attention_heads": heads,
+        }
+
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "dtype": dtype,
         "projection_dim": model["embed_dim"],
         "vision_config": {
-            **shared,
-            "hidden_size": vision["width"],
-            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": vision["layers"],
-            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+            **shared(vision, vision["width"] // vision.get("head_width", 64)),
             "image_size": size if isinstance(size, int) else size[0],
             "patch_size": vision["patch_size"],
         },
         "text_config": {
-            **shared,
-            **ends,
-            "hidden_size": text["width"],
-            "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text["layers"],
-            "num_attention_heads": text["heads"],
+            **shared(text, text["heads"]),
+            "bos_token_id": start,
+            "eos_token_id": end,
+            "pad_token_id": end,
             "max_position_embeddings": text["context_length"],
             "vocab_size": text["vocab_size"],
         },

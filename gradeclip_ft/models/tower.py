@@ -1,56 +1,75 @@
-"""What an adapter around an encoder offers."""
+"""What an adapter around an encoder offers, and what several adapters share."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, NoReturn, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
 
 from jaxtyping import Float, Shaped
-from torch import Tensor, cat
+from torch import Tensor, cat, long
 from torch.nn.functional import interpolate, linear
 
 from gradeclip_ft.batch import PackedTexts
-from gradeclip_ft.models.trace import Foreign, Pass, Pick, Trace, UnsupportedTowerError
+from gradeclip_ft.models.trace import (
+    Foreign,
+    Layer,
+    Pass,
+    Pick,
+    Rows,
+    Trace,
+    UnsupportedTowerError,
+    patch_tokens,
+)
 from gradeclip_ft.ops.similarity import Score, cosine
 
 EXPLAINED = "ViT-B-16, EVA02-B-16, RN50, ViT-B-16-SigLIP or coca_ViT-B-32"
 """Models with a trace, one of each kind, for error messages."""
 
 
-@runtime_checkable
-class Tower(Protocol):
-    """One encoder of an open_clip model, image or text; owns no parameters.
+@dataclass(frozen=True)
+class Tower:
+    """One encoder of a library's model, of images or of texts; owns no parameters.
 
     Attributes:
+        open: Pixels or token ids to this forward pass, before its first layer. Raises an
+            UnsupportedTowerError where the tower cannot be taken apart.
         width: Channels of a token; 0 where unknown.
         heads: Attention heads of the explained layer; 0 where there is none.
         depth: Number of blocks; 0 where unknown.
         pooling: What becomes the embedding, in words.
+        patch: Images: side of a patch, or of a cell of the feature map, in pixels; 0 where unknown.
+        context_length: Texts: tokens at most.
+        pad: Texts: id of the padding.
+        cuts_exactly: Texts: whether padding may be cut off without changing the embedding.
+        encode_packed: Texts: embeddings of several texts per row, equal to those of `encode`; None
+            where texts cannot share a row.
+        score: What is explained, from embeddings and targets: the cosine, or a class logit.
         unexplained: Why this tower has no trace; None where it has one.
+        library: The library's own encoder, where `encode` is to call it; None to take the trace's.
     """
 
-    width: int
-    heads: int
-    depth: int
-    pooling: str
-    unexplained: str | None
-
-    @property
-    def score(self) -> Score:
-        """What is explained, from embeddings and targets: the cosine, or a class logit."""
-        ...
+    open: Callable[[Tensor], Pass]
+    width: int = 0
+    heads: int = 0
+    depth: int = 0
+    pooling: str = "as the library does"
+    patch: int = 0
+    context_length: int = 0
+    pad: int = 0
+    cuts_exactly: bool = False
+    encode_packed: Callable[[PackedTexts], Tensor] | None = None
+    score: Score = cosine
+    unexplained: str | None = None
+    library: Foreign = None
 
     def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         """Embeddings, not normalised, equal to those of the library."""
-        ...
-
-    def open(self, x: Shaped[Tensor, "B ..."]) -> Pass:
-        """This forward pass, before its first layer.
-
-        Raises:
-            UnsupportedTowerError: The tower cannot be taken apart.
-        """
-        ...
+        if self.library is None:
+            return self.trace(x).embedding
+        result = self.library(x)
+        embedding: Tensor = result[0] if isinstance(result, tuple) else result
+        return embedding
 
     def trace(self, x: Shaped[Tensor, "B ..."]) -> Trace:
         """The last layer of this forward pass.
@@ -58,60 +77,43 @@ class Tower(Protocol):
         Raises:
             UnsupportedTowerError: The tower has none that could be explained.
         """
-        ...
+        return self.open(x).trace()
 
 
-@runtime_checkable
-class ImageTower(Tower, Protocol):
-    """The encoder of images.
+def opaque_tower(encoder: Foreign, reason: str, **known: int | bool) -> Tower:
+    """What every tower can: embeddings, as the library computes them (ConvNeXt, means, ...).
 
-    Attributes:
-        patch: Side of a patch, or of a cell of the feature map, in pixels; 0 where unknown.
+    Args:
+        encoder: The library's encoder.
+        reason: Why there is no trace.
+        known: Of texts: context_length, pad and cuts_exactly.
     """
 
-    patch: int
+    def refuse_pass(x: Tensor) -> NoReturn:
+        raise UnsupportedTowerError(
+            f"{reason}: it encodes, but has no heat maps and no dense features; choose "
+            f"{EXPLAINED}, for example"
+        )
+
+    return Tower(refuse_pass, unexplained=reason, library=encoder, **known)  # type: ignore[arg-type]
 
 
-@runtime_checkable
-class TextTower(Tower, Protocol):
-    """The encoder of texts.
+def refuse(tower: str, problems: dict[str, bool]) -> None:
+    """Raise for the first problem that is present.
 
-    Attributes:
-        context_length: Tokens at most.
-        pad: Id of the padding.
-        cuts_exactly: Whether padding may be cut off without changing the embedding.
+    Raises:
+        UnsupportedTowerError: One is.
     """
-
-    context_length: int
-    pad: int
-    cuts_exactly: bool
-
-
-@runtime_checkable
-class PackingTower(Protocol):
-    """A causal encoder of texts that takes several of them in one row.
-
-    Attributes:
-        cuts_exactly: Whether it is causal and pools at the end of the text.
-    """
-
-    cuts_exactly: bool
-
-    def encode_packed(self, packed: PackedTexts) -> Float[Tensor, "M D"]:
-        """Embeddings of all texts, not normalised, equal to those of `encode`."""
-        ...
-
-
-def packs(tower: TextTower) -> TypeGuard[PackingTower]:
-    """Whether a tower takes packed texts."""
-    return isinstance(tower, PackingTower) and tower.cuts_exactly
+    for problem, present in problems.items():
+        if present:
+            raise UnsupportedTowerError(f"{tower} {problem}")
 
 
 def image_grid(images: Shaped[Tensor, "B 3 H W"], patch: int) -> tuple[int, int]:
     """Patches of these images as (h, w).
 
     Raises:
-        ValueError: A side is no multiple of the patch.
+        ValueError: A side is not a multiple of the patch.
     """
     height, width = images.shape[2:]
     if height % patch or width % patch or not height or not width:
@@ -123,7 +125,7 @@ def image_grid(images: Shaped[Tensor, "B 3 H W"], patch: int) -> tuple[int, int]
     return height // patch, width // patch
 
 
-def patch_grid(tower: ImageTower, height: int, width: int) -> tuple[int, int]:
+def patch_grid(tower: Tower, height: int, width: int) -> tuple[int, int]:
     """Patches (h, w) of pictures of this size, where the tower need not be taken apart.
 
     Raises:
@@ -136,91 +138,28 @@ def patch_grid(tower: ImageTower, height: int, width: int) -> tuple[int, int]:
     return height // tower.patch, width // tower.patch
 
 
-class PassTower(ABC):
-    """A tower that says how its forward pass comes apart; everything else follows."""
+def image_pass(
+    tokens: Float[Tensor, "B N W"],
+    layers: tuple[Layer, ...],
+    head: Rows,
+    grid: tuple[int, int],
+    *,
+    learned_query: bool = False,
+    checkpointed: bool = False,
+) -> Pass:
+    """The pass of an image tower, whose patches are its last tokens.
 
-    unexplained: str | None = None
-    score = staticmethod(cosine)
-
-    @abstractmethod
-    def open(self, x: Shaped[Tensor, "B ..."]) -> Pass:
-        """This forward pass, before its first layer."""
-
-    def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
-        """Embeddings, not normalised, equal to those of the library."""
-        return self.trace(x).embedding
-
-    def trace(self, x: Shaped[Tensor, "B ..."]) -> Trace:
-        """The last layer of this forward pass."""
-        return self.open(x).trace()
-
-
-class OpaqueTower:
-    """What every tower can: embeddings, as the library computes them."""
-
-    width = 0
-    heads = 0
-    depth = 0
-    pooling = "as the library does"
-    score = staticmethod(cosine)
-
-    def __init__(self, encoder: Foreign, reason: str) -> None:
-        self._encoder = encoder
-        self.unexplained: str | None = reason
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Embeddings, not normalised."""
-        result = self._encoder(x)
-        embedding: Tensor = result[0] if isinstance(result, tuple) else result
-        return embedding
-
-    def open(self, x: Tensor) -> NoReturn:
-        """Nothing to explain here.
-
-        Raises:
-            UnsupportedTowerError: Always; with the reason, and towers that do work.
-        """
-        raise UnsupportedTowerError(
-            f"{self.unexplained}: it encodes, but has no heat maps and no dense features; choose "
-            f"{EXPLAINED}, for example"
-        )
-
-    def trace(self, x: Tensor) -> NoReturn:
-        """Nothing to explain here.
-
-        Raises:
-            UnsupportedTowerError: Always.
-        """
-        self.open(x)
-
-
-class OpaqueImageTower(OpaqueTower):
-    """An image tower without a trace: ConvNeXt, average pooling, ..."""
-
-    patch = 0
-
-
-class OpaqueTextTower(OpaqueTower):
-    """A text tower without a trace.
-
-    Attributes:
-        context_length: Tokens at most.
-        pad: Id of the padding.
-        cuts_exactly: Whether padding may be cut off without changing the embedding.
+    Args:
+        tokens: Input of the first layer.
+        layers: First to last.
+        head: Rows after the last layer to embeddings.
+        grid: (h, w) of the patches.
+        learned_query: Of an attention pool; else the query is the first token.
+        checkpointed: Compute activations again in the backward pass.
     """
-
-    def __init__(
-        self, encoder: Foreign, reason: str, *, context_length: int, pad: int, cuts_exactly: bool
-    ) -> None:
-        super().__init__(encoder, reason)
-        self.context_length = context_length
-        self.pad = pad
-        self.cuts_exactly = cuts_exactly
-
-
-def library_text(model: Foreign) -> Any:
-    """The text encoder of an open_clip model, nested or not, as a function of token ids."""
-    return model.text if hasattr(model, "text") else model.encode_text
+    query = None if learned_query else tokens.new_zeros(len(tokens), dtype=long)
+    explained = patch_tokens(tokens, grid)
+    return Pass(tokens, layers, head, query, explained, grid, checkpointed=checkpointed)
 
 
 def project_fused(
@@ -236,8 +175,8 @@ def project_fused(
     """
     width = len(weight) // 3
     first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = linear(pick(y), weight[:width], first)
-    k, v = linear(y, weight[width:], rest).chunk(2, dim=-1)
+    q = linear(pick(y), weight[:width], first)  # (B, C), or (B, N, C) where all rows are picked
+    k, v = linear(y, weight[width:], rest).chunk(2, dim=-1)  # one product for both
     return q, k, v
 
 
@@ -262,7 +201,7 @@ def resample_positions(
     first = len(table) - old[0] * old[1]
     if first < 0:
         raise ValueError(f"{len(table)} position embeddings, expected a {old[0]} x {old[1]} grid")
-    cells = table[first:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    cells = table[first:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
     resized = interpolate(cells, size=new, mode="bicubic", align_corners=False)
     rows = resized.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1)
     return cat([table[:first], rows.to(table.dtype)])

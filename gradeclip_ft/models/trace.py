@@ -1,8 +1,12 @@
 """The last layer of one forward pass, computed once and read by everybody (Grad-ECLIP, eqs. 2-7).
 
 All blocks but the last run natively. Of the last one, q, k and v are computed once; everything
-behind attention is one row-wise function `finish(x, o)`. Three calls of it replace three forward
+after attention is one row-wise function `finish(x, o)`. Three calls of it replace three forward
 passes: the native embedding, the score that Grad-ECLIP differentiates, and the dense features.
+
+An adapter (`models/towers`) describes a forward pass as a `Pass`: its first tokens and its layers,
+each taken apart into a `Layer`. `Pass.trace` gives the `Trace` of the last layer; `record_layers`
+keeps several layers, for the methods that follow attention through the tower.
 """
 
 from __future__ import annotations
@@ -27,12 +31,16 @@ class UnsupportedTowerError(ValueError):
 Foreign: TypeAlias = Any
 """A module of open_clip or timm, whose attributes the adapters check by hand."""
 
-
 Heads: TypeAlias = Literal["one", "all"]
 Scale: TypeAlias = Literal["width", "head"]
 Rows: TypeAlias = Callable[[Tensor], Tensor]
 Finish: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Attend: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Pick: TypeAlias = Callable[[Tensor], Tensor]
+"""Which rows need a query: (B, N, ...) to those of one row, or of all."""
+
+ONE_LAYER = "grad_eclip, raw_attention, grad_cam, maskclip, rise or integrated_gradients"
+"""Methods that need one layer alone, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Trace:
         mask: Added to the scores of the query row; None where it sees every token.
         explained: Tokens that a map speaks of: patches, or words.
         grid: (h, w) of the patches; None for texts.
-        finish: (x, o) -> embedding, row by row: everything behind attention.
+        finish: (x, o) -> embedding, row by row: everything after attention.
         attend: (tokens, query) -> (q of the query, k, v): everything before attention.
         project: Output projection of the attention layer, on rows of the width of o.
         score: What is explained, from embedding and target; the cosine S of eq. 1 for a CLIP.
@@ -90,6 +98,8 @@ class Trace:
         """
         if heads == "all":
             return self.o
+        # One head's scores sum over all C channels, so they are divided by sqrt(C); "head" keeps
+        # the weaker sqrt(C / A) of the model's own A heads, which makes a sharper softmax.
         factor = None if scale == "width" else (self.q.shape[-1] / self.heads) ** -0.5
         return attend_row(self.q, self.k, self.v, heads=1, mask=self.mask, scale=factor)
 
@@ -104,7 +114,11 @@ class Trace:
         if self.grid is None:
             raise ValueError("dense features exist for images; this is the trace of a text")
         height, width = self.grid
+        # Patches are the last h·w tokens whatever comes before them: a class token, registers, a
+        # ResNet's mean token, or nothing (SigLIP).
         first = self.tokens.shape[1] - height * width
+        # A token that attends to itself alone has weight 1 on its own value: o_i = v_i. So the
+        # same `finish` that made the embedding from (B, C) makes F_d from (B, h·w, C).
         return self.finish(self.tokens[:, first:], self.v[:, first:]).view(
             -1, height, width, self.embedding.shape[-1]
         )
@@ -133,61 +147,14 @@ class Trace:
         return self._map(lambda tensor: tensor.float())
 
     def _map(self, function: Rows) -> Trace:
-        return replace(
-            self,
-            tokens=function(self.tokens),
-            q=function(self.q),
-            k=function(self.k),
-            v=function(self.v),
-            o=function(self.o),
-            embedding=function(self.embedding),
-        )
-
-
-def trace_layer(
-    tokens: Float[Tensor, "B N W"],
-    query: Int[Tensor, " B"] | None,
-    *,
-    attend: Attend,
-    finish: Finish,
-    project: Rows,
-    heads: int,
-    explained: Bool[Tensor, "B N"],
-    grid: tuple[int, int] | None = None,
-    mask: Float[Tensor, "B N"] | None = None,
-    score: Score = cosine,
-) -> Trace:
-    """The trace of a last layer from its input; see `Trace` for the arguments."""
-    q, k, v = attend(tokens, query)
-    o = attend_row(q, k, v, heads=heads, mask=mask)
-    return Trace(
-        tokens=tokens,
-        query=query,
-        q=q,
-        k=k,
-        v=v,
-        o=o,
-        embedding=finish(query_rows(tokens, query), o),
-        heads=heads,
-        mask=mask,
-        explained=explained,
-        grid=grid,
-        finish=finish,
-        attend=attend,
-        project=project,
-        score=score,
-    )
-
-
-def class_token_query(
-    tokens: Float[Tensor, "B N W"], grid: tuple[int, int]
-) -> tuple[Int[Tensor, " B"], Bool[Tensor, "B N"]]:
-    """Query row and explained tokens of an image tower whose first token is the class token."""
-    return tokens.new_zeros(len(tokens), dtype=torch.long), patch_tokens(tokens, grid)
+        # mask, query and explained stay: they carry neither a graph nor digits to lose.
+        names = ("tokens", "q", "k", "v", "o", "embedding")
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def patch_tokens(tokens: Float[Tensor, "B N W"], grid: tuple[int, int]) -> Bool[Tensor, "B N"]:
-    """The patches among the tokens: the last h·w, behind class token and registers."""
+    """The patches among the tokens: the last h·w, after class token and registers."""
     batch, count, _ = tokens.shape
     position = torch.arange(count, device=tokens.device)
     return (position >= count - grid[0] * grid[1]).expand(batch, count)
@@ -198,12 +165,9 @@ def query_rows(
 ) -> Float[Tensor, "B W"]:
     """One row of every sequence: the query's; the first where the query is none of them."""
     if query is None:
+        # A pool's `finish` never reads this row; it only has to have the right shape.
         return tokens[:, 0]
     return tokens[torch.arange(len(tokens), device=tokens.device), query]
-
-
-Pick: TypeAlias = Callable[[Tensor], Tensor]
-"""Which rows need a query: (B, N, ...) to those of one row, or of all."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +176,7 @@ class Layer:
 
     Attributes:
         attend: (tokens, pick) -> (q of the picked rows, k, v), heads joined, positions applied.
-        finish: (x, o) -> rows behind the layer, from its input rows and their attention output.
+        finish: (x, o) -> rows after the layer, from its input rows and their attention output.
         add: o -> what attention adds to its input rows; for a pool, what comes out of it.
         project: The output projection alone.
         heads: Attention heads.
@@ -234,7 +198,7 @@ class Pass:
     Attributes:
         tokens: Input of the first layer.
         layers: First to last; the last one is the explained one.
-        head: Rows behind the last layer to embeddings.
+        head: Rows after the last layer to embeddings.
         query: Row that becomes the embedding; None where the query is learned (attention pools).
         explained: Tokens that a map speaks of: patches, or words.
         grid: (h, w) of the patches; None for texts.
@@ -255,7 +219,7 @@ class Pass:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether the last layer is an attention pool behind ordinary blocks."""
+        """Whether the last layer is an attention pool after ordinary blocks."""
         return self.layers[-1].run is None
 
     def rows(self, owner: Int[Tensor, " P"]) -> Pass:
@@ -273,6 +237,8 @@ class Pass:
         for layer in self.layers[start:stop]:
             assert layer.run is not None, "a pool cannot be run as a block"
             if self.checkpointed and torch.is_grad_enabled():
+                # Not reentrant: the reentrant kind forbids torch.autograd.grad inside a step,
+                # which is how the maps of the local loss are made.
                 tokens = checkpoint(layer.run, tokens, self.mask, use_reentrant=False)
             else:
                 tokens = layer.run(tokens, self.mask)
@@ -286,42 +252,45 @@ class Pass:
         """The last layer of this pass."""
         return self._trace(self.run(self.tokens, 0, len(self.layers) - 1))
 
-    def _trace(self, tokens: Tensor) -> Trace:
-        last, head = self.layers[-1], self.head
+    def _trace(self, tokens: Float[Tensor, "B N W"]) -> Trace:
+        last, head, query = self.layers[-1], self.head, self.query
 
         def attend(rows: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            # Only the query row needs a q: (B, C) instead of (B, N, C). With `finish` on one row as
+            # well, k and v are what remains of the block: a sixth of its matrix products.
             return last.attend(rows, lambda y: query_rows(y, query))
 
         def finish(x: Tensor, o: Tensor) -> Tensor:
             return head(last.finish(x, o))
 
-        return trace_layer(
-            tokens,
-            self.query,
-            attend=attend,
-            finish=finish,
-            project=last.project,
+        # A mask of (N, N) or (B, N, N) becomes what the query row sees, (B, N).
+        mask = None if query is None else self.mask
+        if mask is not None and query is not None:
+            mask = mask[query] if mask.ndim == 2 else query_rows(mask, query)
+        q, k, v = attend(tokens, query)
+        o = attend_row(q, k, v, heads=last.heads, mask=mask)
+        return Trace(
+            tokens=tokens,
+            query=query,
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            embedding=finish(query_rows(tokens, query), o),
             heads=last.heads,
+            mask=mask,
             explained=self.explained,
             grid=self.grid,
-            mask=self._query_mask(),
+            finish=finish,
+            attend=attend,
+            project=last.project,
             score=self.score,
         )
-
-    def _query_mask(self) -> Float[Tensor, "B N"] | None:
-        if self.mask is None or self.query is None:
-            return None
-        if self.mask.ndim == 2:
-            return self.mask[self.query]
-        return self.mask[torch.arange(len(self.query), device=self.query.device), self.query]
-
-
-ONE_LAYER = "grad_eclip, raw_attention, grad_cam, maskclip, rise or integrated_gradients"
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer of a record; tensors stand in the graph of the embedding.
+    """One layer of a record; its tensors are in the graph of the embedding.
 
     Attributes:
         layer: How the layer comes apart.
@@ -348,7 +317,7 @@ class Record:
 
     Attributes:
         layers: First to last.
-        tokens: Behind the last layer.
+        tokens: After the last layer.
         opened: The pass that was recorded.
         embedding: Of every row.
     """
@@ -404,12 +373,15 @@ def record_layers(
         raise ValueError(f"depth is {depth}; choose 1 to {count} layers, or null for all")
     start = 0 if depth is None else max(0, count - depth)
     with torch.no_grad():
-        before = opened.run(opened.tokens, 0, start)
+        before = opened.run(opened.tokens, 0, start)  # (B, N, W): once per input, not per target
+    # Every target gets rows of its own, (P, N, W). Sharing them would sum the gradients of all
+    # targets of an input, and each target needs its own through every layer.
     rows = opened.rows(owner)
     tokens = before[owner].float().detach().requires_grad_()
     layers = []
     for layer in opened.layers[start:]:
         q, k, v = layer.attend(tokens, lambda y: y)
+        # Written out instead of `layer.run`: fused kernels do not give the attention weights.
         number = layer.heads if heads == "all" else 1
         o, weights = attend(q, k, v, heads=number, mask=rows.mask)
         layers.append(LayerRecord(layer, tokens, q, k, v, o, weights))

@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -112,44 +111,8 @@ def _is_plain(key: object, value: object) -> bool:
     )
 
 
-NAMES_SHOWN = 3
-
-
-def closest_names(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of open_clip whose native ViT and text tower have these shapes; at most three.
-
-    Empty for other towers, and where none fits.
-    """
-    conv, table = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
-    words = state.get("token_embedding.weight", state.get("text.token_embedding.weight"))
-    if conv is None or table is None or words is None or conv.ndim != 4:
-        return []
-    layers = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
-    found = {
-        "width": conv.shape[0],
-        "patch": conv.shape[2],
-        "layers": len(layers),
-        "size": math.isqrt(len(table) - 1) * conv.shape[2],
-        "words": tuple(words.shape),
-    }
-    names = [name for name in open_clip.list_models() if _shapes(name) == found]
-    return sorted(names, key=len)[:NAMES_SHOWN]
-
-
-def _shapes(name: str) -> dict[str, Any]:
-    config = open_clip.get_model_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    return {
-        "width": vision.get("width", 768),
-        "patch": vision.get("patch_size", 16),
-        "layers": vision.get("layers", 12),
-        "size": vision.get("image_size", 224),
-        "words": (text.get("vocab_size", 49408), text.get("width", 512)),
-    }
-
-
 SHOWN = 5
-MOST_POSITIONS = 2**18  # more is no image: a tensor can claim any shape
+MOST_POSITIONS = 2**18  # more is not an image: a tensor can claim any shape
 TRANSFORMERS_MARK = "vision_model.embeddings.class_embedding"
 # Buffers and settings that some files carry and no model needs; by name, never by pattern.
 OMITTED = (
@@ -192,11 +155,12 @@ def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None
         ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
     """
     expected = model.state_dict()
-    tensors = {
-        key: value
-        for key, value in _nested(state, expected).items()
-        if key in expected or key not in OMITTED
-    }
+    if "positional_embedding" in state and "text.positional_embedding" in expected:
+        state = {  # OpenAI's flat names of the text tower, which this model has below `text.`
+            f"text.{key}" if key.startswith(TEXT_PARTS) else key: value
+            for key, value in state.items()
+        }
+    tensors = {key: x for key, x in state.items() if key in expected or key not in OMITTED}
     for key in ("logit_scale", "logit_bias"):  # a number, or a vector of one
         if key in tensors and key in expected and tensors[key].numel() == 1:
             tensors[key] = tensors[key].reshape(expected[key].shape)
@@ -214,46 +178,29 @@ def load_exactly(model: Foreign, tensors: Mapping[str, Tensor], source: str) -> 
     model.load_state_dict(tensors, strict=True)
 
 
-def _nested(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """OpenAI's flat names of the text tower, below `text.` where the model has it there."""
-    flat = "positional_embedding" in state and "text.positional_embedding" in expected
-    if not flat:
-        return state
-    return {
-        f"text.{key}" if key.startswith(TEXT_PARTS) else key: value for key, value in state.items()
-    }
-
-
 def _resize(model: Foreign, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Position embeddings of a square grid at the model's own grid."""
     visual = model.visual
+    trunk: Foreign = getattr(visual, "trunk", None)
     if isinstance(visual, VisionTransformer):
-        key, grid, first = "visual.positional_embedding", tuple(visual.grid_size), 1
+        key, grid = "visual.positional_embedding", tuple(visual.grid_size)
     elif hasattr(visual, "attnpool"):
-        side = pair(visual.image_size)
-        key, grid, first = "visual.attnpool.positional_embedding", (side[0] // 32, side[1] // 32), 1
-    elif getattr(getattr(visual, "trunk", None), "pos_embed", None) is not None:
-        trunk = visual.trunk
+        height, width = pair(visual.image_size)
+        key, grid = "visual.attnpool.positional_embedding", (height // 32, width // 32)
+    elif getattr(trunk, "pos_embed", None) is not None:
         key, grid = "visual.trunk.pos_embed", tuple(trunk.patch_embed.grid_size)
-        first = trunk.pos_embed.shape[1] - grid[0] * grid[1]
     else:
         return
-    table = tensors.get(key)
-    if (
-        table is None
-        or table.shape == expected[key].shape
-        or table.dim() != expected[key].dim()
-        or table.shape[-1:] != (expected[key].shape[-1:])
-    ):
+    got, wanted = tensors.get(key), expected[key]
+    if got is None or got.shape == wanted.shape or got.dim() != wanted.dim():
         return
-    if not first < table[..., 0].numel() <= MOST_POSITIONS:
-        return
-    flat = table.reshape(-1, table.shape[-1])
-    root = math.isqrt(len(flat) - first)
-    if root * root == len(flat) - first:
+    first = wanted.shape[-2] - grid[0] * grid[1]  # rows of the class token and registers
+    cells = got.shape[-2] - first
+    root = math.isqrt(max(cells, 0))
+    if got.shape[-1] == wanted.shape[-1] and root * root == cells and 0 < cells <= MOST_POSITIONS:
         # Half precision has no bicubic interpolation; the model's own precision stays.
-        resized = resample_positions(flat.float(), (root, root), grid)
-        tensors[key] = resized.reshape(expected[key].shape)
+        table = got.reshape(-1, got.shape[-1]).float()
+        tensors[key] = resample_positions(table, (root, root), grid).reshape(wanted.shape)
 
 
 def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str) -> None:
@@ -282,7 +229,7 @@ def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: 
         return
     report = "\n".join(lines)
     if any(misfits.values()):
-        close = closest_names(got)
+        close = _names_of_shapes(got)
         hint = f"; by its shapes it is {' or '.join(close)}" if close else ""
         remedy = f"name the architecture that the file was trained with (model.name=...){hint}"
     else:
@@ -291,3 +238,23 @@ def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: 
         f"{source} ({len(got)} tensors) does not fit the model ({len(expected)} tensors):\n"
         f"{report}\n{remedy}"
     )
+
+
+def _names_of_shapes(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of open_clip, three at most, whose native ViT and text tower have these shapes."""
+    conv, table = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
+    words = state.get("token_embedding.weight", state.get("text.token_embedding.weight"))
+    if conv is None or table is None or words is None or conv.ndim != 4:
+        return []
+    blocks = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
+    size = math.isqrt(len(table) - 1) * conv.shape[2]
+    found = (conv.shape[0], conv.shape[2], len(blocks), size, *words.shape)
+    names = []
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        defaults = {"width": 768, "patch_size": 16, "layers": 12, "image_size": 224}
+        image = [vision.get(key, value) for key, value in defaults.items()]
+        if found == (*image, text.get("vocab_size", 49408), text.get("width", 512)):
+            names.append(name)
+    return sorted(names, key=len)[:3]

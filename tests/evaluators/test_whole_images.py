@@ -16,8 +16,7 @@ from gradeclip_ft.data.labelled import ClassFolders, ClassShards
 from gradeclip_ft.data.pairs import CaptionChoices
 from gradeclip_ft.evaluators.pairs import ChoiceEvaluator
 from gradeclip_ft.evaluators.zero_shot import ZeroShotEvaluator
-from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.other.classifier import imagenet_names, imagenet_templates
+from gradeclip_ft.models.clip import LoadedClip, imagenet_names, imagenet_templates
 from tests.evaluators.conftest import colour_of
 
 Load = Callable[..., LoadedClip]

@@ -195,11 +195,11 @@ def test_information_of_what_passes_whole_is_large_and_finite() -> None:
 
 
 def test_methods_on_pixels_need_a_patch_size() -> None:
-    from gradeclip_ft.models.tower import OpaqueImageTower
+    from gradeclip_ft.models.tower import opaque_tower
     from gradeclip_ft.models.trace import UnsupportedTowerError
 
     clip = make_tiny_clip("vit")
-    clip.image = OpaqueImageTower(clip.model.visual, "image tower averages its tokens")
+    clip.image = opaque_tower(clip.model.visual, "image tower averages its tokens")
     for method in (Rise(masks=2), IntegratedGradients(steps=2)):
         with pytest.raises(UnsupportedTowerError, match="averages its tokens: it has no grid"):
             explain_image(method, clip, torch.randn(1, 3, 32, 32), torch.randn(1, 16), ONE)

@@ -19,8 +19,8 @@ from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.explain.rollout import Rollout
-from gradeclip_ft.models.clip import ImageModel
 from gradeclip_ft.models.other.blip import Blip
+from gradeclip_ft.models.other.classifier import ImageModel
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.explain.oracle import Seen, zero_one
 from tests.tiny_foreign import (

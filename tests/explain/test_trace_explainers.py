@@ -13,7 +13,6 @@ from gradeclip_ft.explain.grad_eclip import GradEclip, channel_weight
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.uniform import Uniform
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.towers.vit import VitTower
 
 EXPLAINERS = [GradEclip(), GradEclip(heads="all"), GradCam(), MaskClip(), Uniform()]
 OWNER = torch.tensor([1, 0, 1, 2])
@@ -24,7 +23,7 @@ class SlowLastLayer:
 
     def __init__(self, clip: Clip, image: torch.Tensor) -> None:
         visual = clip.model.visual
-        self.is_vit = isinstance(clip.image, VitTower)
+        self.is_vit = hasattr(clip.model.visual, "transformer")
         with torch.no_grad():
             if self.is_vit:
                 self.x = visual._embeds(image)

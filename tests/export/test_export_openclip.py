@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from gradeclip_ft.export.export import write_export
 from gradeclip_ft.export.job import NOTE, save_state
+from gradeclip_ft.export.openclip import open_folder
 from gradeclip_ft.export.verify import (
     HALF_TOLERANCE,
     ExportError,
@@ -19,7 +20,7 @@ from gradeclip_ft.export.verify import (
     largest_difference,
     pictures,
 )
-from gradeclip_ft.models.load import load_clip, open_folder
+from gradeclip_ft.models.load import load_clip
 from tests.export.small import ORIGIN, names_in
 
 

@@ -42,15 +42,22 @@ def test_a_classifier_knows_its_pixels_and_classes(
     loaded: LoadedClassifier, tmp_path: Path
 ) -> None:
     """Statistics of timm's own configuration; ImageNet's names for a thousand classes."""
-    assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert (loaded.image_size, loaded.patch, loaded.count) == ((224, 224), 16, 1000)
+    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == (
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+    )
+    assert (loaded.image_size, loaded.classifier.image.patch, loaded.count) == (
+        (224, 224),
+        16,
+        1000,
+    )
     assert loaded.targets(["goldfish", 7, "8", "Tench"]).argmax(1).tolist() == [1, 7, 8, 0]
     assert loaded.targets(["goldfish"]).sum() == 1
 
 
 def test_torchvision_brings_its_own_statistics_and_names() -> None:
     loaded = load_classifier("torchvision:vit_b_32", "random", image_size=96)
-    assert loaded.mean == (0.485, 0.456, 0.406)
+    assert loaded.preprocessing.mean == (0.485, 0.456, 0.406)
     assert loaded.preprocessing.interpolation == "bilinear"
     assert loaded.image_size == (96, 96)
     assert loaded.targets(["great white shark"]).argmax() == 2
@@ -94,7 +101,7 @@ def test_weights_of_ones_own_are_read(library: str, suffix: str, tmp_path: Path)
     assert loaded.image_size == (size, size)
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.clip.image.encode(pixels), theirs(pixels), **CLOSE)
+        torch.testing.assert_close(loaded.classifier.image.encode(pixels), theirs(pixels), **CLOSE)
     assert loaded.targets(["bird"]).tolist() == [[0.0, 0.0, 1.0]]
 
 

@@ -8,7 +8,6 @@ import torch
 from gradeclip_ft.batch import PackedTexts
 from gradeclip_ft.models.packing import pack_texts
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.tower import packs
 from tests.tiny import make_tiny_text
 
 WORDS = ("a dog", "a dog in a black car", "", "a cat", "a dog", "traffic lights in the rain")
@@ -36,7 +35,6 @@ def test_packed_texts_have_the_embeddings_and_gradients_of_single_ones(
 ) -> None:
     """Would catch a token that sees another text, a wrong position, or a mixed-up order."""
     clip = make_tiny_text(family)
-    assert packs(clip.text)
     rows = texts(count, seed=count)
     target = torch.randn(count, 16, generator=torch.Generator().manual_seed(3))
     found = []
@@ -45,8 +43,11 @@ def test_packed_texts_have_the_embeddings_and_gradients_of_single_ones(
         gradients = torch.autograd.grad((embeddings * target).sum(), parameters)
         found.append([embeddings.detach(), *gradients])
     for alone, packed in zip(*found, strict=True):
-        # sums in another order, in fp32
-        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+        # A gradient sums over about 1000 tokens, in another order when they are packed. Its
+        # rounding error is relative to the largest entries, not to one that cancels to almost 0:
+        # sqrt(1000) · 2^-24 = 2e-6 of them, and 1e-5 leaves room for the two layers between.
+        largest = float(alone.abs().max())
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5 * max(largest, 1.0))
 
 
 def test_every_token_sees_its_own_text_up_to_itself() -> None:
@@ -97,10 +98,6 @@ def test_the_tokenizer_packs_what_it_made() -> None:
 def test_other_towers_refuse(family: str) -> None:
     """Would catch packed texts where every token sees all others."""
     clip = make_tiny_text(family)
-    assert not packs(clip.text)
-    assert (
-        Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77).pack(
-            torch.ones((1, 3), dtype=torch.long)
-        )
-        is None
-    )
+    assert clip.text.encode_packed is None
+    tokenizer = Tokenizer(open_clip.get_tokenizer("ViT-B-16"), 77)
+    assert tokenizer.pack(torch.ones((1, 3), dtype=torch.long)) is None

@@ -134,7 +134,7 @@ def test_weights_of_a_folder_may_be_replaced(folder: Path) -> None:
     ("break_it", "message"),
     [
         (lambda f: (f / "open_clip_config.json").unlink(), "has no open_clip_config.json"),
-        (lambda f: (f / "open_clip_config.json").write_text('{"model'), "no complete JSON"),
+        (lambda f: (f / "open_clip_config.json").write_text('{"model'), "not complete JSON"),
         (lambda f: (f / "open_clip_config.json").write_text("{}"), "has no model_cfg"),
         (lambda f: (f / "open_clip_model.safetensors").unlink(), "holds no weights"),
     ],
@@ -285,11 +285,11 @@ def test_a_hub_repository_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_pixels_follow_the_published_weights_of_a_name() -> None:
     """SigLIP's are squashed to -1..1; a fine-tuned file of it must not get CLIP's statistics."""
-    from gradeclip_ft.models.load import _published_preprocess
+    from gradeclip_ft.models.load import published_preprocess
 
-    assert _published_preprocess("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
-    assert _published_preprocess("ViT-B-16-SigLIP")["resize_mode"] == "squash"
-    assert _published_preprocess("no-such-model") == {}
+    assert published_preprocess("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
+    assert published_preprocess("ViT-B-16-SigLIP")["resize_mode"] == "squash"
+    assert published_preprocess("no-such-model") == {}
 
 
 @pytest.mark.slow

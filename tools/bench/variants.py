@@ -84,7 +84,7 @@ class Steps:
         """One step of that variant: forward, backward, optimiser."""
         losses: dict[str, Callable[[], Tensor]] = {
             OPEN_CLIP: self._open_clip,
-            ORDINARY: lambda: GlobalOnly()(self.loaded.clip, self.batch).total,
+            ORDINARY: lambda: GlobalOnly()(self.loaded.require_clip("trained"), self.batch).total,
             GRAD_ECLIP: lambda: grad_eclip(self.loaded, self.batch),
             PUBLISHED: lambda: published(self.loaded, self.batch, None),
             PUBLISHED_77: lambda: published(self.loaded, self.batch, self.phrases),
@@ -129,7 +129,7 @@ def make_steps(
         batch=make_batch(loaded, pairs, batch_size, phrases).to(device),
         captions=full_captions(loaded, pairs, batch_size).to(device),
         phrases=full_phrases(loaded, pairs, batch_size, phrases).to(device),
-        optimizer=adamw(loaded.clip.named_parameters()),
+        optimizer=adamw(loaded.require_clip("trained").named_parameters()),
         pairs=pairs,
         source=source,
         precision=torch.bfloat16 if device.startswith("cuda") else None,
@@ -139,7 +139,7 @@ def make_steps(
 def grad_eclip(loaded: LoadedClip, batch: CaptionBatch) -> Tensor:
     """Loss of conf/objective/global_local.yaml."""
     objective = GlobalLocal(GradEclip(create_graph=True))
-    return objective(loaded.clip, batch).total
+    return objective(loaded.require_clip("trained"), batch).total
 
 
 def published(loaded: LoadedClip, batch: CaptionBatch, full: Tensor | None) -> Tensor:

@@ -6,51 +6,88 @@ is left out: after fusion no linear path leads from a layer's attention to an em
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradeclip_ft.models.architecture import Architecture, checked_size, fetch_repository, read_json
-from gradeclip_ft.models.clip import Clip, ImageModel, LoadedClip, Preprocessing
+from gradeclip_ft.models.clip import LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, fetch_tokenizer
-from gradeclip_ft.models.tower import PassTower, image_grid, project_fused, resample_positions
-from gradeclip_ft.models.towers.text import BertTextTower
-from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, class_token_query
+from gradeclip_ft.models.tower import (
+    Tower,
+    image_grid,
+    image_pass,
+    project_fused,
+    resample_positions,
+)
+from gradeclip_ft.models.towers.text import bert_text_tower
+from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick
 from gradeclip_ft.models.weights import load_exactly, read_tensors
 
+BLIP = "blip:"
+PICTURES = "preprocessor_config.json"
+BILINEAR = 2  # Pillow's number; BLIP's own is 3, bicubic
+OMITTED = ("text_encoder.embeddings.position_ids",)  # a constant that older files carry
 
-class BlipVisionTower(PassTower):
-    """Image tower of a BlipForImageTextRetrieval: the class token, normed and projected."""
 
-    pooling = "class token"
+class Blip(nn.Module):
+    """A BlipForImageTextRetrieval seen through two towers, for explanation and evaluation.
+
+    Attributes:
+        model: The library's module.
+        image: Adapter of the image tower.
+        text: Adapter of the text tower.
+    """
 
     def __init__(self, model: Foreign) -> None:
-        self._model, vision = model, model.vision_model
-        self._layers = tuple(_layer(layer) for layer in vision.encoder.layers)
-        self.width = int(vision.embeddings.embed_dim)
-        self.heads = self._layers[-1].heads
-        self.depth = len(self._layers)
-        self.patch = int(vision.embeddings.patch_size)
+        super().__init__()
+        self.model: Foreign = model
+        self.image = _image_tower(model)
+        text = model.text_encoder
+        length = int(text.config.max_position_embeddings)
+        self.text = bert_text_tower(text, lambda rows: model.text_proj(rows), length)
 
-    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
-        """This forward pass, at any grid; the query is the class token."""
-        grid, parts = image_grid(x, self.patch), self._model.vision_model.embeddings
-        patches = parts.patch_embedding(x).flatten(2).transpose(1, 2)
-        side = parts.image_size // self.patch
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def log_scale(self) -> Tensor:
+        """Zero: like the library's, scores are bare cosines; no temperature is published."""
+        return torch.zeros((), device=self.device)
+
+
+def _image_tower(model: Foreign) -> Tower:
+    """The image tower: the class token, normed and projected."""
+    vision, parts = model.vision_model, model.vision_model.embeddings
+    layers = tuple(_layer(layer) for layer in vision.encoder.layers)
+    patch = int(parts.patch_size)
+
+    def head(rows: Tensor) -> Tensor:
+        projected: Tensor = model.vision_proj(vision.post_layernorm(rows))
+        return projected
+
+    def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
+        grid, side = image_grid(x, patch), parts.image_size // patch
+        patches = parts.patch_embedding(x).flatten(2).transpose(1, 2)  # (B, h·w, W)
         positions = resample_positions(parts.position_embedding[0], (side, side), grid)
         first = parts.class_embedding.expand(len(x), -1, -1)
         tokens = torch.cat([first, patches], dim=1) + positions
-        query, explained = class_token_query(tokens, grid)
-        return Pass(tokens, self._layers, self._head, query, explained, grid)
+        return image_pass(tokens, layers, head, grid)
 
-    def _head(self, rows: Tensor) -> Tensor:
-        normed = self._model.vision_model.post_layernorm(rows)
-        projected: Tensor = self._model.vision_proj(normed)
-        return projected
+    return Tower(
+        open_pass,
+        width=int(parts.embed_dim),
+        heads=layers[-1].heads,
+        depth=len(layers),
+        pooling="class token",
+        patch=patch,
+    )
 
 
 def _layer(layer: Foreign) -> Layer:
@@ -74,41 +111,6 @@ def _layer(layer: Foreign) -> Layer:
     return Layer(attend, finish, project, project, int(attention.num_heads), run)
 
 
-BLIP = "blip:"
-PICTURES = "preprocessor_config.json"
-BILINEAR = 2  # Pillow's number; BLIP's own is 3, bicubic
-OMITTED = ("text_encoder.embeddings.position_ids",)  # a constant that older files carry
-
-
-class Blip(Clip):
-    """A BlipForImageTextRetrieval seen through two towers, for explanation and evaluation."""
-
-    def __init__(self, model: Foreign) -> None:
-        ImageModel.__init__(self, model, BlipVisionTower(model))
-        text = model.text_encoder
-        length = int(text.config.max_position_embeddings)
-        self.text = BertTextTower(text, model.text_proj, length)
-
-    @property
-    def log_scale(self) -> Tensor:
-        """Zero: like the library's, scores are bare cosines; no temperature is published."""
-        return torch.zeros((), device=self.device)
-
-    def train(self, mode: bool = True) -> Blip:
-        """Evaluation mode only.
-
-        Raises:
-            ValueError: Training mode is asked for.
-        """
-        if mode:
-            raise ValueError(
-                "BLIP is explained and evaluated here, not trained: its published weights have no "
-                "temperature to train with; choose a model of open_clip"
-            )
-        super().train(mode)
-        return self
-
-
 def load_blip(
     name: str,
     weights: str | Path | None = None,
@@ -129,17 +131,22 @@ def load_blip(
     """
     folder = _folder(name)
     model = _build(folder)
-    if weights != "random":
-        state = read_tensors(folder if weights is None else weights)
-        kept = {key: value for key, value in state.items() if key not in OMITTED}
-        load_exactly(model, kept, str(folder if weights is None else weights))
+    source = folder if weights is None else weights
+    if source != "random":
+        state = {key: x for key, x in read_tensors(source).items() if key not in OMITTED}
+        load_exactly(model, state, str(source))
     clip = Blip(model.float()).eval()
-    pictures = _read(folder / PICTURES)
-    tokenize = fetch_tokenizer(str(folder), clip.text.context_length, {})
+    how, default = _read(folder / PICTURES), Preprocessing()
+    length = clip.text.context_length
     return LoadedClip(
         clip=clip,
-        tokenizer=Tokenizer(tokenize, clip.text.context_length, pad=clip.text.pad),
-        preprocessing=_preprocessing(pictures),
+        tokenizer=Tokenizer(fetch_tokenizer(str(folder), length, {}), length, pad=clip.text.pad),
+        preprocessing=Preprocessing(  # squashed to a square; CLIP's statistics unless stated
+            mean=tuple(how.get("image_mean") or default.mean),
+            std=tuple(how.get("image_std") or default.std),
+            interpolation="bilinear" if how.get("resample") == BILINEAR else "bicubic",
+            resize="squash",
+        ),
         image_size=checked_size(
             image_size, int(model.config.vision_config.image_size), clip.image.patch, name
         ),
@@ -186,17 +193,3 @@ def _read(path: Path) -> dict[str, Any]:
         )
     content: dict[str, Any] = read_json(path)
     return content
-
-
-def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
-    """BLIP squashes pictures to a square; its mean and deviation are CLIP's unless stated."""
-    default = Preprocessing()
-    interpolation: Literal["bicubic", "bilinear"] = (
-        "bilinear" if how.get("resample") == BILINEAR else "bicubic"
-    )
-    return Preprocessing(
-        mean=tuple(how.get("image_mean") or default.mean),
-        std=tuple(how.get("image_std") or default.std),
-        interpolation=interpolation,
-        resize="squash",
-    )

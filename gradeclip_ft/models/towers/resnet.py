@@ -1,6 +1,6 @@
 """Adapter: CLIP's ResNet with attention pooling (RN50, RN101, RN50x4, ...).
 
-The explained layer is the pool: the query is the mean of the feature map, behind attention comes
+The explained layer is the pool: the query is the mean of the feature map, and after attention comes
 one linear map and nothing else.
 """
 
@@ -11,49 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.tower import PassTower, image_grid, resample_positions
-from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, class_token_query
+from gradeclip_ft.models.tower import Tower, image_grid, image_pass, resample_positions
+from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick
 
 STRIDE = 32
 
 
-class ResNetTower(PassTower):
-    """Image tower around a ModifiedResNet."""
+def resnet_tower(visual: Foreign) -> Tower:
+    """The tower around a ModifiedResNet."""
+    pool = visual.attnpool
 
-    pooling = "attention pool over the feature map's mean"
-    depth = 4
-
-    def __init__(self, visual: Foreign) -> None:
-        self._visual, self._pool = visual, visual.attnpool
-        self._layer = _pool_layer(visual.attnpool)
-        self.width = int(visual.attnpool.q_proj.in_features)
-        self.heads = self._layer.heads
-        self.patch = STRIDE
-
-    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
-        """This forward pass behind its convolutions: the pool; the query is the mean token."""
-        grid = image_grid(x, self.patch)
-        visual = self._visual
-        features = visual.stem(x)
-        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-            features = stage(features)
-        cells = features.flatten(2).transpose(1, 2)  # (B, h·w, C)
-        tokens = torch.cat([cells.mean(1, keepdim=True), cells], dim=1)
-        tokens = tokens + self._positions(grid).to(tokens.dtype)
-        query, explained = class_token_query(tokens, grid)
-        return Pass(tokens, (self._layer,), _as_it_is, query, explained, grid)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        table: Tensor = self._pool.positional_embedding
-        height, width = pair(self._visual.image_size)
-        return resample_positions(table, (height // STRIDE, width // STRIDE), grid)
-
-
-def _as_it_is(rows: Tensor) -> Tensor:
-    return rows
-
-
-def _pool_layer(pool: Foreign) -> Layer:
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
         return pool.q_proj(pick(tokens)), pool.k_proj(tokens), pool.v_proj(tokens)
 
@@ -61,4 +28,27 @@ def _pool_layer(pool: Foreign) -> Layer:
         rows: Tensor = pool.c_proj(o)
         return rows
 
-    return Layer(attend, finish, pool.c_proj, pool.c_proj, int(pool.num_heads), None)
+    layer = Layer(attend, finish, pool.c_proj, pool.c_proj, int(pool.num_heads), None)
+
+    def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
+        grid = image_grid(x, STRIDE)
+        features = visual.stem(x)
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            features = stage(features)
+        cells = features.flatten(2).transpose(1, 2)  # (B, h·w, C)
+        # The mean comes first, where the table of positions has its leading row.
+        tokens = torch.cat([cells.mean(1, keepdim=True), cells], dim=1)
+        height, width = pair(visual.image_size)
+        native = (height // STRIDE, width // STRIDE)
+        positions = resample_positions(pool.positional_embedding, native, grid)
+        # There is no head: the pool's projection already gives the embedding.
+        return image_pass(tokens + positions.to(tokens.dtype), (layer,), lambda rows: rows, grid)
+
+    return Tower(
+        open_pass,
+        width=int(pool.q_proj.in_features),
+        heads=layer.heads,
+        depth=4,
+        pooling="attention pool over the feature map's mean",
+        patch=STRIDE,
+    )

@@ -1,9 +1,9 @@
-"""Adapter: open_clip's own text transformers: CLIP's and EVA's, SigLIP's, CoCa's.
+"""Adapters of text transformers: open_clip's own (CLIP, EVA, SigLIP, CoCa), and BERT's layout.
 
 With a causal mask and pooling at the end of the text, later positions cannot influence the result,
-so token ids may be cut behind the longest text of a batch: the embedding is the same and cheaper.
+so token ids may be cut after the longest text of a batch: the embedding is the same and cheaper.
 That holds neither for SigLIP (every position sees all, the last one is pooled) nor for CoCa (its
-class token stands behind the last position).
+class token follows the last position).
 """
 
 from __future__ import annotations
@@ -13,227 +13,228 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradeclip_ft.batch import PackedTexts
-from gradeclip_ft.models.tower import PassTower
+from gradeclip_ft.models.tower import Tower, refuse
 from gradeclip_ft.models.towers.vit import block_layer, check_blocks
-from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, Rows, UnsupportedTowerError
+from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, Rows
 from gradeclip_ft.ops.attention import attend as attend_all
 
 POOLING = {
     "argmax": "end of the text",
     "eos": "end of the text",
     "last": "last position",
-    "class": "class token behind the text",
+    "class": "class token after the text",
 }
 
 
-class TransformerTextTower(PassTower):
-    """Text tower around an open_clip CLIP or the TextTransformer of a CustomTextCLIP or CoCa.
+def transformer_text_tower(text: Foreign) -> Tower:
+    """The tower around an open_clip CLIP, or the TextTransformer of a CustomTextCLIP or CoCa.
 
-    Embeddings are those of `encode_text` at the full context, not normalised.
+    Embeddings are those of `encode_text` at the full context.
+
+    Raises:
+        UnsupportedTowerError: It has a part that is not reproduced.
     """
+    class_token = getattr(text, "cls_emb", None) is not None
+    own_pool = getattr(text, "pool_type", getattr(text, "text_pool_type", ""))
+    pool = "class" if class_token else str(own_pool)
+    causal = getattr(text, "attn_mask", None) is not None
+    refuse(
+        "text tower",
+        {
+            "has no open_clip transformer": not hasattr(text, "transformer")
+            or not hasattr(text.transformer, "resblocks"),
+            "masks its padding": bool(getattr(text, "use_pad_mask", False)) and not class_token,
+            f"pools by {pool!r}": pool not in POOLING,
+            "pools the last position of a causal mask": pool == "last" and causal,
+        },
+    )
+    transformer = text.transformer
+    check_blocks(transformer.resblocks, "text tower")
+    layers = tuple(block_layer(block) for block in transformer.resblocks)
+    heads = layers[-1].heads
+    context = int(text.positional_embedding.shape[0]) - class_token
+    cuts_exactly = pool in ("argmax", "eos") and causal
 
-    def __init__(self, text: Foreign) -> None:
-        self._text = text
-        self._class_token = getattr(text, "cls_emb", None) is not None
-        self._pool = "class" if self._class_token else _pool(text)
-        self._eos = int(getattr(text, "eos_id", getattr(text, "text_eos_id", -1)) or -1)
-        _check(text, self._pool)
-        blocks = text.transformer.resblocks
-        self._layers = tuple(block_layer(block) for block in blocks)
-        self.width = int(text.transformer.width)
-        self.heads = self._layers[-1].heads
-        self.depth = len(blocks)
-        self.pooling = POOLING[self._pool]
-        self.context_length = int(text.positional_embedding.shape[0]) - self._class_token
-        self.pad = int(getattr(text, "pad_id", 0) or 0)
-        self.cuts_exactly = (
-            self._pool in ("argmax", "eos") and getattr(text, "attn_mask", None) is not None
-        )
-
-    def open(self, x: Int[Tensor, "M L"]) -> Pass:
-        """This forward pass; the query is the position that is pooled.
-
-        Raises:
-            ValueError: More tokens than positions, or fewer where the tower needs all of them.
-        """
-        self._check_length(x.shape[1])
-        tokens, mask, query = self._embed(x), self._mask(x), self._query(x)
-        return self._pass(tokens, query, self._words(x, tokens.shape[1], mask), mask)
-
-    def encode_packed(self, packed: PackedTexts) -> Float[Tensor, "M D"]:
-        """Embeddings of all texts, equal to those of `encode`.
-
-        Raises:
-            ValueError: The tower is not causal.
-        """
-        text = self._text
-        if not self.cuts_exactly:
-            raise ValueError(f"this tower pools the {self.pooling}; texts cannot share a row")
-        dtype = text.transformer.get_cast_dtype()
-        places = text.positional_embedding.to(dtype)[packed.position]
-        tokens = text.token_embedding(packed.ids).to(dtype) + places
-        mask = torch.zeros_like(packed.hidden, dtype=dtype).masked_fill(packed.hidden, -torch.inf)
-        opened = self._pass(tokens, None, torch.ones_like(packed.ids, dtype=torch.bool), mask)
-        rows = opened.run(tokens, 0, self.depth).flatten(0, 1)
-        return self._head(rows[packed.end])
-
-    def _pass(
-        self, tokens: Tensor, query: Tensor | None, explained: Tensor, mask: Tensor | None
-    ) -> Pass:
-        return Pass(
-            tokens,
-            self._layers,
-            self._head,
-            query,
-            explained,
-            mask=mask,
-            checkpointed=self._text.transformer.grad_checkpointing,
-        )
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        text = self._text
-        dtype = text.transformer.get_cast_dtype()
-        rows: Tensor = text.token_embedding(ids).to(dtype)
-        if self._class_token:
-            rows = torch.cat([rows, text.cls_emb.to(dtype).expand(len(ids), 1, -1)], dim=1)
-        positions: Tensor = text.positional_embedding[: rows.shape[1]].to(dtype)
-        return rows + positions
-
-    def _mask(self, ids: Tensor) -> Tensor | None:
-        """Additive mask: (N, N), with the padding (M, N, N), or None."""
-        text, length = self._text, ids.shape[1] + self._class_token
-        causal: Tensor | None = getattr(text, "attn_mask", None)
-        if causal is not None:
-            causal = causal[:length, :length]
-        if not self._class_token:
-            return causal
-        dtype = text.positional_embedding.dtype
-        padding: Tensor = text._build_additive_mask(ids, length, dtype)[:: self.heads]
-        return padding if causal is None else causal + padding
-
-    def _query(self, ids: Tensor) -> Tensor:
-        if self._pool == "argmax":
+    def query_of(ids: Tensor) -> Tensor:
+        """The position that is pooled, (M)."""
+        if pool == "argmax":  # the end of a text has the largest id
             return ids.argmax(dim=-1)
-        if self._pool == "eos":
-            return torch.eq(ids, self._eos).int().argmax(dim=-1)
-        return torch.full_like(ids[:, 0], ids.shape[1] - 1 + self._class_token)
+        if pool == "eos":  # the first of them, should the padding be the same id
+            eos = int(getattr(text, "eos_id", getattr(text, "text_eos_id", -1)) or -1)
+            return torch.eq(ids, eos).int().argmax(dim=-1)
+        return torch.full_like(ids[:, 0], ids.shape[1] - 1 + class_token)
 
-    def _words(self, ids: Tensor, length: int, mask: Tensor | None) -> Bool[Tensor, "M N"]:
-        """The positions that hold words: neither start, nor end, nor padding, nor hidden."""
+    def mask_of(ids: Tensor) -> Tensor | None:
+        """Additive mask: (N, N), with the padding (M, N, N), or None."""
+        length = ids.shape[1] + class_token
+        mask: Tensor | None = getattr(text, "attn_mask", None)  # read now: it moves with the model
+        if mask is not None:
+            mask = mask[:length, :length]
+        if not class_token:
+            return mask
+        # CoCa's hides the padding from the class token. The library repeats it for every head,
+        # (M·A, N, N); one per text is enough here.
+        dtype = text.positional_embedding.dtype
+        padding: Tensor = text._build_additive_mask(ids, length, dtype)[::heads]
+        return padding if mask is None else mask + padding
+
+    def words_of(ids: Tensor, mask: Tensor | None) -> Bool[Tensor, "M N"]:
+        """The positions that hold words: not start, end or padding, and not hidden."""
+        length = ids.shape[1] + class_token
         position = torch.arange(length, device=ids.device)
-        if self._pool == "last":  # the tokenizer ends and fills up with one id
+        if pool == "last":  # SigLIP's tokenizer ends and pads with one id, and marks no start
             return (ids != ids[:, -1:]) & (position < length - 1)
-        end = self._query(ids) if self._pool != "class" else ids.argmax(dim=-1)
+        end = ids.argmax(dim=-1) if class_token else query_of(ids)
         words = (position > 0) & (position < end.unsqueeze(1))
         if mask is None or mask.ndim == 2:  # a causal mask hides nothing before the end
             return words
         return words & (mask[:, -1] == 0)
 
-    def _head(self, rows: Tensor) -> Tensor:
-        rows = self._text.ln_final(rows)
-        projection = self._text.text_projection
+    def head(rows: Tensor) -> Tensor:
+        rows, projection = text.ln_final(rows), text.text_projection
         if projection is None:
             return rows
-        result: Tensor = (
-            projection(rows) if isinstance(projection, nn.Linear) else rows @ projection
+        linear = isinstance(projection, nn.Linear)
+        embeddings: Tensor = projection(rows) if linear else rows @ projection
+        return embeddings
+
+    def pass_of(
+        tokens: Tensor, query: Tensor | None, explained: Tensor, mask: Tensor | None
+    ) -> Pass:
+        checkpointed = transformer.grad_checkpointing
+        return Pass(tokens, layers, head, query, explained, mask=mask, checkpointed=checkpointed)
+
+    def open_pass(x: Int[Tensor, "M L"]) -> Pass:
+        _check_length(x.shape[1], context, None if cuts_exactly else POOLING[pool])
+        dtype = transformer.get_cast_dtype()
+        rows: Tensor = text.token_embedding(x).to(dtype)
+        if class_token:  # after the words, so that a causal mask lets it see all of them
+            rows = torch.cat([rows, text.cls_emb.to(dtype).expand(len(x), 1, -1)], dim=1)
+        tokens = rows + text.positional_embedding[: rows.shape[1]].to(dtype)
+        mask = mask_of(x)
+        return pass_of(tokens, query_of(x), words_of(x, mask), mask)
+
+    def encode_packed(packed: PackedTexts) -> Float[Tensor, "M D"]:
+        dtype = transformer.get_cast_dtype()
+        # A token's position is counted in its own text, not in the row that it shares.
+        places = text.positional_embedding.to(dtype)[packed.position]
+        tokens = text.token_embedding(packed.ids).to(dtype) + places  # (R, T, W)
+        mask = torch.zeros_like(packed.hidden, dtype=dtype).masked_fill(packed.hidden, -torch.inf)
+        opened = pass_of(tokens, None, torch.ones_like(packed.ids, dtype=torch.bool), mask)
+        # All layers run natively, the last one too: in a packed row most tokens end no text, and
+        # `end` picks those that do, (R, T, W) to (M, W).
+        rows = opened.run(tokens, 0, len(layers)).flatten(0, 1)
+        return head(rows[packed.end])
+
+    return Tower(
+        open_pass,
+        width=int(transformer.width),
+        heads=heads,
+        depth=len(layers),
+        pooling=POOLING[pool],
+        context_length=context,
+        pad=int(getattr(text, "pad_id", 0) or 0),
+        cuts_exactly=cuts_exactly,
+        encode_packed=encode_packed if cuts_exactly else None,
+    )
+
+
+def _check_length(length: int, context: int, pooling: str | None) -> None:
+    if length > context:
+        raise ValueError(
+            f"texts have {length} tokens, expected at most {context}; tokenise them with the "
+            "model's own tokenizer"
         )
-        return result
-
-    def _check_length(self, length: int) -> None:
-        if length > self.context_length:
-            raise ValueError(
-                f"texts have {length} tokens, expected at most {self.context_length}; tokenise "
-                "them with the model's own tokenizer"
-            )
-        if length < self.context_length and not self.cuts_exactly:
-            raise ValueError(
-                f"texts have {length} tokens, expected all {self.context_length}: this tower "
-                f"pools the {self.pooling}, so a cut context would change the result; tokenise "
-                "without trimming"
-            )
-
-
-def _pool(text: Foreign) -> str:
-    return str(getattr(text, "pool_type", getattr(text, "text_pool_type", "")))
-
-
-def _check(text: Foreign, pool: str) -> None:
-    problems = {
-        "has no open_clip transformer": not hasattr(text, "transformer")
-        or not hasattr(text.transformer, "resblocks"),
-        "masks its padding": bool(getattr(text, "use_pad_mask", False)) and pool != "class",
-        f"pools by {pool!r}": pool not in POOLING,
-        "pools the last position of a causal mask": pool == "last"
-        and getattr(text, "attn_mask", None) is not None,
-    }
-    found = [problem for problem, present in problems.items() if present]
-    if found:
-        raise UnsupportedTowerError(f"text tower {found[0]}")
-    check_blocks(text.transformer.resblocks, "text tower")
+    if length < context and pooling is not None:
+        raise ValueError(
+            f"texts have {length} tokens, expected all {context}: this tower pools the {pooling}, "
+            "so a cut context would change the result; tokenise without trimming"
+        )
 
 
 POOLERS = ("ClsPooler", "ClsLastHiddenStatePooler")
 LAYOUTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
-class BertTextTower(PassTower):
-    """Text tower around an encoder of BERT's layout, whose first token becomes the embedding."""
+def bert_text_tower(
+    transformer: Foreign, head: Rows, context_length: int, *, library: Foreign = None
+) -> Tower:
+    """The tower around an encoder of BERT's layout, whose first token becomes the embedding.
 
-    pooling = "first token"
-    cuts_exactly = True
+    Args:
+        transformer: Of transformers, with `embeddings` and `encoder`.
+        head: First rows to embeddings.
+        context_length: Tokens at most.
+        library: The library's own encoder, which `encode` is to call.
+    """
+    layers = tuple(_bert_layer(layer) for layer in transformer.encoder.layer)
+    config = transformer.config
+    pad = int(config.pad_token_id)
 
-    def __init__(self, transformer: Foreign, head: Rows, context_length: int) -> None:
-        self._transformer, self._head = transformer, head
-        self._layers = tuple(_layer(layer) for layer in transformer.encoder.layer)
-        config = transformer.config
-        self.width = int(config.hidden_size)
-        self.heads = int(config.num_attention_heads)
-        self.depth = int(config.num_hidden_layers)
-        self.context_length = context_length
-        self.pad = int(config.pad_token_id)
-
-    def open(self, x: Int[Tensor, "M L"]) -> Pass:
-        """This forward pass; the query is the first token, the padding is hidden."""
-        visible = x != self.pad
-        tokens = self._transformer.embeddings(input_ids=x)
+    def open_pass(x: Int[Tensor, "M L"]) -> Pass:
+        visible = x != pad
+        tokens = transformer.embeddings(input_ids=x)
         hidden = torch.zeros_like(tokens[..., 0]).masked_fill(~visible, -torch.inf)
         position = torch.arange(x.shape[1], device=x.device)
-        last = visible.sum(1, keepdim=True) - 1  # the separator behind the words
+        last = visible.sum(1, keepdim=True) - 1  # the separator after the words
         return Pass(
             tokens,
-            self._layers,
-            self._head,
+            layers,
+            head,
             x.new_zeros(len(x)),
             (position > 0) & (position < last),
+            # Padding is hidden from every token, so it may be cut off without a change.
             mask=hidden.unsqueeze(1).expand(-1, x.shape[1], -1),
         )
 
-
-class HuggingFaceTextTower(BertTextTower):
-    """Text tower around open_clip's HFTextEncoder that pools the first token."""
-
-    def __init__(self, text: Foreign) -> None:
-        check_pooling(text)
-        super().__init__(text.transformer, self._pool, context_length(text))
-        self._text = text
-
-    def encode(self, x: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-        """Embeddings F_T, not normalised, as the library computes them."""
-        result = self._text(x)
-        embedding: Tensor = result[0] if isinstance(result, tuple) else result
-        return embedding
-
-    def _pool(self, rows: Tensor) -> Tensor:
-        """The pooler of the tower and its projection."""
-        text = self._text
-        pooler = getattr(text.transformer, "pooler", None)
-        if pooler is not None and getattr(text.pooler, "use_pooler_output", False):
-            rows = pooler.activation(pooler.dense(rows))
-        result: Tensor = text.proj(rows)
-        return result
+    return Tower(
+        open_pass,
+        width=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        depth=int(config.num_hidden_layers),
+        pooling="first token",
+        context_length=context_length,
+        pad=pad,
+        cuts_exactly=True,
+        library=library,
+    )
 
 
-def _layer(layer: Foreign) -> Layer:
+def hf_text_tower(text: Foreign) -> Tower:
+    """The tower around open_clip's HFTextEncoder that pools the first token.
+
+    Raises:
+        UnsupportedTowerError: It averages its tokens, or has another layout.
+    """
+    pooler = type(text.pooler).__name__
+    refuse(
+        "text tower",
+        {
+            f"averages its tokens ({pooler}), words are explained where one is pooled": pooler
+            not in POOLERS,
+            f"has the layers of {text.config.model_type!r}": text.config.model_type not in LAYOUTS,
+        },
+    )
+
+    def head(rows: Tensor) -> Tensor:
+        dense = getattr(text.transformer, "pooler", None)
+        if dense is not None and getattr(text.pooler, "use_pooler_output", False):
+            rows = dense.activation(dense.dense(rows))
+        embeddings: Tensor = text.proj(rows)
+        return embeddings
+
+    # The library encodes, because in training it drops out what the layers' parts here do not.
+    return bert_text_tower(text.transformer, head, context_length(text), library=text)
+
+
+def context_length(text: Foreign) -> int:
+    """Positions of an encoder of transformers that a text may fill."""
+    config = text.config
+    first = int(config.pad_token_id) + 1 if "roberta" in config.model_type else 0
+    return int(getattr(config, "max_position_embeddings", 512)) - first
+
+
+def _bert_layer(layer: Foreign) -> Layer:
     """A post-norm layer; run from its parts, whose signature outlives the whole's."""
     attention, after = layer.attention.self, layer.attention.output
     heads = int(attention.num_attention_heads)
@@ -242,7 +243,7 @@ def _layer(layer: Foreign) -> Layer:
         return attention.query(pick(tokens)), attention.key(tokens), attention.value(tokens)
 
     def finish(x: Tensor, o: Tensor) -> Tensor:
-        x = after.LayerNorm(after.dense(o) + x)
+        x = after.LayerNorm(after.dense(o) + x)  # post-norm: the norm follows the sum
         mixed = layer.output.dense(layer.intermediate(x))
         rows: Tensor = layer.output.LayerNorm(mixed + x)
         return rows
@@ -252,25 +253,3 @@ def _layer(layer: Foreign) -> Layer:
         return finish(tokens, attend_all(q, k, v, heads=heads, mask=mask)[0])
 
     return Layer(attend, finish, after.dense, after.dense, heads, run)
-
-
-def context_length(text: Foreign) -> int:
-    """Positions of the encoder that a text may fill."""
-    config = text.config
-    first = int(config.pad_token_id) + 1 if "roberta" in config.model_type else 0
-    return int(getattr(config, "max_position_embeddings", 512)) - first
-
-
-def check_pooling(text: Foreign) -> None:
-    """Refuse an encoder without a query row, or of another layout.
-
-    Raises:
-        UnsupportedTowerError: It is one.
-    """
-    pooler = type(text.pooler).__name__
-    if pooler not in POOLERS:
-        raise UnsupportedTowerError(
-            f"text tower averages its tokens ({pooler}), words are explained where one is pooled"
-        )
-    if text.config.model_type not in LAYOUTS:
-        raise UnsupportedTowerError(f"text tower has the layers of {text.config.model_type!r}")

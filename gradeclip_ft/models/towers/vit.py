@@ -1,4 +1,4 @@
-"""Adapter: open_clip's VisionTransformer with a class token (OpenAI, LAION, DataComp, ...)."""
+"""Adapter: open_clip's VisionTransformer (OpenAI, LAION, DataComp, ...), also CoCa's."""
 
 from __future__ import annotations
 
@@ -10,16 +10,66 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gradeclip_ft.models.tower import PassTower, image_grid, project_fused, resample_positions
-from gradeclip_ft.models.trace import (
-    Foreign,
-    Layer,
-    Pass,
-    Pick,
-    UnsupportedTowerError,
-    class_token_query,
-    patch_tokens,
+from gradeclip_ft.models.tower import (
+    Tower,
+    image_grid,
+    image_pass,
+    project_fused,
+    refuse,
+    resample_positions,
 )
+from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
+
+
+def vit_tower(visual: Foreign) -> Tower:
+    """The tower around a VisionTransformer: its class token, or CoCa's pool after the blocks.
+
+    Raises:
+        UnsupportedTowerError: It has a part that is not reproduced.
+    """
+    pool, drop = visual.attn_pool, visual.patch_dropout
+    # Dropped tokens have no place on the grid of a heat map.
+    drops = not isinstance(drop, nn.Identity) and drop.prob > 0
+    twice = pool is not None and visual.attn_pool_contrastive is not None
+    refuse(
+        "image tower",
+        {
+            "pools twice, expected one attention pool": twice,
+            f"pools by {visual.pool_type!r}, expected the first token": visual.pool_type != "tok",
+            "drops patches in training; load the model with patch dropout 0": drops,
+        },
+    )
+    blocks = visual.transformer.resblocks
+    check_blocks(blocks, "image tower")
+    layers = tuple(block_layer(block) for block in blocks)
+    if pool is not None:
+        layers = (*layers, _pool_layer(pool))
+    patch = int(visual.patch_size[0])
+
+    def head(rows: Tensor) -> Tensor:
+        rows = visual.ln_post(rows)
+        projected: Tensor = rows if visual.proj is None else rows @ visual.proj
+        return projected
+
+    def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
+        grid = image_grid(x, patch)
+        return image_pass(
+            _embed(visual, x, grid),
+            layers,
+            head,
+            grid,
+            learned_query=pool is not None,
+            checkpointed=visual.transformer.grad_checkpointing,
+        )
+
+    return Tower(
+        open_pass,
+        width=int(visual.transformer.width),
+        heads=layers[-1].heads,
+        depth=len(blocks),
+        pooling="class token" if pool is None else "attention pool with learned queries",
+        patch=patch,
+    )
 
 
 def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
@@ -50,61 +100,27 @@ def block_layer(block: Foreign) -> Layer:
         return added
 
     def finish(x: Tensor, o: Tensor) -> Tensor:
+        # Row by row, so it takes one query row (B, W) as well as all patches (B, N, W).
         x = x + add(o)
         rows: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
         return rows
 
     def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.ndim == 3:  # the library wants one mask for every head
-            mask = mask.repeat_interleave(heads, dim=0)
+            mask = mask.repeat_interleave(heads, dim=0)  # (B·A, N, N)
         rows: Tensor = block(tokens, attn_mask=mask)
         return rows
 
     return Layer(attend, finish, add, block.attn.out_proj, heads, run)
 
 
-class VitTower(PassTower):
-    """Image tower around a VisionTransformer."""
-
-    pooling = "class token"
-
-    def __init__(self, visual: Foreign) -> None:
-        _check(visual)
-        blocks = visual.transformer.resblocks
-        check_blocks(blocks, "image tower")
-        self._visual = visual
-        self._layers = tuple(block_layer(block) for block in blocks)
-        self.width = int(visual.transformer.width)
-        self.heads = self._layers[-1].heads
-        self.depth = len(blocks)
-        self.patch = int(visual.patch_size[0])
-
-    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
-        """This forward pass; the query is the class token."""
-        grid = image_grid(x, self.patch)
-        tokens = embed_patches(self._visual, x, grid)
-        query, explained = class_token_query(tokens, grid)
-        return Pass(
-            tokens,
-            self._layers,
-            self._head,
-            query,
-            explained,
-            grid,
-            checkpointed=self._visual.transformer.grad_checkpointing,
-        )
-
-    def _head(self, rows: Tensor) -> Tensor:
-        rows = self._visual.ln_post(rows)
-        projected: Tensor = rows if self._visual.proj is None else rows @ self._visual.proj
-        return projected
-
-
-def embed_patches(
+def _embed(
     visual: Foreign, x: Float[Tensor, "B 3 H W"], grid: tuple[int, int]
 ) -> Float[Tensor, "B N E"]:
     """Class token and patches with their positions: the input of the first block, at any grid."""
-    patches = visual.conv1(x).flatten(2).transpose(1, 2)
+    patches = visual.conv1(x).flatten(2).transpose(1, 2)  # (B, h·w, E)
+    # Under autocast the convolution gives bf16 while parameters are fp32; the library casts these
+    # two to the dtype of the patches, and so must we to stay equal to it.
     first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     positions = resample_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
     rows = torch.cat([first, patches], dim=1) + positions.to(patches.dtype)
@@ -112,94 +128,26 @@ def embed_patches(
     return embedded
 
 
-def check_patches(visual: Foreign) -> None:
-    """Refuse a tower that drops patches.
-
-    Raises:
-        UnsupportedTowerError: It does.
-    """
-    if not isinstance(visual.patch_dropout, nn.Identity) and visual.patch_dropout.prob > 0:
-        raise UnsupportedTowerError(
-            f"patch dropout is {visual.patch_dropout.prob}, expected 0: dropped tokens have no "
-            "place on the grid of a heat map; load the model with patch dropout 0"
-        )
-
-
-def _check(visual: Foreign) -> None:
-    if visual.pool_type != "tok":
-        raise UnsupportedTowerError(
-            f"image tower pools by {visual.pool_type!r}, expected the class token ('tok')"
-        )
-    check_patches(visual)
-
-
-class CocaTower(PassTower):
-    """Image tower around a VisionTransformer with an AttentionalPooler."""
-
-    pooling = "attention pool with learned queries"
-
-    def __init__(self, visual: Foreign) -> None:
-        _check_coca(visual)
-        blocks = visual.transformer.resblocks
-        check_blocks(blocks, "image tower")
-        self._visual = visual
-        self._layers = (*(block_layer(block) for block in blocks), _pool_layer(visual.attn_pool))
-        self.width = int(visual.transformer.width)
-        self.heads = self._layers[-1].heads
-        self.depth = len(blocks)
-        self.patch = int(visual.patch_size[0])
-
-    def open(self, x: Float[Tensor, "B 3 H W"]) -> Pass:
-        """This forward pass; behind its blocks stands the pool."""
-        grid = image_grid(x, self.patch)
-        tokens = embed_patches(self._visual, x, grid)
-        return Pass(
-            tokens,
-            self._layers,
-            self._head,
-            None,
-            patch_tokens(tokens, grid),
-            grid,
-            checkpointed=self._visual.transformer.grad_checkpointing,
-        )
-
-    def _head(self, rows: Tensor) -> Tensor:
-        rows = self._visual.ln_post(rows)
-        projected: Tensor = rows if self._visual.proj is None else rows @ self._visual.proj
-        return projected
-
-
 def _pool_layer(pool: Foreign) -> Layer:
+    """CoCa's AttentionalPooler; its first query becomes the embedding."""
     attention = pool.attn
 
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
         y = pool.ln_k(tokens)
-        if attention.in_proj_weight is None:
+        if attention.in_proj_weight is None:  # queries and keys of different widths
             weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
         else:
             weights = attention.in_proj_weight.chunk(3)
         biases = attention.in_proj_bias.chunk(3)
-        q = linear(pool.ln_q(pool.query[:1]), weights[0], biases[0])
+        # `pick` is not asked: the query is a parameter, the same for every image. The pool's other
+        # queries feed the captioning decoder and never reach the contrastive embedding.
+        q = linear(pool.ln_q(pool.query[:1]), weights[0], biases[0])  # (1, C)
         k, v = linear(y, weights[1], biases[1]), linear(y, weights[2], biases[2])
         return q.expand(len(tokens), -1), k, v
 
     def finish(x: Tensor, o: Tensor) -> Tensor:
-        rows: Tensor = attention.out_proj(o)
+        rows: Tensor = attention.out_proj(o)  # no residual: a pool's input is not its query
         return rows
 
-    return Layer(
-        attend, finish, attention.out_proj, attention.out_proj, int(attention.num_heads), None
-    )
-
-
-def _check_coca(visual: Foreign) -> None:
-    if visual.attn_pool_contrastive is not None:
-        raise UnsupportedTowerError(
-            f"image tower pools twice ({visual.attn_pool_type}), expected one attention pool"
-        )
-    if visual.pool_type != "tok":
-        raise UnsupportedTowerError(
-            f"image tower takes the {visual.pool_type!r} of its attention pool, expected the "
-            "first query ('tok')"
-        )
-    check_patches(visual)
+    project = attention.out_proj
+    return Layer(attend, finish, project, project, int(attention.num_heads), None)
