@@ -21,28 +21,17 @@ class AlignmentOptions:
     Attributes:
         kind: `focal` is eq. 22; `contrastive` is InfoNCE between the regions and the phrases of a
             batch with the model's temperature (ours).
-        cosine_map: How a cosine becomes a number in (0, 1). `clamp` cuts at eps; `linear` continues
-            the positive logarithm below `floor` with its slope; `shift` is (1 + S) / 2; `sigmoid`
-            is σ((S - center) / width).
         eps: Distance of the clamped cosine from 0 and 1.
-        floor: Where `linear` leaves the logarithm.
-        center: Of `sigmoid`.
-        width: Of `sigmoid`.
         gamma: Focal exponent.
-        reduction: `sum` is literal; `mean` divides by the number of phrases whose map is not zero;
-            `pair_mean` divides the negative term by the number of negatives as well.
+        reduction: `sum` is literal; `mean` divides by the number of phrases whose map is not zero.
         mask_duplicates: Rows of the same phrase are not each other's negatives; False is literal.
         negatives: Phrases of this process, or gathered over all with gradient.
     """
 
     kind: Literal["focal", "contrastive"] = "focal"
-    cosine_map: Literal["clamp", "linear", "shift", "sigmoid"] = "clamp"
     eps: float = 1e-4
-    floor: float = 0.02
-    center: float = 0.2
-    width: float = 0.05
     gamma: float = 2.0
-    reduction: Literal["sum", "mean", "pair_mean"] = "sum"
+    reduction: Literal["sum", "mean"] = "sum"
     mask_duplicates: bool = True
     negatives: Literal["rank", "all"] = "rank"
 
@@ -55,7 +44,7 @@ class AlignmentTerms:
         loss: Scalar with a graph; exactly 0 where there is no phrase.
         positive_cosine: Mean S_tt.
         negative_cosine: Mean S_tt' over the negatives.
-        clamped_share: Share of positives at or below eps, which `clamp` gives no gradient.
+        clamped_share: Share of positives at or below eps, which get no gradient.
     """
 
     loss: Float[Tensor, ""]
@@ -85,18 +74,21 @@ def alignment_loss(
         options: See `AlignmentOptions`.
     """
     regions, phrases, weight = unit(regions), unit(phrases), weight.float()
+    # P phrases of this process against S = P, or against those of all processes in order of rank.
     gathered = options.negatives == "all" and world_size() > 1
     counts = row_counts(len(phrases), phrases.device) if gathered else [len(phrases)]
-    all_phrases = gather_rows(phrases, counts)
+    all_phrases = gather_rows(phrases, counts)  # (S, D)
     first = sum(counts[: rank()]) if gathered else 0
-    column = first + torch.arange(len(phrases), device=phrases.device)
+    column = first + torch.arange(len(phrases), device=phrases.device)  # where t meets itself
     own = torch.zeros((len(phrases), len(all_phrases)), dtype=torch.bool, device=phrases.device)
     own.scatter_(1, column.unsqueeze(1), True)
     negative = ~own
     if options.mask_duplicates:
+        # "man" and "dog" occur in several captions of a batch. Eq. 22, read literally, would push
+        # a region from the very phrase that found it.
         negative = negative & (identity.unsqueeze(1) != gather_rows(identity, counts))
-    similarity = regions @ all_phrases.T  # (P, S)
-    valid = (weight > 0).sum()
+    similarity = regions @ all_phrases.T  # (P, S), rows regions, columns phrases
+    valid = (weight > 0).sum()  # a map of zeros found nothing, so its phrase does not count
     if gathered:
         valid = gather_rows(valid.reshape(1), [1] * len(counts)).sum()
     if options.kind == "focal":
@@ -105,9 +97,20 @@ def alignment_loss(
         transposed = phrases @ gather_rows(regions, counts).T
         pairs = (similarity, transposed)
         loss = _contrastive(pairs, column, own | negative, weight, valid, scale)
+    # DDP averages gradients over processes, but with gathered negatives each process holds its own
+    # part of one sum: times their number, so that the average is the gradient of that sum.
     share = len(counts) if gathered else 1
+    # Zero, but in the graph: without a phrase, the text tower would have no gradient, and DDP
+    # would wait for it for ever.
     connected = 0.0 * (regions.sum() + phrases.sum())
-    return _terms(loss * share + connected, similarity.detach(), own, negative, options.eps)
+    positives, others = own.sum().clamp(min=1), negative.sum().clamp(min=1)
+    cosines = similarity.detach()
+    return AlignmentTerms(
+        loss=loss * share + connected,
+        positive_cosine=(cosines * own).sum() / positives,
+        negative_cosine=(cosines * negative).sum() / others,
+        clamped_share=((cosines <= options.eps) & own).sum() / positives,
+    )
 
 
 def _focal(
@@ -119,33 +122,14 @@ def _focal(
     options: AlignmentOptions,
 ) -> Tensor:
     """- Σ_t w_t [(1 - S_tt)^γ log S_tt + Σ_t' S_tt'^γ log(1 - S_tt')]."""
-    positive = _positive(_pick(similarity, column), options)
-    share = _to_unit_interval(similarity, options)
+    # Two cosines leave the domain of the logarithms: S <= 0, and S >= 1 by rounding. Clamped, the
+    # loss and its gradient are finite; below eps a positive gets no gradient (`clamped_share`).
+    share = similarity.clamp(options.eps, 1 - options.eps)  # (P, S)
+    matched = _pick(share, column)  # (P)
+    positive = -((1 - matched) ** options.gamma) * torch.log(matched)
     others = torch.where(negative, -(share**options.gamma) * torch.log1p(-share), 0.0).sum(1)
-    if options.reduction == "pair_mean":
-        others = others / negative.sum(1).clamp(min=1)
     total = (weight * (positive + others)).sum()
     return total if options.reduction == "sum" else total / valid.clamp(min=1)
-
-
-def _positive(cosine: Float[Tensor, " P"], options: AlignmentOptions) -> Float[Tensor, " P"]:
-    if options.cosine_map != "linear":
-        share = _to_unit_interval(cosine, options)
-        return -((1 - share) ** options.gamma) * torch.log(share)
-    floor, gamma = options.floor, options.gamma
-    share = cosine.clamp(floor, 1 - options.eps)
-    curve = -((1 - share) ** gamma) * torch.log(share)
-    at_floor = torch.tensor(floor, dtype=cosine.dtype, device=cosine.device)
-    slope = gamma * (1 - at_floor) ** (gamma - 1) * at_floor.log() - (1 - at_floor) ** gamma / floor
-    return curve + torch.where(cosine < floor, slope * (cosine - floor), 0.0)
-
-
-def _to_unit_interval(cosine: Tensor, options: AlignmentOptions) -> Tensor:
-    if options.cosine_map == "shift":
-        cosine = (1 + cosine) / 2
-    elif options.cosine_map == "sigmoid":
-        cosine = torch.sigmoid((cosine - options.center) / options.width)
-    return cosine.clamp(options.eps, 1 - options.eps)
 
 
 def _contrastive(
@@ -158,27 +142,16 @@ def _contrastive(
 ) -> Tensor:
     """Mean over both directions of -log softmax, its candidates the pair and its negatives."""
     total = weight.new_zeros(())
-    for similarity in pairs:
+    for similarity in pairs:  # regions to phrases, and phrases to regions
+        # A duplicate is neither the answer nor a wrong one: -inf takes it out of the denominator.
         logits = (scale.float() * similarity).masked_fill(~candidates, -torch.inf)
         total = total + 0.5 * (weight * (logits.logsumexp(1) - _pick(logits, column))).sum()
     return total / valid.clamp(min=1)
 
 
 def _pick(table: Float[Tensor, "P S"], column: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """One entry of every row, without asking the device how many there are."""
+    """One entry of every row; a boolean index would make the device say how many there are."""
     return table.gather(1, column.unsqueeze(1)).squeeze(1)
-
-
-def _terms(
-    loss: Tensor, similarity: Tensor, own: Tensor, negative: Tensor, eps: float
-) -> AlignmentTerms:
-    positives, others = own.sum().clamp(min=1), negative.sum().clamp(min=1)
-    return AlignmentTerms(
-        loss=loss,
-        positive_cosine=(similarity * own).sum() / positives,
-        negative_cosine=(similarity * negative).sum() / others,
-        clamped_share=((similarity <= eps) & own).sum() / positives,
-    )
 
 
 def contrastive_loss(
@@ -195,6 +168,7 @@ def contrastive_loss(
         text: Embeddings F_T of the captions, any length.
         scale: Inverse temperature, exp(log_scale).
     """
+    # `unit` is fp32: at scale 100, a cosine rounded to bf16 (2^-9) would move its logit by 0.2.
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
     result: Tensor = loss(unit(image), unit(text), scale.float())
     return result
