@@ -243,9 +243,9 @@ def step(device: str) -> list[Row]:
 def _step_rows(name: str, size: int, device: str, **options: Any) -> list[Row]:
     loaded = _load(name)
     if options.get("grad_checkpointing"):
-        loaded.clip.set_grad_checkpointing()
+        loaded.require_clip("trained").set_grad_checkpointing()
     if options.get("compile"):
-        loaded.clip.compile_blocks("inductor")
+        loaded.require_clip("trained").compile_blocks("inductor")
     batch = _batch(loaded, size, 3).to(device)
     taken = _Step(loaded, batch, device, fused=bool(options.get("fused")))
     local = GlobalLocal(GradEclip(create_graph=True))
