@@ -52,7 +52,7 @@ from gradeclip_ft.models.weights import load_state, read_state
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.report.content import Case, Page
 from gradeclip_ft.report.page import render
-from gradeclip_ft.results.table import Table, to_html
+from gradeclip_ft.results.table import Table
 from gradeclip_ft.training import loggers
 from gradeclip_ft.training.callbacks import DUMP, NonFiniteError
 from gradeclip_ft.training.data_module import CaptionDataModule
@@ -620,9 +620,10 @@ def markup() -> Row:
     heat = np.ones((1, 2, 2), dtype=np.float32)
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     case = Case(image=image, phrases=(SCRIPT,), heat={SCRIPT: heat}, caption=SCRIPT)
-    page = Page(SCRIPT, SCRIPT, (SCRIPT,), cases=[case], facts={SCRIPT: {SCRIPT: SCRIPT}})
+    table = Table((SCRIPT,), (SCRIPT,), ({SCRIPT: SCRIPT},), (SCRIPT,), (SCRIPT,))
+    facts = {SCRIPT: {SCRIPT: SCRIPT}}
+    page = Page(SCRIPT, SCRIPT, (SCRIPT,), table=table, cases=[case], facts=facts)
     text = render(page, Path("page.html")).read_text()
-    text += to_html(Table((SCRIPT,), (SCRIPT,), ({SCRIPT: SCRIPT},), (SCRIPT,), (SCRIPT,)))
     shown = text.count("&lt;script&gt;alert(1)")
     handled = "<script>alert" not in text and "<img src=x" not in text and shown > 9
     fault = "captions, phrases, file names with <script>"

@@ -56,7 +56,7 @@ from gradeclip_ft.commands.config import (
     suggest,
     wants_traceback,
 )
-from gradeclip_ft.results.masking import masked
+from gradeclip_ft.results.masking import masked_output
 
 PROGRAM = f"python -m {PACKAGE.name}"
 
@@ -317,16 +317,18 @@ class Command:
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
         return function
 
+    @masked_output()  # again, because a job of a sweep may run in a process of its own
     def start(self, cfg: DictConfig, overrides: Sequence[str], *, full: bool) -> int:
         """Run in this process, with the command line that would repeat this job alone."""
         sys.argv = [sys.argv[0], self.name, *overrides]
         shown = logging.StreamHandler()
-        shown.setFormatter(_Masking("%(levelname)s: %(message)s"))
+        shown.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logging.basicConfig(handlers=[shown])
         logging.getLogger(PACKAGE.name).setLevel(logging.INFO)
         return perform(lambda: self.function()(cfg), full=full)
 
 
+@masked_output()
 def run(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
     """Do what the command line says.
 
@@ -346,7 +348,7 @@ def run(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
             raise ConfigurationError(f"there is no command {name}; {suggest(name, commands)}")
         return _run(commands[name], rest)
     except ConfigurationError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return CONFIGURATION_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -379,13 +381,6 @@ def _options(command: Command, arguments: list[str]) -> Namespace:
     parser.add_argument("-i", "--info", nargs="?", const="all")
     parser.add_argument("-cd", "--config-dir", type=Path)
     return parser.parse_intermixed_args(arguments)
-
-
-class _Masking(logging.Formatter):
-    """Log lines, of whatever library, without secrets."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
 
 
 class _Parser(ArgumentParser):

@@ -7,41 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from gradeclip_ft.results import table as papers
+from gradeclip_ft.results import table as tables
 from gradeclip_ft.results.collect import Steps, collect
-from gradeclip_ft.results.table import (
-    MAIN,
-    Format,
-    Table,
-    by_method,
-    grouped,
-    render,
-    select,
-    tabulate,
-    write_table,
-)
+from gradeclip_ft.results.published import published as papers
+from gradeclip_ft.results.published import published_sources
 
 Rows = Literal["weights", "methods"]
 
 
 def compare(
     *runs: str,
-    format: Format = "text",
+    format: tables.Format = "text",
     steps: Steps = "ends",
     by: tuple[str, ...] = (),
     rows: Rows = "weights",
     fields: tuple[str, ...] = (),
-    metrics: tuple[str, ...] = MAIN,
+    metrics: tuple[str, ...] = tables.MAIN,
     published: tuple[str, ...] = (),
     out: str | None = None,
 ) -> None:
     """Print results of runs side by side; rows whose protocol or data differ are marked.
 
     RUNS are folders such as runs/demo, or quoted patterns such as 'runs/maps_*'. Weights before
-    training that several runs share stand there once. Columns say what a run was: map, heads,
+    training that several runs share are listed once. Columns say what a run was: map, heads,
     stop_gradient, loss, seed.
 
-    format=text|markdown|csv|html   csv holds fractions, the others percent; html has bars
+    format=text|markdown|csv   csv holds fractions, the others percent
     steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
     by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
     rows=weights|methods       one row per set of weights; or one per method, where an evaluation
@@ -51,7 +42,7 @@ def compare(
     published=[table7]         rows of the papers: table7, table9, flickr30k_test, regions_1024,
                                instances, follow_up; marked where protocol or data differ
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
-                               NAME.csv or NAME.html writes that form alone
+                               out=NAME.csv writes that form alone
     """
     asked = {}
     for item in fields:
@@ -60,36 +51,22 @@ def compare(
             raise ValueError(f"fields={item}: write column=key, for example lr=optim.lr")
         asked[name] = key
     entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
-    table = tabulate([*entries, *papers.published(published, entries)])
-    table = replace(table, sources=(*table.sources, *papers.sources(published)))
-    shown = select(grouped(table, by) if by else table, metrics)
+    table = tables.tabulate([*entries, *papers(published, entries)])
+    table = replace(table, sources=(*table.sources, *published_sources(published)))
+    shown = tables.select(tables.grouped(table, by) if by else table, metrics)
     if rows == "methods":
-        shown = by_method(shown, by or ("run",))
-    print(render(shown, format), end="")
+        shown = tables.by_method(shown, by or ("run",))
+    print(tables.render(shown, format), end="")
     if out is None:
         return
-    options = {
-        "steps": (steps, "ends"),
-        "by": (_listed(by), "[]"),
-        "rows": (rows, "weights"),
-        "fields": (_listed(fields), "[]"),
-        "metrics": (_listed(metrics), _listed(MAIN)),
-        "published": (_listed(published), "[]"),
-        "out": (out, None),
-    }
-    given = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
-    command = "python -m gradeclip_ft compare " + shlex.join([*runs, *given])
-    for path in write_table(Path(out), table, shown, command=command, notes=_notes(table, by)):
-        print(path)
-
-
-def _notes(table: Table, by: tuple[str, ...]) -> list[str]:
-    """What a reader of the file needs beside the table."""
+    lists = {"by": by, "fields": fields, "metrics": metrics, "published": published}
+    given = [f"{name}={value}" for name, value in (("steps", steps), ("rows", rows))]
+    given += [f"{name}=[{','.join(words)}]" for name, words in lists.items()]
+    defaults = ("steps=ends", "rows=weights", f"metrics=[{','.join(tables.MAIN)}]")
+    given = [word for word in given if word not in defaults and not word.endswith("=[]")]
+    command = f"python -m gradeclip_ft compare {shlex.join([*runs, *given, f'out={out}'])}"
     notes = ["± is the sample standard deviation over the rows of a group."] if by else []
     if any(row["command"] for row in table.rows):
         notes.append("The JSON file holds one row per run, each with the command that trained it.")
-    return notes
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return f"[{','.join(words)}]"
+    for path in tables.write_table(Path(out), table, shown, command=command, notes=notes):
+        print(path)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 import gradeclip_ft
-from gradeclip_ft.results.masking import masked, masked_values
+from gradeclip_ft.results.masking import masked_values
 
 PACKAGE = Path(gradeclip_ft.__file__).parent
 
@@ -708,9 +708,9 @@ def perform(command: Callable[[], Any], *, full: bool) -> int:
     except Exception as error:
         told = unwrapped(error)
         if is_meant(told) and not full:
-            print(f"error: {masked(str(told))}", file=sys.stderr)
+            print(f"error: {told}", file=sys.stderr)
         else:
-            print(masked("".join(traceback.format_exception(error))), file=sys.stderr)
+            traceback.print_exception(error)
         return FAILURE
     return result if isinstance(result, int) else 0
 

@@ -110,12 +110,11 @@ def _tell(subject: Subject, result: Result, fresh: bool) -> None:
 
 def _print(results: list[Result]) -> None:
     """All metrics, one line each, and what a reader must know beside them."""
-    from gradeclip_ft.results.record import unit_of, written
+    from gradeclip_ft.results.table import metrics_table, render
 
     for result in results:
         print(f"\n{result.evaluator}, step {result.step}, {result.data.get('counts')}")
-        for name, value in result.metrics.items():
-            print(f"  {name:<36}{written(name, value):>8} {unit_of(name)}")
+        print(render(metrics_table({"value": result.metrics})), end="")
         for name, detail in result.details.items():
             if name not in TABLES:
                 print(f"  {name}: {detail}")

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from gradeclip_ft.commands.build import build_clip, build_data, make
 from gradeclip_ft.commands.config import conf_dir, options
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
+from gradeclip_ft.data.captions import CaptionShards
 from gradeclip_ft.explain.base import Explainer
-from gradeclip_ft.explain.driver import Explained, explain_pictures
+from gradeclip_ft.explain.driver import explain_pictures
 from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.report.content import Box, Case, Chart, Point, Row, Table
-from gradeclip_ft.report.figures import enlarge
-from gradeclip_ft.results.collect import Entry, collect
+from gradeclip_ft.report.content import Box, Case, Chart, Page, Point
+from gradeclip_ft.report.figures import draw_still, enlarge
+from gradeclip_ft.report.page import render as render_page
+from gradeclip_ft.results.collect import ORDINARY, Entry, collect
 from gradeclip_ft.results.record import Json, versions
-from gradeclip_ft.results.table import differences
+from gradeclip_ft.results.table import Row, Table, differences, render
+from gradeclip_ft.text.phrases import Phrases, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
-
-if TYPE_CHECKING:
-    from gradeclip_ft.data.captions import CaptionShards
-    from gradeclip_ft.explain.base import Explainer
-    from gradeclip_ft.models.clip import LoadedClip
-    from gradeclip_ft.report.content import Case, Table
-
+from gradeclip_ft.training.loggers import JSONL, read_lines
 
 UNTOUCHED = "Untouched"
-# What `results.collect` calls a run's heat maps, and how people call them.
+# Heat maps as `results.collect` calls them, and as people do.
 NAMES = {
-    "ordinary": "Ordinary",
+    ORDINARY: "Ordinary",
     "uniform": "Uniform map",
     "grad_eclip": "Grad-ECLIP",
     "grad_cam": "Grad-CAM",
@@ -45,14 +43,57 @@ NAMES = {
 }
 # What two runs may differ in and still answer the same question.
 OWN = ("name", "objective", "evaluation", "evaluator", "logger", "resume", "runs_dir")
+BOXES = "boxes/top1"
+METRICS = {
+    BOXES: "Boxes, top-1",
+    "boxes/top5": "Boxes, top-5",
+    "thing_masks/top1": "Masks of things, top-1",
+    "thing_masks/top5": "Masks of things, top-5",
+    "stuff_masks/top1": "Masks of stuff, top-1",
+    "stuff_masks/top5": "Masks of stuff, top-5",
+    "image_retrieval_recall@1": "Text to image, R@1",
+    "text_retrieval_recall@1": "Image to text, R@1",
+}
+LABEL = "per cent"
+SETTINGS = {
+    "model": "model.name",
+    "seed": "seed",
+    "steps": "trainer.max_steps",
+    "images per step and process": "data.batch_size",
+    "learning rate": "optim.optimizer.lr",
+    "weight decay": "optim.optimizer.weight_decay",
+    "warm-up steps": "optim.schedule.warmup",
+    "precision": "trainer.precision",
+    "weight of the local loss": "objective.local_weight",
+    "local loss": "objective.alignment.kind",
+    "phrases per caption, at most": "data.max_phrases",
+    "phrase prompt": "data.prompt",
+}
+WHAT = {
+    "untouched": "Untouched is the model before training.",
+    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions.",
+    "mapped": (
+        "{} is fine-tuned with the contrastive loss and a local one: each phrase of a caption is "
+        "aligned with the part of the image that its heat map marks."
+    ),
+    "same": "Data, steps, seed and optimiser are the same.",
+    "boxes": "No box and no mask was used in training.",
+    "differ": "The runs differ in more than the loss: see the settings below.",
+}
+SHAPES = Path("data/shapes")
+STILL = 3  # pictures in the still figure
+GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
+UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
+LONGEST = 512  # pixels of a shown picture
+LEAST = 2  # phrases with a true box
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run as it lies on disk.
+    """A run as it is on disk.
 
     Attributes:
-        label: What the page calls it.
+        label: Name on the page.
         folder: Of the run.
         config: As it was composed.
         environment: Command line, commit, versions, facts about the data.
@@ -75,15 +116,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs from the same start, and the start itself where it was evaluated.
-
-    Attributes:
-        explainer: Name in conf/explainer of the maps to show; None for that of the last run.
-    """
+    """Runs from the same start, and the start itself where it was evaluated."""
 
     runs: Sequence[Finished]
     start: Entry | None
-    explainer: str | None = None
 
     @property
     def methods(self) -> list[str]:
@@ -91,240 +127,15 @@ class Comparison:
         return [UNTOUCHED, *(run.label for run in self.runs)]
 
     @property
-    def finals(self) -> dict[str, Entry | None]:
+    def finals(self) -> dict[str, Entry]:
         """Last evaluation by method."""
-        return {
-            UNTOUCHED: self.start,
-            **{run.label: run.end for run in self.runs},
-        }
+        start = {UNTOUCHED: self.start} if self.start else {}
+        return start | {run.label: run.end for run in self.runs}
 
-
-def read_runs(folders: Sequence[Path]) -> Comparison:
-    """Runs that started from the same weights.
-
-    Raises:
-        FileNotFoundError: A folder is no run, or was not evaluated behind its last step.
-        ValueError: The runs started from different weights.
-    """
-    configs = [read_config(folder) for folder in folders]
-    starts: dict[Json, Entry] = {}
-    by_run: list[dict[int, Entry]] = []
-    for folder in folders:
-        entries = collect([str(folder)], steps="all")
-        starts |= {weights_hash(entry): entry for entry in entries if entry.step == 0}
-        by_run.append({entry.step: entry for entry in entries if entry.step})
-        if not by_run[-1]:
-            raise FileNotFoundError(
-                f"{folder} has no evaluation behind step 0; finish it with resume=auto, or "
-                f"evaluate run={folder.name}"
-            )
-    if len(starts) > 1:
-        raise ValueError(
-            f"{', '.join(map(str, folders))} started from {len(starts)} different weights; a "
-            "report compares runs from one start"
-        )
-    runs = [
-        Finished(label, folder, config, read_environment(folder), results, _lines(folder))
-        for label, folder, config, results in zip(
-            _labels(folders, by_run), folders, configs, by_run, strict=True
-        )
-    ]
-    return Comparison(runs, next(iter(starts.values()), None))
-
-
-def same_settings(comparison: Comparison) -> bool:
-    """Whether the runs differ in their objective alone: same data, steps, seed and optimiser.
-
-    A run that stopped early counts as different.
-    """
-    plain = [OmegaConf.to_container(run.config, resolve=True) for run in comparison.runs]
-    kept = [
-        {key: value for key, value in config.items() if key not in OWN}
-        for config in plain
-        if isinstance(config, dict)
-    ]
-    ends = {run.end.step for run in comparison.runs}
-    return len(ends) == 1 and all(config == kept[0] for config in kept)
-
-
-def weights_hash(entry: Entry) -> Json:
-    """Hash of the weights behind an evaluation."""
-    return next(iter(entry.results.values())).weights.get("hash")
-
-
-def _labels(folders: Sequence[Path], by_run: Sequence[Mapping[int, Entry]]) -> list[str]:
-    """Kinds of heat maps; with the run's name where two runs are of one kind."""
-    kinds = [str(next(iter(entries.values())).facts.get("map")) for entries in by_run]
-    names = [NAMES.get(kind, kind) for kind in kinds]
-    return [
-        name if names.count(name) == 1 else f"{name} ({folder.name})"
-        for name, folder in zip(names, folders, strict=True)
-    ]
-
-
-def _lines(folder: Path) -> Sequence[Mapping[str, Any]]:
-    from gradeclip_ft.training.loggers import JSONL, read_lines
-
-    return read_lines(folder / JSONL) if (folder / JSONL).is_file() else []
-
-
-BOXES = "boxes/top1"
-METRICS = {
-    BOXES: "Boxes, top-1",
-    "boxes/top5": "Boxes, top-5",
-    "thing_masks/top1": "Masks of things, top-1",
-    "thing_masks/top5": "Masks of things, top-5",
-    "stuff_masks/top1": "Masks of stuff, top-1",
-    "stuff_masks/top5": "Masks of stuff, top-5",
-    "image_retrieval_recall@1": "Text to image, R@1",
-    "text_retrieval_recall@1": "Image to text, R@1",
-}
-SETTINGS = {
-    "model": "model.name",
-    "seed": "seed",
-    "steps": "trainer.max_steps",
-    "images per step and process": "data.batch_size",
-    "learning rate": "optim.optimizer.lr",
-    "weight decay": "optim.optimizer.weight_decay",
-    "warm-up steps": "optim.schedule.warmup",
-    "precision": "trainer.precision",
-    "weight of the local loss": "objective.local_weight",
-    "local loss": "objective.alignment.kind",
-    "phrases per caption, at most": "data.max_phrases",
-    "phrase prompt": "data.prompt",
-}
-
-
-def results_table(comparison: Comparison) -> Table:
-    """Known metrics as rows, start and runs as columns."""
-    finals = {label: entry for label, entry in comparison.finals.items() if entry is not None}
-    evaluators = list(dict.fromkeys(name for entry in finals.values() for name in entry.results))
-    rows = [
-        Row(
-            label,
-            {method: _metric(entry, name, metric) for method, entry in finals.items()},
-            _note(finals, name, metric),
-        )
-        for name in evaluators
-        for metric, label in METRICS.items()
-        if any(_metric(entry, name, metric) is not None for entry in finals.values())
-    ]
-    caption = "Per cent. Small numbers are points above or below the untouched model."
-    marks = differences(list(finals.values()))
-    for label, mark in zip(finals, marks, strict=True):
-        if mark:
-            caption += f" Not comparable: {label}, {'; '.join(mark)}."
-    labels = [run.label for run in comparison.runs]
-    return Table("Results", rows, caption, (labels[0], labels[-1]) if labels[1:] else None)
-
-
-def charts(comparison: Comparison) -> list[Chart]:
-    """Losses as they were logged; accuracy of boxes at the steps where it was measured."""
-    logged = {"Global loss (nats)": "global", "Local loss": "local"}
-    found = [
-        Chart(title, {run.label: _logged(run, key) for run in comparison.runs})
-        for title, key in logged.items()
-    ]
-    measured = {run.label: _measured(run, comparison.start, BOXES) for run in comparison.runs}
-    found.append(Chart(METRICS[BOXES], measured, percent=True, markers=True))
-    return [chart for chart in found if any(chart.series.values())]
-
-
-def environment_facts(comparison: Comparison) -> dict[str, dict[str, str]]:
-    """Settings of every run, and versions."""
-    found = {f"{run.label}: {run.folder.name}": _facts_of(run) for run in comparison.runs}
-    last = comparison.runs[-1].environment.get("versions") or versions()
-    return {**found, "Versions": {name: str(version) for name, version in last.items()}}
-
-
-def as_text(table: Table, methods: Sequence[str]) -> str:
-    """The results table for a terminal."""
-    low, high = table.contrast or ("", "")
-    header = ["per cent", *methods, *([f"{high} - {low}"] if table.contrast else [])]
-    lines = [header]
-    for row in table.rows:
-        values = [row.values.get(method) for method in methods]
-        cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append([row.label, *cells, *([_contrast(row, low, high)] if table.contrast else [])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-        for cells in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def _contrast(row: Row, low: str, high: str) -> str:
-    before, after = row.values.get(low), row.values.get(high)
-    return "" if before is None or after is None else f"{100 * (after - before):+.1f}"
-
-
-def _metric(entry: Entry, evaluator: str, metric: str) -> float | None:
-    result = entry.results.get(evaluator)
-    return None if result is None else result.metrics.get(metric)
-
-
-def _note(finals: Mapping[str, Entry], evaluator: str, metric: str) -> str:
-    """How many classes compete; of which evaluator, where several measure the same."""
-    result = next(e.results[evaluator] for e in finals.values() if evaluator in e.results)
-    measured_by = {
-        name
-        for entry in finals.values()
-        for name, each in entry.results.items()
-        if metric in each.metrics
-    }
-    classes = result.protocol.get("classes")
-    notes = [f"{classes} classes"] if classes and metric.endswith("top1") else []
-    return ", ".join([*notes, *([evaluator] if len(measured_by) > 1 else [])])
-
-
-def _logged(run: Finished, key: str) -> list[Point]:
-    return [
-        (float(line["step"]), float(line[key])) for line in run.lines if line.get(key) is not None
-    ]
-
-
-def _measured(run: Finished, start: Entry | None, metric: str) -> list[Point]:
-    """Of the first evaluator that has the metric."""
-    entries = [*([start] if start else []), *(run.results[step] for step in sorted(run.results))]
-    points: list[Point] = []
-    for entry in entries:
-        values = [_metric(entry, name, metric) for name in sorted(entry.results)]
-        points += [(float(entry.step), float(v)) for v in values if v is not None][:1]
-    return points
-
-
-def _facts_of(run: Finished) -> dict[str, str]:
-    chosen = {name: OmegaConf.select(run.config, key) for name, key in SETTINGS.items()}
-    data = run.environment.get("data") or {}
-    found = {
-        **chosen,
-        "tagger": data.get("tagger"),
-        "step of the weights": run.end.step,
-        "weights": weights_hash(run.end),
-        "commit": run.environment.get("commit"),
-        "command": run.environment.get("command"),
-    }
-    return {name: str(value) for name, value in found.items() if value is not None}
-
-
-SHAPES = Path("data/shapes")
-STILL = 3  # pictures in the still figure
-GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
-UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
-WHAT = {
-    "untouched": "Untouched is the model before training.",
-    "ordinary": (
-        "Ordinary is fine-tuned with the contrastive loss of whole images and captions alone."
-    ),
-    "mapped": (
-        "{} is fine-tuned with the contrastive loss and a local one: each phrase of a caption is "
-        "tied to the part of the image that its heat map points at."
-    ),
-    "same": "Data, steps, seed and optimiser are the same.",
-    "boxes": "No box and no mask was used in training.",
-    "differ": "The runs differ in more than the loss: see the settings below.",
-}
+    @property
+    def contrast(self) -> tuple[str, str] | None:
+        """First and last run, where there are several: the table shows their difference."""
+        return (self.runs[0].label, self.runs[-1].label) if len(self.runs) > 1 else None
 
 
 def report(
@@ -353,39 +164,93 @@ def report(
         raise ValueError("no run given; write report runs/NAME, or several to compare")
     if scenes < 0:
         raise ValueError(f"scenes={scenes}; give a number of pictures, 0 for none")
-    comparison = replace(read_runs(folders), explainer=explainer)
+    comparison = read_runs(folders)
     table = results_table(comparison)
+    facts = environment_facts(comparison)
     cases: Sequence[Case] = ()
     if scenes or picture:
-        cases = _cases(comparison, (images, captions, instances), max(scenes, STILL))
-    path = _write_page(comparison, table, cases[:scenes], Path(out or folders[-1] / "report.html"))
-    print(as_text(table, comparison.methods))
-    if picture is not None:
-        from gradeclip_ft.report.figures import draw_still
-
-        print(draw_still(cases, comparison.methods, Path(picture)))
-    print(path)
-
-
-def _write_page(comparison: Comparison, table: Table, cases: Sequence[Case], path: Path) -> Path:
-    from gradeclip_ft.report.content import Page
-    from gradeclip_ft.report.page import render
-
-    facts = environment_facts(comparison)
-    if cases:
-        named = map_settings(comparison)
-        facts["Heat maps"] = {key.strip("_"): str(value) for key, value in named.items()}
+        settings = map_settings(comparison, explainer)
+        files = (images, captions, instances)
+        cases = _cases(comparison, make(settings), files, max(scenes, STILL))
+        facts["Heat maps"] = {key.strip("_"): str(value) for key, value in settings.items()}
     page = Page(
         title=f"{comparison.runs[0].config.model.name} before and after fine-tuning",
         intro=introduction(comparison),
         methods=comparison.methods,
         kind="Model",
-        tables=[table],
+        table=table,
+        contrast=comparison.contrast,
         charts=charts(comparison),
-        cases=cases,
+        cases=cases[:scenes],
         facts=facts,
     )
-    return render(page, path)
+    path = render_page(page, Path(out or folders[-1] / "report.html"))
+    print(render(with_contrast(table, comparison.contrast)), end="")
+    if picture is not None:
+        print(draw_still(cases, comparison.methods, Path(picture)))
+    print(path)
+
+
+def read_runs(folders: Sequence[Path]) -> Comparison:
+    """Runs that started from the same weights.
+
+    Raises:
+        FileNotFoundError: A folder is not a run, or was not evaluated after its last step.
+        ValueError: The runs started from different weights.
+    """
+    configs = [read_config(folder) for folder in folders]
+    starts: dict[Json, Entry] = {}
+    by_run: list[dict[int, Entry]] = []
+    kinds: list[str] = []
+    for folder in folders:
+        entries = collect([str(folder)], steps="all")
+        starts |= {weights_hash(entry): entry for entry in entries if entry.step == 0}
+        results = {entry.step: entry for entry in entries if entry.step}
+        if not results:
+            raise FileNotFoundError(
+                f"{folder} has no evaluation after step 0; finish it with resume=auto, or "
+                f"evaluate run={folder.name}"
+            )
+        by_run.append(results)
+        kind = str(next(iter(results.values())).facts.get("map"))
+        kinds.append(NAMES.get(kind, kind))
+    if len(starts) > 1:
+        raise ValueError(
+            f"{', '.join(map(str, folders))} started from {len(starts)} different weights; a "
+            "report compares runs from one start"
+        )
+    runs = [
+        Finished(
+            label=kind if kinds.count(kind) == 1 else f"{kind} ({folder.name})",
+            folder=folder,
+            config=config,
+            environment=read_environment(folder),
+            results=results,
+            lines=read_lines(folder / JSONL) if (folder / JSONL).is_file() else [],
+        )
+        for kind, folder, config, results in zip(kinds, folders, configs, by_run, strict=True)
+    ]
+    return Comparison(runs, next(iter(starts.values()), None))
+
+
+def same_settings(comparison: Comparison) -> bool:
+    """Whether the runs differ in their objective alone: same data, steps, seed and optimiser.
+
+    A run that stopped early counts as different.
+    """
+    plain = [OmegaConf.to_container(run.config, resolve=True) for run in comparison.runs]
+    kept = [
+        {key: value for key, value in config.items() if key not in OWN}
+        for config in plain
+        if isinstance(config, dict)
+    ]
+    ends = {run.end.step for run in comparison.runs}
+    return len(ends) == 1 and all(config == kept[0] for config in kept)
+
+
+def weights_hash(entry: Entry) -> Json:
+    """Hash of the weights that were evaluated."""
+    return next(iter(entry.results.values())).weights.get("hash")
 
 
 def introduction(comparison: Comparison) -> str:
@@ -399,90 +264,147 @@ def introduction(comparison: Comparison) -> str:
     return " ".join(dict.fromkeys([*parts, WHAT["boxes"]]))
 
 
-def _cases(comparison: Comparison, files: tuple[Path, Path, Path], count: int) -> list[Case]:
-    """Pictures with the maps of the start and of every run, all by the same explainer."""
-    from gradeclip_ft.commands.build import build_data, make
-    from gradeclip_ft.text.phrases import Phrases, load_tagger, prepare_tagger
+def results_table(comparison: Comparison) -> Table:
+    """Known metrics of every evaluator as rows, start and runs as columns."""
+    finals = comparison.finals
+    by_evaluator = {
+        name: [entry.results[name] for entry in finals.values() if name in entry.results]
+        for entry in finals.values()
+        for name in entry.results
+    }
+    owners = {
+        metric: [
+            name for name, all_ in by_evaluator.items() if any(metric in r.metrics for r in all_)
+        ]
+        for metric in METRICS
+    }
+    rows: list[Row] = []
+    for name, results in by_evaluator.items():
+        classes = results[0].protocol.get("classes")
+        for metric, label in METRICS.items():
+            if name in owners[metric]:
+                notes = [f"{classes} classes"] if classes and metric.endswith("top1") else []
+                notes += [name] if len(owners[metric]) > 1 else []
+                row: Row = {LABEL: label, "metric": metric, "note": ", ".join(notes)}
+                rows.append(row | {at: _metric(one, name, metric) for at, one in finals.items()})
+    marks = zip(finals, differences(list(finals.values())), strict=True)
+    return Table(
+        facts=(LABEL,),
+        metrics=tuple(comparison.methods),
+        rows=tuple(rows),
+        notes=tuple(f"Not comparable: {label}, {mark}." for label, mark in marks if mark),
+        sources=("Per cent. Small numbers are points above or below the untouched model.",),
+    )
 
-    models = dict(_models(comparison))
+
+def with_contrast(table: Table, contrast: tuple[str, str] | None) -> Table:
+    """The table with a last column, in points: the second method minus the first."""
+    if contrast is None:
+        return table
+    name = f"{contrast[1]} - {contrast[0]}"
+    rows = []
+    for row in table.rows:
+        low, high = row.get(contrast[0]), row.get(contrast[1])
+        if isinstance(low, float) and isinstance(high, float):
+            row = {**row, name: f"{100 * (high - low):+.1f}"}
+        rows.append(row)
+    return replace(table, metrics=(*table.metrics, name), rows=tuple(rows))
+
+
+def charts(comparison: Comparison) -> list[Chart]:
+    """Losses as they were logged; accuracy of boxes at the steps where it was measured."""
+    found = []
+    for title, key in (("Global loss (nats)", "global"), ("Local loss", "local")):
+        series = {
+            run.label: [
+                (float(a["step"]), float(a[key])) for a in run.lines if a.get(key) is not None
+            ]
+            for run in comparison.runs
+        }
+        found.append(Chart(title, series))
+    start = [comparison.start] if comparison.start else []
+    measured: dict[str, list[Point]] = {}
+    for run in comparison.runs:
+        measured[run.label] = []
+        for entry in [*start, *(run.results[step] for step in sorted(run.results))]:
+            values = [_metric(entry, name, BOXES) for name in sorted(entry.results)]
+            points = [(float(entry.step), value) for value in values if value is not None]
+            measured[run.label] += points[:1]  # of the first evaluator that has it
+    found.append(Chart(METRICS[BOXES], measured, percent=True, markers=True))
+    return [chart for chart in found if any(chart.series.values())]
+
+
+def environment_facts(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Settings of every run, and versions."""
+    facts = {}
+    for run in comparison.runs:
+        found = {name: OmegaConf.select(run.config, key) for name, key in SETTINGS.items()} | {
+            "tagger": (run.environment.get("data") or {}).get("tagger"),
+            "step of the weights": run.end.step,
+            "weights": weights_hash(run.end),
+            "commit": run.environment.get("commit"),
+            "command": run.environment.get("command"),
+        }
+        known = {name: str(value) for name, value in found.items() if value is not None}
+        facts[f"{run.label}: {run.folder.name}"] = known
+    last = comparison.runs[-1].environment.get("versions") or versions()
+    return {**facts, "Versions": {name: str(version) for name, version in last.items()}}
+
+
+def _metric(entry: Entry, evaluator: str, metric: str) -> float | None:
+    result = entry.results.get(evaluator)
+    value = None if result is None else result.metrics.get(metric)
+    return None if value is None else float(value)
+
+
+def _cases(
+    comparison: Comparison, explainer: Explainer, files: tuple[Path, Path, Path], count: int
+) -> list[Case]:
+    """Pictures with the maps of the start and of every run, all by the same explainer."""
+    start = build_clip(comparison.runs[0].config)
     last = comparison.runs[-1]
-    source = cast("CaptionShards", build_data(last.config, models[UNTOUCHED]))
+    source = build_data(last.config, start)
+    assert isinstance(source, CaptionShards)
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
     parse = Phrases(load_tagger(tagger), source.max_phrases)
-    scenes = find_scenes(*files, parse, count)
-    explainer: Explainer = make(map_settings(comparison))
-    maps = {
-        method: explain_scenes(loaded, explainer, scenes, source.prompt)
-        for method, loaded in models.items()
-    }
-    return [
-        to_case(scene, {method: maps[method][k] for method in comparison.methods})
-        for k, scene in enumerate(scenes)
-    ]
-
-
-def _models(comparison: Comparison) -> Iterator[tuple[str, LoadedClip]]:
-    """Start and fine-tuned weights by method."""
-    from gradeclip_ft.commands.build import build_clip
-
-    first: DictConfig = comparison.runs[0].config
-    yield UNTOUCHED, build_clip(first)
+    cases = find_cases(*files, parse, count)
+    cases = add_maps(cases, UNTOUCHED, start, explainer, source.prompt)
     for run in comparison.runs:
-        weights = OmegaConf.merge(run.config, {"init_from": str(run.folder / WEIGHTS)})
-        assert isinstance(weights, DictConfig)
-        loaded = build_clip(weights)
+        weights = run.folder / WEIGHTS
+        config = OmegaConf.merge(run.config, {"init_from": str(weights)})
+        assert isinstance(config, DictConfig)
+        loaded = build_clip(config)
         if loaded.weights_hash != weights_hash(run.end):
             raise ValueError(
-                f"{run.folder / WEIGHTS} is not what was evaluated at step {run.end.step}, so maps "
-                f"and numbers would not belong together; finish the run with resume=auto, or "
+                f"{weights} is not what was evaluated at step {run.end.step}, so maps and numbers "
+                f"would not belong together; finish the run with resume=auto, or "
                 f"evaluate run={run.folder.name} again=true"
             )
-        yield run.label, loaded
+        cases = add_maps(cases, run.label, loaded, explainer, source.prompt)
+    return cases
 
 
-def map_settings(comparison: Comparison) -> dict[str, Any]:
+def map_settings(comparison: Comparison, explainer: str | None) -> dict[str, Any]:
     """The explainer asked for, else that of the last run with maps, else Grad-ECLIP's defaults."""
-    if comparison.explainer is not None:
-        if comparison.explainer not in options("explainer"):
+    node: Any = {"_target_": GRAD_ECLIP}
+    if explainer is not None:
+        if explainer not in options("explainer"):
             known = ", ".join(options("explainer"))
-            raise ValueError(f"explainer={comparison.explainer}: there is {known}")
-        chosen = OmegaConf.load(conf_dir() / "explainer" / f"{comparison.explainer}.yaml")
-        return cast("dict[str, Any]", OmegaConf.to_container(chosen, resolve=True))
-    for run in reversed(comparison.runs):
-        node = OmegaConf.select(run.config, "objective.explainer")
-        if node is not None and not node["_target_"].endswith(UNIFORM):
-            settings = OmegaConf.to_container(node, resolve=True)
-            assert isinstance(settings, dict)
-            return {str(key): value for key, value in settings.items()}
-    return {"_target_": GRAD_ECLIP}
+            raise ValueError(f"explainer={explainer}: there is {known}")
+        node = OmegaConf.load(conf_dir() / "explainer" / f"{explainer}.yaml")
+    else:
+        for run in comparison.runs:
+            own = OmegaConf.select(run.config, "objective.explainer")
+            if own is not None and not own["_target_"].endswith(UNIFORM):
+                node = own
+    settings = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    return cast("dict[str, Any]", settings)
 
 
-LONGEST = 512  # pixels of a shown picture
-LEAST = 2  # phrases with a true box
-MAP = "map"  # a report shows one explainer
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture with phrases of its first caption that name annotated things, and their boxes.
-
-    Attributes:
-        image: Pixels to show.
-        caption: First caption.
-        phrases: In the order of the caption.
-        boxes: All true places of each phrase, xyxy in [0, 1] of the picture.
-    """
-
-    image: UInt8[np.ndarray, "H W 3"]
-    caption: str
-    phrases: tuple[str, ...]
-    boxes: tuple[tuple[Box, ...], ...]
-
-
-def find_scenes(
+def find_cases(
     images: Path, captions: Path, instances: Path, parse: Callable[[str], list[str]], count: int
-) -> list[Scene]:
-    """The first pictures whose caption names at least two annotated things.
+) -> list[Case]:
+    """The first pictures whose first caption names at least two annotated things, without maps.
 
     Args:
         images: Folder of the pictures.
@@ -498,16 +420,19 @@ def find_scenes(
     categories, annotated = coco.read_regions(instances)
     names = [category.name for category in categories]
     pictures = {picture.id: picture for picture in annotated}
-    found: list[Scene] = []
+    found: list[Case] = []
     for entry in coco.read_captions(captions):
         if len(found) == count:
             break
         if entry.captions and entry.id in pictures:
             caption = entry.captions[0]
-            named = _named(parse(caption), pictures[entry.id], names)
-            if len(named) >= LEAST:
-                image = _to_show(read_image(images / entry.file_name, exif=False))
-                found.append(Scene(image, caption, tuple(named), tuple(named.values())))
+            boxes = {text: boxes_of(text, pictures[entry.id], names) for text in parse(caption)}
+            boxes = {phrase: places for phrase, places in boxes.items() if places}
+            if len(boxes) >= LEAST:
+                image = read_image(images / entry.file_name, exif=False)
+                image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)  # a small page
+                pixels = np.asarray(image)
+                found.append(Case(pixels, [*boxes], {}, caption, boxes=[*boxes.values()]))
     if not found:
         raise ValueError(
             f"no caption of {captions} names {LEAST} things of {instances}; give files that belong "
@@ -516,50 +441,42 @@ def find_scenes(
     return found
 
 
-def boxes_of(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> tuple[Box, ...]:
-    """Boxes of all regions whose class name stands in the phrase as whole words."""
-    size = (picture.width, picture.height)
-    return tuple(
-        _relative(region.box, size)
-        for region in picture.regions
-        if re.search(rf"\b{re.escape(names[region.label].lower())}s?\b", phrase.lower())
-    )
+def boxes_of(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> list[Box]:
+    """Boxes, xyxy in [0, 1], of all regions whose class name the phrase holds as whole words."""
+    boxes = []
+    for region in picture.regions:
+        if re.search(rf"\b{re.escape(names[region.label].lower())}s?\b", phrase.lower()):
+            x, y, width, height = region.box
+            x1, y1 = (x + width) / picture.width, (y + height) / picture.height
+            boxes.append((x / picture.width, y / picture.height, x1, y1))
+    return boxes
 
 
-def explain_scenes(
-    loaded: LoadedClip, explainer: Explainer, scenes: Sequence[Scene], prompt: str
-) -> list[Explained]:
-    """Heat maps and scores of one model; the pictures are squashed to its size."""
+def add_maps(
+    cases: Sequence[Case], method: str, loaded: LoadedClip, explainer: Explainer, prompt: str
+) -> list[Case]:
+    """The cases with the maps of one more model, and in numbers how much of them is in the boxes.
+
+    The pictures are squashed to the model's size.
+    """
     height, width = loaded.image_size
     transform = loaded.transform()
-    pixels = [transform(Image.fromarray(one.image).resize((width, height))) for one in scenes]
-    texts = [[phrase_prompt(prompt, phrase) for phrase in scene.phrases] for scene in scenes]
-    targets = [loaded.encode_texts(some) for some in texts]
-    return explain_pictures(loaded, pixels, targets, {MAP: explainer})
-
-
-def to_case(scene: Scene, found: Mapping[str, Explained]) -> Case:
-    """The scene for the page, with each method's heat inside the true boxes in numbers."""
-    heat = {method: one.heat[MAP].numpy() for method, one in found.items()}
-    inside = {
-        method: [
-            f"{100 * inside_share(each, boxes):.0f} %"
-            for each, boxes in zip(maps, scene.boxes, strict=True)
-        ]
-        for method, maps in heat.items()
-    }
-    scores = {
-        method: [f"{score:.2f}".replace("-", "−") for score in one.score.tolist()]
-        for method, one in found.items()
-    }
-    return Case(
-        image=scene.image,
-        phrases=scene.phrases,
-        heat=heat,
-        caption=scene.caption,
-        boxes=scene.boxes,
-        values={"in the box": inside, "cosine": scores},
-    )
+    pixels = [transform(Image.fromarray(one.image).resize((width, height))) for one in cases]
+    targets = [
+        loaded.encode_texts([phrase_prompt(prompt, p) for p in one.phrases]) for one in cases
+    ]
+    made = []
+    found = explain_pictures(loaded, pixels, targets, {method: explainer})
+    for case, explained in zip(cases, found, strict=True):
+        heat = explained.heat[method].numpy()
+        shares = [inside_share(*each) for each in zip(heat, case.boxes, strict=True)]
+        numbers = {
+            "in the box": [f"{100 * share:.0f} %" for share in shares],
+            "cosine": [f"{score:.2f}".replace("-", "−") for score in explained.score.tolist()],
+        }
+        values = {name: {**case.values.get(name, {}), method: n} for name, n in numbers.items()}
+        made.append(replace(case, heat={**case.heat, method: heat}, values=values))
+    return made
 
 
 def inside_share(heat: Float[np.ndarray, "h w"], boxes: Sequence[Box], side: int = 128) -> float:
@@ -578,24 +495,3 @@ def inside_share(heat: Float[np.ndarray, "h w"], boxes: Sequence[Box], side: int
         mask |= rows[:, None] & columns[None, :]
     total = float(fine.sum())
     return float(fine[mask].sum()) / total if total > 0 else 0.0
-
-
-def _named(
-    phrases: Sequence[str], picture: coco.CocoImage, names: Sequence[str]
-) -> dict[str, tuple[Box, ...]]:
-    boxes = {phrase: boxes_of(phrase, picture, names) for phrase in phrases}
-    return {phrase: places for phrase, places in boxes.items() if places}
-
-
-def _relative(box: tuple[float, float, float, float], size: tuple[int, int]) -> Box:
-    """From xywh in pixels to xyxy in [0, 1]."""
-    x, y, width, height = box
-    return x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1]
-
-
-def _to_show(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Pixels at a size that keeps the page small."""
-    if max(picture.size) > LONGEST:
-        picture = picture.copy()
-        picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    return np.asarray(picture)

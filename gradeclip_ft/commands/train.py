@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -100,18 +100,11 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
 
 
 def _print_results(folder: Path, step: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from gradeclip_ft.results.table import metrics_table, render
 
     before, after = _metrics(folder, 0), _metrics(folder, step)
-    if not before and not after:
-        return
-    table = Table("metric, in percent", title=str(folder))
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
-    for name in dict.fromkeys([*before, *after]):
-        table.add_row(name, *(_percent(numbers.get(name)) for numbers in (before, after)))
-    Console().print(table)
+    if before or after:
+        print(render(metrics_table({"before": before, "after": after})), end="")
 
 
 def _metrics(folder: Path, step: int) -> Mapping[str, float]:
@@ -124,7 +117,3 @@ def _metrics(folder: Path, step: int) -> Mapping[str, float]:
         result = read(path)
         numbers |= {f"{result.evaluator}/{name}": value for name, value in result.metrics.items()}
     return numbers
-
-
-def _percent(value: Any) -> str:
-    return "" if value is None else f"{100 * value:.1f}"

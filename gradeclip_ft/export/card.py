@@ -12,7 +12,7 @@ from typing import Any
 from gradeclip_ft.export.job import Written
 from gradeclip_ft.models.architecture import HUB
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.results.collect import open_place
+from gradeclip_ft.results.collect import results_folder
 from gradeclip_ft.results.record import PACKAGES, Json, Result, read, versions
 
 METHOD = (
@@ -181,7 +181,7 @@ class Origin:
 def scores_of(folder: Path) -> dict[str, Scores]:
     """First and newest results of a run, by evaluator; empty where it was never evaluated."""
     found: dict[str, list[Result]] = {}
-    for path in sorted(open_place(folder).folder.glob("*@*.json")):
+    for path in sorted(results_folder(folder).glob("*@*.json")):
         result = read(path)
         found.setdefault(result.evaluator, []).append(result)
     return {name: _ends(results) for name, results in found.items()}

@@ -1,4 +1,4 @@
-"""What stands on a report page, as plain data: tables, curves, cases and facts.
+"""Content of a report page as plain data: curves, cases and facts beside `results.table.Table`.
 
 A method is whatever the reader switches between: models under one explainer (fine-tuning), or
 explainers on one model. Its name is the key of every mapping here, and its place in `Page.methods`
@@ -13,40 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from gradeclip_ft.results.table import Table
+
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a results table.
-
-    Attributes:
-        label: What is measured.
-        values: Fraction per method; None where a method was not measured.
-        note: Small print behind the label.
-    """
-
-    label: str
-    values: Mapping[str, float | None]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Results as fractions, higher is better; shown in per cent.
-
-    Attributes:
-        title: Heading.
-        rows: Lines, top to bottom.
-        caption: How it was measured.
-        contrast: Two methods; a last column shows the second minus the first.
-    """
-
-    title: str
-    rows: Sequence[Row]
-    caption: str = ""
-    contrast: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,24 +28,22 @@ class Chart:
         series: Points (step, value) per method.
         percent: Whether values are fractions, to be shown in per cent.
         markers: Whether single points are marked (few measurements, not a dense curve).
-        note: Small print below.
     """
 
     title: str
     series: Mapping[str, Sequence[Point]]
     percent: bool = False
     markers: bool = False
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class Words:
-    """A sentence, and how much each of its words says for the picture.
+    """A sentence, and how much each of its words contributes to the match with the picture.
 
     Attributes:
         words: In order.
         values: Per method a share for each word; they sum to 1, or are all 0.
-        cut: Rest of the sentence that the model cannot read.
+        cut: Rest of the sentence, beyond the context of the model.
     """
 
     words: Sequence[str]
@@ -96,7 +64,7 @@ class Case:
         source: Name of the picture.
         boxes: True places of each phrase, xyxy in [0, 1] of the image; empty where unknown.
         values: Numbers below the maps: name of the quantity, then method, then one text per phrase.
-        scores: What stands behind each phrase, whatever the method.
+        scores: A text after each phrase, the same for all methods.
         sentences: Sentences whose words are coloured.
     """
 
@@ -121,7 +89,8 @@ class Page:
         methods: Names of the methods, in the order of columns.
         kind: What the methods are: models, explainers.
         first: Method that is shown large at first; None for the last.
-        tables: Results.
+        table: Results: a label and an optional `note` per row, methods as columns of fractions.
+        contrast: Two methods; a last column of the table shows the second minus the first.
         charts: Curves.
         cases: Pictures.
         facts: Footer: heading, then what it lists (settings, versions, hashes).
@@ -132,7 +101,8 @@ class Page:
     methods: Sequence[str]
     kind: str = "Method"
     first: str | None = None
-    tables: Sequence[Table] = ()
+    table: Table | None = None
+    contrast: tuple[str, str] | None = None
     charts: Sequence[Chart] = ()
     cases: Sequence[Case] = ()
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -1,28 +1,30 @@
 """One HTML file without outside references, from plain data: `render(page, path)`.
 
 All text is escaped by the template; pictures are inline PNG, curves inline SVG. The template, its
-parts, its style and its script stand beside this file.
+parts, its style and its script are in this folder.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
 
 from gradeclip_ft.report import figures
-from gradeclip_ft.report.content import Box, Case, Page, Words
+from gradeclip_ft.report.content import Case, Page
 
 SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
 
 def render(page: Page, path: Path) -> Path:
-    """Writes the page, aside first and then renamed, and returns its path.
+    """Write the page under a temporary name, rename it, and return its path.
 
     Raises:
         ValueError: A case lacks the maps of a method, or counts of phrases, maps and boxes differ.
@@ -34,18 +36,11 @@ def render(page: Page, path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plots = [figures.lay_out(chart, page.methods) for chart in page.charts]
+    curves = [(chart, figures.curves_svg(chart, page.methods)) for chart in page.charts]
     text = environment.get_template("page.html.j2").render(
         page=page,
-        plots=[plot for plot in plots if plot is not None],
-        size={
-            "width": figures.WIDTH,
-            "height": figures.HEIGHT,
-            "left": figures.LEFT,
-            "right": figures.RIGHT,
-            "bottom": figures.BOTTOM,
-        },
-        cases=[_shown(case, page.methods) for case in page.cases],
+        curves=[(chart, Markup(svg)) for chart, svg in curves if svg is not None],
+        cases=[(case, _drawn(case, page.methods)) for case in page.cases],
         has_boxes=any(boxes for case in page.cases for boxes in case.boxes),
         gradient=", ".join(f"rgb({r} {g} {b})" for r, g, b in figures.colours()[::15].tolist()),
     )
@@ -55,51 +50,8 @@ def render(page: Page, path: Path) -> Path:
     return aside.replace(path)
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A heat map as the template needs it: picture, and values in per cent for reading them off."""
-
-    uri: str
-    grid: str
-    values: str
-    empty: bool
-
-
-@dataclass(frozen=True)
-class _ShownCase:
-    caption: str
-    source: str
-    photo: str
-    ratio: str
-    small: bool
-    phrases: Sequence[str]
-    boxes: Sequence[Sequence[Box]]
-    values: dict[str, dict[str, Sequence[str]]]
-    scores: Sequence[str]
-    sentences: Sequence[Words]
-    maps: dict[str, list[_Map]]
-
-
-def _shown(case: Case, methods: Sequence[str]) -> _ShownCase:
-    check_case(case, methods)
-    height, width = case.image.shape[:2]
-    return _ShownCase(
-        caption=case.caption,
-        source=case.source,
-        photo=figures.image_png(case.image),
-        ratio=f"{width} / {height}",
-        small=max(height, width) <= SMALL,
-        phrases=case.phrases,
-        boxes=case.boxes or [()] * len(case.phrases),
-        values={name: dict(numbers) for name, numbers in case.values.items()},
-        scores=case.scores,
-        sentences=case.sentences,
-        maps={method: [_map(heat) for heat in case.heat[method]] for method in methods},
-    )
-
-
 def check_case(case: Case, methods: Sequence[str]) -> None:
-    """Refuses a case whose parts do not fit together.
+    """Refuse a case whose parts do not fit together.
 
     Raises:
         ValueError: Which part, got and expected.
@@ -119,11 +71,25 @@ def check_case(case: Case, methods: Sequence[str]) -> None:
         raise ValueError(f"boxes for {len(case.boxes)} of {expected} phrases; use () for unknown")
 
 
-def _map(heat: Float[np.ndarray, "h w"]) -> _Map:
+def _drawn(case: Case, methods: Sequence[str]) -> dict[str, Any]:
+    """What the template needs of a case and cannot compute: pictures and map values."""
+    check_case(case, methods)
+    height, width = case.image.shape[:2]
+    return {
+        "photo": figures.png(Image.fromarray(case.image)),
+        "ratio": f"{width} / {height}",
+        "small": max(height, width) <= SMALL,
+        "boxes": case.boxes or [()] * len(case.phrases),
+        "maps": {method: [_map(heat) for heat in case.heat[method]] for method in methods},
+    }
+
+
+def _map(heat: Float[np.ndarray, "h w"]) -> dict[str, Any]:
+    """The picture of a map, and its values in per cent for reading them off."""
     scaled = figures.scale_heat(heat)
-    return _Map(
-        uri=figures.heat_png(heat),
-        grid=f"{heat.shape[0]} {heat.shape[1]}",
-        values=" ".join(str(value) for value in np.rint(100 * scaled).astype(int).ravel()),
-        empty=not scaled.any(),
-    )
+    return {
+        "uri": figures.heat_png(heat),
+        "grid": f"{heat.shape[0]} {heat.shape[1]}",
+        "shares": " ".join(str(value) for value in np.rint(100 * scaled).astype(int).ravel()),
+        "empty": not scaled.any(),
+    }

@@ -1,14 +1,11 @@
-"""Results on disk to entries of a table: one per run and step, with what the run was.
-
-A place is a run's folder (its results stand in `evaluations/`) or any folder of result files.
-"""
+"""Results on disk to entries of a table: one per run and step, with what the run was."""
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +24,7 @@ class Entry:
 
     Attributes:
         run: Name of the run; of the model, for weights before training.
-        step: Optimiser steps behind the weights.
+        step: Optimiser steps of the weights.
         facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`, and asked fields.
         results: By name of the evaluator.
         command: Command line that made the weights.
@@ -42,40 +39,19 @@ class Entry:
     published: bool = False
 
 
-@dataclass(frozen=True)
-class Place:
-    """A folder with results, and the configuration behind them; empty for weights without a run."""
-
-    folder: Path
-    config: Mapping[str, Any] = field(default_factory=dict)
-    command: str | None = None
-
-
 def collect(
     places: Sequence[str], *, steps: Steps = "ends", fields: Mapping[str, str] | None = None
 ) -> list[Entry]:
-    """Entries of all places in their order; equal weights before training stand there once, first.
+    """Entries of all places in their order; start weights that several runs share come once, first.
 
     Args:
-        places: Folders, or patterns such as `runs/maps_*`.
+        places: Folders of runs or of result files, or patterns such as `runs/maps_*`.
         steps: "last", "ends" for the last and step 0, or "all".
         fields: More facts: column name to dotted key of the run's configuration.
 
     Raises:
         FileNotFoundError: Nothing matches, or a folder holds no result.
         ValueError: A result is damaged.
-    """
-    entries: list[Entry] = []
-    for folder in expand(places):
-        entries += _entries(open_place(folder), steps, fields or {})
-    return _without_repeats(entries)
-
-
-def expand(places: Sequence[str]) -> list[Path]:
-    """Folders behind names and patterns, each once, in order.
-
-    Raises:
-        FileNotFoundError: Nothing matches.
     """
     folders: list[Path] = []
     for place in places:
@@ -85,19 +61,23 @@ def expand(places: Sequence[str]) -> list[Path]:
         folders += [path for path in found if path.is_dir() and path not in folders]
     if not folders:
         raise FileNotFoundError("no folder to compare; give one or more runs as runs/NAME")
-    return folders
+    entries: list[Entry] = []
+    starts: set[str] = set()
+    for folder in folders:
+        for entry in _entries(folder, steps, fields or {}):
+            if entry.step == 0:
+                content = _content(entry)
+                if content in starts:
+                    continue
+                starts.add(content)
+            entries.append(entry)
+    return entries
 
 
-def open_place(folder: Path) -> Place:
-    """A run's folder, or a folder of results."""
-    config: Mapping[str, Any] = {}
-    if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    command = None
-    if (folder / "environment.json").is_file():
-        command = _command_line(json.loads((folder / "environment.json").read_text("utf-8")))
+def results_folder(folder: Path) -> Path:
+    """Where the result files of a run's folder are; any other folder holds them itself."""
     inner = folder / "evaluations"
-    return Place(inner if inner.is_dir() else folder, config, command)
+    return inner if inner.is_dir() else folder
 
 
 def describe(config: Mapping[str, Any], step: int) -> dict[str, Json]:
@@ -119,57 +99,49 @@ def describe(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     return facts
 
 
-def _entries(place: Place, steps: Steps, fields: Mapping[str, str]) -> list[Entry]:
+def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entry]:
+    """Entries of one folder; weights without a run have no configuration."""
+    config: Mapping[str, Any] = {}
+    if (folder / "config.yaml").is_file():
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    command = None
+    if (folder / "environment.json").is_file():
+        command = json.loads((folder / "environment.json").read_text("utf-8")).get("command")
     by_step: dict[int, dict[str, Result]] = {}
-    for path in sorted(place.folder.glob("*@*.json")):
+    for path in sorted(results_folder(folder).glob("*@*.json")):
         result = read(path)
         by_step.setdefault(result.step, {})[result.evaluator] = result
     if not by_step:
         raise FileNotFoundError(
-            f"no result in {place.folder}; evaluate run=NAME makes them, train too"
+            f"no result in {results_folder(folder)}; train and evaluate run=NAME write them"
         )
     last = max(by_step)
     wanted = {"last": [last], "ends": sorted({0, last} & set(by_step)), "all": sorted(by_step)}
-    return [
-        Entry(
-            run=_name(place, step, by_step[step]),
-            step=step,
-            facts={
-                **describe(place.config, step),
-                **{name: _at(place.config, key) if step else None for name, key in fields.items()},
-            },
-            results=by_step[step],
-            command=place.command if step else None,
+    entries = []
+    for step in wanted[steps]:
+        result = next(iter(by_step[step].values()))
+        # The weights before training may be a file: its own name, wherever it lies.
+        model = Path(str(result.weights.get("name"))).name
+        asked = {name: _at(config, key) if step else None for name, key in fields.items()}
+        entries.append(
+            Entry(
+                run=(result.run or results_folder(folder).name) if step else model,
+                step=step,
+                facts={**describe(config, step), **asked},
+                results=by_step[step],
+                command=(command or None) if step else None,
+            )
         )
-        for step in wanted[steps]
-    ]
+    return entries
 
 
-def _name(place: Place, step: int, results: Mapping[str, Result]) -> str:
-    result = next(iter(results.values()))
-    if step == 0:
-        return Path(str(result.weights.get("name"))).name  # a folder's own, wherever it stands
-    return result.run or place.folder.name
-
-
-def _without_repeats(entries: Sequence[Entry]) -> list[Entry]:
-    """Start weights that several runs share stand at their first place only."""
-    return list(_first_of_each(entries))
-
-
-def _first_of_each(entries: Sequence[Entry]) -> Iterator[Entry]:
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.step == 0:
-            content = {
-                name: [result.weights.get("hash"), dict(result.metrics), dict(result.protocol)]
-                for name, result in sorted(entry.results.items())
-            }
-            key = json.dumps(content, sort_keys=True)
-            if key in seen:
-                continue
-            seen.add(key)
-        yield entry
+def _content(entry: Entry) -> str:
+    """Equal for results of equal weights, measured in the same way."""
+    measured = {
+        name: [result.weights.get("hash"), dict(result.metrics), dict(result.protocol)]
+        for name, result in sorted(entry.results.items())
+    }
+    return json.dumps(measured, sort_keys=True)
 
 
 def _at(config: Mapping[str, Any], key: str) -> Json:
@@ -179,8 +151,3 @@ def _at(config: Mapping[str, Any], key: str) -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return json.dumps(value, sort_keys=True)
-
-
-def _command_line(environment: Mapping[str, Any]) -> str | None:
-    command = environment.get("command")
-    return command if isinstance(command, str) and command else None

@@ -1,10 +1,17 @@
-"""What must not enter a record, a log or an error: passwords, tokens, signed addresses."""
+"""What must not enter a record, a log or a terminal: passwords, tokens, signed addresses.
+
+Commands run inside `masked_output`, so that prints, log lines and tracebacks need not mask
+anything themselves; files do, with `masked` and `masked_values`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from typing import Any
 
 MASK = "***"
@@ -29,9 +36,8 @@ def masked(text: str) -> str:
     >>> masked("https://me:pw@host/a.tar?X-Amz-Signature=0 gave 403")
     'https://***@host/a.tar?*** gave 403'
     """
-    for name, value in os.environ.items():
-        if IN_ENVIRONMENT.search(name.upper()) and len(value) >= SHORTEST:
-            text = text.replace(value, MASK)
+    for value in secrets_of_environment():
+        text = text.replace(value, MASK)
     text = USER.sub(rf"\1{MASK}@", text)
     text = QUERY.sub(rf"\1{MASK}", text)
     text = BEARER.sub(rf"\1 {MASK}", text)
@@ -48,3 +54,34 @@ def masked_values(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [masked_values(entry) for entry in value]
     return masked(value) if isinstance(value, str) else value
+
+
+@cache
+def secrets_of_environment() -> tuple[str, ...]:
+    """Values of variables with such a name, as they were at the first use."""
+    return tuple(
+        value
+        for name, value in os.environ.items()
+        if IN_ENVIRONMENT.search(name.upper()) and len(value) >= SHORTEST
+    )
+
+
+@contextmanager
+def masked_output() -> Iterator[None]:
+    """While this is open, nothing that is printed or logged shows a secret."""
+    with redirect_stdout(_MaskedStream(sys.stdout)), redirect_stderr(_MaskedStream(sys.stderr)):
+        yield
+
+
+class _MaskedStream:
+    """A text stream that masks what is written to it; all else is that of the stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(masked(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

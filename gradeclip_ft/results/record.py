@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: numbers with everything that changes them.
+"""Results of evaluations as files: numbers with everything that changes them.
 
 One JSON per evaluation, `<evaluator>@<step>.json`; step 0 is the model before training. Two numbers
 may be compared when their protocols and data are equal, whatever the weights and versions.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,14 +22,21 @@ from typing import Any
 from gradeclip_ft.results.masking import masked
 
 UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
-"""Metrics whose last part is one of these are no fractions."""
+"""Metrics whose last part is one of these are not fractions."""
+
+# Packages that can change a number.
+PACKAGES = (
+    *("gradeclip_ft", "torch", "torchvision", "open_clip_torch", "timm", "lightning"),
+    *("webdataset", "nltk", "textblob", "numpy", "pillow"),
+)
+HASH_LENGTH = 16
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluator hands back.
+    """What an evaluator returns.
 
     Attributes:
         metrics: Fractions by name; other values where the name's last part is one of `UNITS`.
@@ -45,20 +53,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation of one set of weights.
+    """One evaluation of one set of weights: what was `Measured`, and of what.
 
     Attributes:
         evaluator: Name of the evaluator, also of the file.
-        metrics: Fractions by name.
-        protocol: Every choice that changes the numbers except data and weights.
-        data: Fingerprint: files, counts, hash.
         weights: Name of the model and hash of the weights.
         versions: Versions of the packages that computed it.
         run: Name of the run the weights come from; None for weights without a run.
-        step: Optimiser steps behind the weights; 0 is the model before training.
+        step: Optimiser steps of the weights; 0 is the model before training.
         seconds: Time of the evaluation.
         command: Command line that measured it.
-        details: Observations beside the metrics.
     """
 
     evaluator: str
@@ -79,7 +83,7 @@ class Result:
         Raises:
             ValueError: A metric is not finite.
         """
-        bad = [name for name, value in self.metrics.items() if not _finite(value)]
+        bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(
                 f"{self.evaluator} at step {self.step}: {', '.join(bad)} is not finite; "
@@ -92,7 +96,7 @@ class Result:
 
 
 def result_path(folder: Path, evaluator: str, step: int) -> Path:
-    """Place of one evaluation's JSON."""
+    """Path of one evaluation's JSON."""
     return folder / f"{evaluator}@{step}.json"
 
 
@@ -100,24 +104,24 @@ def read(path: Path) -> Result:
     """Result from its JSON.
 
     Raises:
-        ValueError: The file is cut off, no JSON, or lacks a key.
+        ValueError: The file is cut off, is not JSON, or lacks a key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is no complete JSON ({error}); delete it and evaluate again"
+            f"{path} is not complete JSON ({error}); delete it and evaluate again"
         ) from error
     known = {entry.name for entry in fields(Result)}
     needed = {"evaluator", "metrics", "protocol", "data", "weights", "versions"}
     missing = needed - set(content) if isinstance(content, dict) else needed
     if missing:
-        raise ValueError(f"{path} is no evaluation: {', '.join(sorted(missing))} missing")
+        raise ValueError(f"{path} is not an evaluation: {', '.join(sorted(missing))} missing")
     return Result(**{key: value for key, value in content.items() if key in known})
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file aside, then rename, so that no reader ever sees half of it."""
+    """Write under a temporary name, then rename, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -141,32 +145,10 @@ def written(metric: str, value: float) -> str:
     >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376)
     ('41.4', '6.2376')
     """
-    match unit_of(metric):
-        case "%":
-            return f"{100 * value:.1f}"
-        case "s":
-            return f"{value:.4f}"
-    return f"{value:.2f}"
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-PACKAGES = (
-    "gradeclip_ft",
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "timm",
-    "lightning",
-    "webdataset",
-    "nltk",
-    "textblob",
-    "numpy",
-    "pillow",
-)
-HASH_LENGTH = 16
+    unit = unit_of(metric)
+    return (
+        f"{100 * value:.1f}" if unit == "%" else f"{value:.4f}" if unit == "s" else f"{value:.2f}"
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -228,17 +210,14 @@ def commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
-    head = _git(folder, "rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{head}+" if changed else head
 
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(folder), *arguments]
-    try:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

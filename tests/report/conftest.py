@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from gradeclip_ft.report.content import Case, Chart, Page, Row, Table
+from gradeclip_ft.report.content import Case, Chart, Page
+from gradeclip_ft.results.table import Row, Table
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 METHODS = ("Untouched", "Ordinary", "Grad-ECLIP")
@@ -41,17 +42,18 @@ def make_case(number: int, phrases: tuple[str, ...]) -> Case:
 
 @pytest.fixture(scope="session")
 def page() -> Page:
-    rows = [
-        Row("Boxes, top-1", dict(zip(METHODS, (0.1, 0.125, 0.672), strict=True)), "64 classes"),
-        Row("Texts, R@1", dict(zip(METHODS, (0.6, 0.58, 0.5796), strict=True))),
-        Row("Stuff", {"Untouched": 0.2, "Ordinary": None}),
+    rows: list[Row] = [
+        dict(zip(METHODS, (0.1, 0.125, 0.672), strict=True), what="Boxes", note="64 classes"),
+        dict(zip(METHODS, (0.6, 0.58, 0.5796), strict=True), what="Texts, R@1"),
+        {"what": "Stuff", "Untouched": 0.2, "Ordinary": None},
     ]
     curve = [(float(step), 4.0 / (1 + step)) for step in range(20)]
     return Page(
         title=f"Report {HOSTILE}",
         intro=f"Intro {HOSTILE}",
         methods=METHODS,
-        tables=[Table("Results", rows, f"caption {HOSTILE}", ("Ordinary", "Grad-ECLIP"))],
+        table=Table(("what",), METHODS, tuple(rows), sources=(f"caption {HOSTILE}",)),
+        contrast=("Ordinary", "Grad-ECLIP"),
         charts=[
             Chart("Global loss (nats)", {"Ordinary": curve, "Grad-ECLIP": curve[:10]}),
             Chart("Nothing was logged", {"Ordinary": [(0.0, float("nan"))]}),

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from gradeclip_ft.report.content import Case, Page, Words
-from gradeclip_ft.report.figures import draw_words
 from gradeclip_ft.report.page import render
 from tests.report.browsing import open_page, shown, told, with_script
 
@@ -103,18 +101,3 @@ def test_nothing_is_fetched(browser: str, page: Path, tmp_path: Path) -> None:
     )
     acted = with_script(page, tmp_path, action)
     assert told(open_page(browser, acted, "", tmp_path / "p")) == "fetched 0"
-
-
-def test_coloured_words_wrap_and_deepen(tmp_path: Path) -> None:
-    """The most relevant word has the darkest ground; a long sentence takes several lines."""
-    short = draw_words(SENTENCE, tmp_path / "short.png")
-    many = Words(["relevance"] * 40, {"one": [1 / 40] * 40})
-    long = draw_words(many, tmp_path / "long.png")
-    with Image.open(short) as picture, Image.open(long) as taller:
-        assert taller.height > picture.height
-        assert taller.width == picture.width
-        pixels = np.asarray(picture.convert("RGB"), dtype=int)
-    orange = pixels[..., 0] - pixels[..., 2]
-    columns = np.flatnonzero(orange.max(0) > 150)
-    assert columns.size > 10
-    assert columns.min() > np.flatnonzero(orange.max(0) > 20).min() + 40

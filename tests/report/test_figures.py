@@ -80,7 +80,7 @@ def test_an_overlay_mixes_by_its_opacity() -> None:
 
 def test_an_image_survives_lossless() -> None:
     image = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(decode(figures.image_png(image))), image)
+    np.testing.assert_array_equal(np.asarray(decode(figures.png(Image.fromarray(image)))), image)
 
 
 def test_the_still_picture_has_a_row_per_method_and_a_column_per_phrase(

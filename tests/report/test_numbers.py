@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,24 +81,14 @@ def test_the_last_evaluation_of_every_run_stands_in_the_table(pair: list[Path]) 
     table = command.results_table(comparison)
     assert comparison.methods == ["Untouched", "Ordinary", "Grad-ECLIP"]
     (row,) = table.rows
-    assert row.label == "Boxes, top-1"
-    assert row.values == {"Untouched": 0.1, "Ordinary": 0.125, "Grad-ECLIP": 0.672}
-    assert row.note == "64 classes"
-    assert table.contrast == ("Ordinary", "Grad-ECLIP")
-
-
-def test_the_terminal_table_reads_as_the_page_does(pair: list[Path]) -> None:
-    comparison = read_runs(pair)
-    text = command.as_text(command.results_table(comparison), comparison.methods)
-    lines = [line.split("  ") for line in text.splitlines()]
-    assert [cell.strip() for cell in lines[0] if cell] == [
-        "per cent",
-        "Untouched",
-        "Ordinary",
-        "Grad-ECLIP",
-        "Grad-ECLIP - Ordinary",
-    ]
-    assert [c.strip() for c in lines[2] if c] == ["Boxes, top-1", "10.0", "12.5", "67.2", "+54.7"]
+    assert row == {
+        "per cent": "Boxes, top-1",
+        "metric": "boxes/top1",
+        "note": "64 classes",
+        "Untouched": 0.1,
+        "Ordinary": 0.125,
+        "Grad-ECLIP": 0.672,
+    }
 
 
 def test_curves_begin_at_the_untouched_model_and_leave_out_what_is_missing(
@@ -123,8 +114,9 @@ def test_a_run_without_a_start_leaves_its_column_empty(make_run: MakeRun) -> Non
     """`evaluation.before=false` writes no step 0."""
     comparison = read_runs([make_run("a", ORDINARY, {20: 0.3})])
     table = command.results_table(comparison)
-    assert table.rows[0].values == {"Ordinary": 0.3}
-    assert table.contrast is None
+    assert table.rows[0].get("Untouched") is None
+    assert table.rows[0]["Ordinary"] == 0.3
+    assert comparison.contrast is None
 
 
 def test_other_protocols_are_named(make_run: MakeRun) -> None:
@@ -133,8 +125,9 @@ def test_other_protocols_are_named(make_run: MakeRun) -> None:
         make_run("a", ORDINARY, {0: 0.1, 20: 0.2}),
         make_run("b", GRAD_ECLIP, {20: 0.3}, protocol={"classes": 80}),
     ]
-    caption = command.results_table(read_runs(runs)).caption
-    assert "Not comparable: Grad-ECLIP, shapes_regions: classes 80 instead of 64" in caption
+    assert command.results_table(read_runs(runs)).notes == (
+        "Not comparable: Grad-ECLIP, shapes_regions: classes 80 instead of 64.",
+    )
 
 
 def test_the_introduction_claims_equal_settings_only_where_they_are_equal(
@@ -172,7 +165,7 @@ def test_runs_from_different_starts_are_refused(make_run: MakeRun) -> None:
 
 
 def test_a_run_that_never_finished_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no evaluation behind step 0; .*resume=auto"):
+    with pytest.raises(FileNotFoundError, match=r"no evaluation after step 0; .*resume=auto"):
         read_runs([make_run("a", ORDINARY, {0: 0.1})])
 
 
@@ -184,14 +177,25 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_page_without_pictures_needs_no_weights(
     pair: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last line printed is the page, for scripts that open it."""
+    """The last line printed is the page, for scripts that open it; above it, the same table."""
     report(*map(str, pair), scenes=0)
     printed = capsys.readouterr().out.splitlines()
+    cells = [re.split(r" {2,}", line) for line in printed]
+    names = ["per cent", "Untouched", "Ordinary", "Grad-ECLIP", "Grad-ECLIP - Ordinary"]
+    assert cells[0] == names
+    assert cells[2] == ["Boxes, top-1", "10.0", "12.5", "67.2", "+54.7"]
     assert printed[-1] == str(pair[1] / "report.html")
     html = Path(printed[-1]).read_text(encoding="utf-8")
     assert "tiny before and after fine-tuning" in html
     assert "67.2" in html
     assert 'id="cases"' not in html
+
+
+def test_an_explainer_can_be_chosen_by_its_name_in_conf() -> None:
+    settings = command.map_settings(command.Comparison((), None), "maskclip")
+    assert settings["_target_"] == "gradeclip_ft.explain.maskclip.MaskClip"
+    with pytest.raises(ValueError, match=r"explainer=maskclp: there is clip_surgery, game"):
+        command.map_settings(command.Comparison((), None), "maskclp")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from gradeclip_ft.explain.clip_surgery import ClipSurgery
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.report.content import Case
 
 NAMES = ["red circle", "blue star", "car"]
 PICTURE = CocoImage(
@@ -34,7 +36,7 @@ PICTURE = CocoImage(
 def test_boxes_become_shares_of_the_picture() -> None:
     """By hand, with height and width different: catches swapped sides and xywh taken for xyxy."""
     boxes = report.boxes_of("small red circle", PICTURE, NAMES)
-    assert boxes == ((0.1, 0.1, 0.4, 0.5), (0.6, 0.5, 1.0, 1.0))
+    assert boxes == [(0.1, 0.1, 0.4, 0.5), (0.6, 0.5, 1.0, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -104,17 +106,17 @@ def test_pictures_are_chosen_by_their_captions_alone(tmp_path: Path) -> None:
         "blue star, red circle",
         "blue star, big red circle",
     ]
-    found = report.find_scenes(*write_coco(tmp_path, captions), split, 2)
-    assert [scene.caption for scene in found] == [captions[1], captions[3]]
-    assert found[0].phrases == ("small red circle", "blue star")
-    assert found[0].boxes == (((0.0, 0.0, 0.5, 1.0),), ((0.5, 0.0, 1.0, 1.0),))
+    found = report.find_cases(*write_coco(tmp_path, captions), split, 2)
+    assert [case.caption for case in found] == [captions[1], captions[3]]
+    assert found[0].phrases == ["small red circle", "blue star"]
+    assert found[0].boxes == [[(0.0, 0.0, 0.5, 1.0)], [(0.5, 0.0, 1.0, 1.0)]]
     assert found[0].image[0, 0].tolist() == [1, 0, 0]
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     files = write_coco(tmp_path, ["a dog, a cat"])
     with pytest.raises(ValueError, match="names 2 things"):
-        report.find_scenes(*files, split, 3)
+        report.find_cases(*files, split, 3)
 
 
 def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
@@ -122,23 +124,22 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     loaded = load_clip("shapes_tiny", "random")
     files = write_coco(tmp_path, ["red circle, blue star", "blue star, red circle"])
-    first, second = report.find_scenes(*files, split, 2)
-    second = report.Scene(first.image, second.caption, second.phrases, second.boxes)
-    one, two = report.explain_scenes(loaded, GradEclip(), [first, second], "a photo of the {}")
-    assert one.heat[report.MAP].shape == (2, 8, 8)
-    torch.testing.assert_close(
-        one.heat[report.MAP], two.heat[report.MAP].flip(0), rtol=1e-4, atol=1e-7
-    )
-    torch.testing.assert_close(one.score, two.score.flip(0), atol=1e-6, rtol=0)
+    first, second = report.find_cases(*files, split, 2)
+    pair = [first, replace(second, image=first.image)]
+    one, two = report.add_maps(pair, "a", loaded, GradEclip(), "a photo of the {}")
+    assert one.heat["a"].shape == (2, 8, 8)
+    np.testing.assert_allclose(one.heat["a"], two.heat["a"][::-1], rtol=1e-4, atol=1e-7)
+    assert one.values["cosine"]["a"] == two.values["cosine"]["a"][::-1]
+    assert one.values["in the box"]["a"][1].endswith(" %")
     assert all(parameter.grad is None for parameter in loaded.clip.parameters())
-    case = report.to_case(first, {"model": one})
-    assert case.values["cosine"]["model"][0] == f"{one.score[0]:.2f}".replace("-", "−")
-    assert case.values["in the box"]["model"][1].endswith(" %")
+    (both, _) = report.add_maps([one, two], "b", load_clip("shapes_tiny"), GradEclip(), "a {}")
+    assert [*both.heat] == [*both.values["cosine"]] == ["a", "b"]
+    np.testing.assert_array_equal(both.heat["a"], one.heat["a"])
 
 
 @pytest.mark.parametrize("method", [Rollout(), ClipSurgery(depth=2)], ids=["rollout", "surgery"])
 def test_a_report_may_show_any_method(method: object) -> None:
     """Also those of several layers, and those that compare with texts of their own."""
-    scene = report.Scene(np.zeros((64, 64, 3), np.uint8), "a", ("red circle",), ((),))
-    (found,) = report.explain_scenes(load_clip("shapes_tiny"), method, [scene], "a {}")
-    assert found.heat[report.MAP].shape == (1, 8, 8)
+    case = Case(np.zeros((64, 64, 3), np.uint8), ["red circle"], {}, boxes=[[]])
+    (found,) = report.add_maps([case], "a", load_clip("shapes_tiny"), method, "a {}")
+    assert found.heat["a"].shape == (1, 8, 8)

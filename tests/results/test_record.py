@@ -71,10 +71,10 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path: Path, value: float) -> 
 def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     path = RESULT.write(tmp_path)
     path.write_text(path.read_text()[:-30])
-    with pytest.raises(ValueError, match=r"regions_224@300.json is no complete JSON"):
+    with pytest.raises(ValueError, match=r"regions_224@300.json is not complete JSON"):
         read(path)
     path.write_text('{"metrics": {}}')
-    with pytest.raises(ValueError, match=r"no evaluation: data, evaluator, protocol"):
+    with pytest.raises(ValueError, match=r"not an evaluation: data, evaluator, protocol"):
         read(path)
 
 

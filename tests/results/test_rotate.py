@@ -1,6 +1,7 @@
 """One row per method: columns of every set of weights, in their units."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_weights_of_one_name_are_told_apart_by_their_step(
     result(home / "runs" / "try", {"a/pointing": 0.3}, 4)
     compare("runs/try", rows="methods", steps="all", metrics=("a/pointing",))
     header = capsys.readouterr().out.splitlines()[0]
-    assert header.split("  ") == [
+    assert re.split(r" {2,}", header) == [
         "method",
         "tiny/pointing",
         "try step 4/pointing",
@@ -79,13 +80,10 @@ def test_seconds_and_multiples_are_no_percentages(
 ) -> None:
     run = home / "runs" / "times"
     result(run, {"rise/seconds": 6.2376, "rise/times_encode_image": 533.14}, 0, "timing")
-    for style in ("markdown", "html"):
-        compare(
-            "runs/times", rows="methods", format=style, metrics=("rise/*",), out="results/times"
-        )  # type: ignore[arg-type]
-        shown = capsys.readouterr().out
-        assert "6.2376" in shown
-        assert "533.14" in shown
+    compare("runs/times", rows="methods", metrics=("rise/*",), out="results/times")
+    shown = capsys.readouterr().out
+    assert "6.2376" in shown
+    assert "533.14" in shown
     assert "Metrics in seconds" in (home / "results" / "times.md").read_text()
     assert written("boxes/top1", 0.4142) == "41.4"
 

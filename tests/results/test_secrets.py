@@ -1,8 +1,16 @@
 """What is masked, and what is left alone."""
 
+import logging
+import sys
+
 import pytest
 
-from gradeclip_ft.results.masking import masked, masked_values
+from gradeclip_ft.results.masking import (
+    masked,
+    masked_output,
+    masked_values,
+    secrets_of_environment,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +46,22 @@ def test_ordinary_words_stay(text: str) -> None:
     assert masked(text) == text
 
 
-def test_values_of_secret_variables_are_masked_wherever_they_stand(
-    monkeypatch: pytest.MonkeyPatch,
+def test_nothing_printed_logged_or_raised_shows_a_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also where a command prints an address as it stands, and where a library logs one."""
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("MY_TOKEN", "short")
-    assert masked("(0123456789abcdef) is short") == "(***) is short"
+    secrets_of_environment.cache_clear()
+    with masked_output():
+        print("https://me:hunter2@h/a.tar?X-Amz-Signature=1: 0 of 0 samples usable")
+        handler = logging.StreamHandler()
+        handler.emit(logging.makeLogRecord({"msg": "sent 0123456789abcdef"}))
+        print("api_key=abc", file=sys.stderr)
+    secrets_of_environment.cache_clear()
+    out, err = capsys.readouterr()
+    assert out == "https://***@h/a.tar?*** 0 of 0 samples usable\n"
+    assert err == "sent ***\napi_key=***\n"
 
 
 def test_keys_that_name_a_secret_hide_their_value() -> None:

@@ -199,7 +199,7 @@ def test_wrong_words_are_named(write: Write) -> None:
 def test_a_damaged_result_is_named(write: Write) -> None:
     folder = write("a", 0.5)
     (folder / "evaluations" / "regions@300.json").write_text('{"metrics": {"boxes')
-    with pytest.raises(ValueError, match=r"regions@300.json is no complete JSON"):
+    with pytest.raises(ValueError, match=r"regions@300.json is not complete JSON"):
         compare("runs/a")
 
 

@@ -1,0 +1,66 @@
+"""Rows of the papers' tables, as entries beside ours (`assets/published.json`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gradeclip_ft.results.collect import Entry
+from gradeclip_ft.results.record import Result
+
+PATH = Path(__file__).parents[1] / "assets" / "published.json"
+
+
+def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+    """Rows of the named tables, under the evaluator of `entries` that is nearest to each.
+
+    Raises:
+        ValueError: There is no such table.
+    """
+    tables = _tables()
+    unknown = [name for name in names if name not in tables]
+    if unknown:
+        raise ValueError(f"no published {', '.join(unknown)}; there are {', '.join(tables)}")
+    found = []
+    for name in names:
+        table = tables[name]
+        evaluator = _nearest(name, table, entries)
+        for row in table["rows"]:
+            result = Result(
+                evaluator=evaluator,
+                metrics=row["metrics"],
+                protocol={**table["protocol"], **row["protocol"]},
+                data={"counts": {"images": table["images"]}},
+                weights={"name": row["model"]},
+                versions={},
+            )
+            facts = {"map": row["map"], "published": row["row"]}
+            found.append(Entry(name, 0, facts, {evaluator: result}, published=True))
+    return found
+
+
+def published_sources(names: Sequence[str]) -> list[str]:
+    """Where the numbers of the named tables come from, one line each."""
+    return [f"{name}: {_tables()[name]['source']}." for name in names]
+
+
+def _nearest(name: str, table: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    """The evaluator of the same task and metrics that differs in the fewest settings."""
+    wanted = table["protocol"]
+    metrics = set(table["rows"][0]["metrics"])
+    differing = {
+        evaluator: sum(result.protocol.get(key) != value for key, value in wanted.items())
+        for entry in entries
+        for evaluator, result in entry.results.items()
+        if result.protocol.get("task") == wanted["task"] and metrics & set(result.metrics)
+    }
+    return min(differing, key=lambda evaluator: differing[evaluator], default=name)
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
+    return tables
