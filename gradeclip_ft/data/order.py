@@ -42,6 +42,8 @@ class Place:
 
     def key(self, purpose: str) -> int:
         """A seed for one purpose."""
+        # Hashed: added up, seed 1 on rank 0 would draw what seed 0 draws on rank 1. And since all
+        # randomness starts here, a resumed run needs no stored state of any generator.
         return stable_hash(f"{purpose}/{self.seed}/{self.epoch}/{self.rank}/{self.worker}")
 
     def share(self, batches: int) -> int:
@@ -68,6 +70,8 @@ class Slice:
 
 def slice_of(place: Place, batches: int, batch_size: int) -> Slice:
     """The samples of one worker, where every process has the same number of batches."""
+    # In batches, over the one row of all samples: whole processes before this one, then the
+    # workers before this one, some of which have a batch more than others.
     before = place.rank * batches + sum(
         len(range(worker, batches, place.workers)) for worker in range(place.worker)
     )
@@ -114,7 +118,9 @@ def each_sample_once(
     """
     row = list(zip(urls, counts, strict=True))
     if shuffle:
+        # From seed and epoch alone, without rank and worker: all of them must cut the same row.
         random.Random(stable_hash(f"row/{place.seed}/{place.epoch}")).shuffle(row)
+    # A second pass only where samples were dropped: the first gives all that the slice has.
     for number in count():
         generator = random.Random(place.key(f"pass{number}"))
         samples = chain.from_iterable(_pieces(row, part, skips))
@@ -131,6 +137,7 @@ def _pieces(
 ) -> Iterator[Iterator[RawSample]]:
     ends = accumulate(size for _, size in row)
     for (url, size), end in zip(row, ends, strict=True):
+        # The slice in this shard's own numbers; a shard that it does not touch is never opened.
         low = max(part.first - (end - size), 0)
         high = min(part.first + part.size - (end - size), size)
         if low < high:
@@ -145,6 +152,8 @@ def _endless(urls: Sequence[str], generator: random.Random, skips: Skips) -> Ite
         for sample in read_shard(url, skips):
             empty = False
             yield sample
+        # Shards that give nothing must be different ones in a row: one of many may be damaged and
+        # drawn often. Without this check a wrong folder would be read for ever.
         barren = barren | {url} if empty else set()
         if len(barren) >= min(len(urls), MOST_BARREN_SHARDS):
             raise _nothing(len(barren), skips)
@@ -155,6 +164,8 @@ def _shuffled(
 ) -> Iterator[RawSample]:
     if size < 2:
         return samples
+    # `initial=size`: filled before the first sample leaves, so that the first samples of an epoch
+    # are as well mixed as the others.
     mixed: Iterator[RawSample] = shuffle_buffer(size, initial=size, rng=generator)(samples)
     return mixed
 

@@ -68,8 +68,11 @@ class GradEclip:
         if self.head is not None:
             head = self._check_head(trace.heads)
             q, k, v, weight = (x.chunk(trace.heads, -1)[head] for x in (q, k, v, weight))
+        # Eq. 19 for all phrases of all images at once: row p takes the values of its own image,
+        # (P, N, C) x (P, C, 1), and λ, which no phrase changes, is computed once per image.
         value = torch.bmm(v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
         relevance = self._spatial_weight(trace, q, k)[owner] * value
+        # The class token has the largest λ of all, its own; it is not a place in the picture.
         relevance = relevance.masked_fill(~trace.explained[owner], 0.0)
         return relevance.relu() if self.relu else relevance
 
@@ -91,6 +94,8 @@ class GradEclip:
         if self.spatial == "softmax":
             scores = torch.einsum("bc,bnc->bn", q, k) / math.sqrt(q.shape[-1])
             return (scores if trace.mask is None else scores + trace.mask).softmax(-1)
+        # Eq. 20 replaces the softmax, which is so sparse that most patches would get no weight, by
+        # a similarity stretched to 0..1 over the explained tokens.
         if self.space == "projected":
             q, k = trace.project(q), trace.project(k)
         if self.similarity == "product":
@@ -119,9 +124,13 @@ def channel_weight(
         scale: Of one head's attention.
         create_graph: Keep the graph of w.
     """
+    # The query row alone: (P, C). No other row of the last attention reaches the embedding, so its
+    # gradient is the whole gradient, and one backward through `finish` gives it for all phrases.
     o = trace.output(heads, scale)[owner]
+    # Stopped maps cut the graph here: the loss then moves F_d and the phrase, not the map.
     if not (create_graph and o.requires_grad):
         o = o.detach().requires_grad_()
     score = trace.score(trace.finish(trace.query_tokens[owner], o), target)
+    # Rows do not mix in `finish` or in the score, so the gradient of the sum is each row's own.
     (weight,) = torch.autograd.grad(score.sum(), o, create_graph=create_graph)
     return weight

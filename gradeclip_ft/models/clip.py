@@ -1,7 +1,7 @@
 """A CLIP seen through its two towers, with its tokenizer and pixels: what the package works on.
 
-BLIP and classifiers (`models/other`) stand beside it. They share what explaining and evaluating
-need, which the protocols below say, and cannot be trained or exported.
+BLIP and classifiers are beside it in `models/other`. They can be explained, BLIP can also be
+evaluated; neither can be trained or exported.
 """
 
 from __future__ import annotations
@@ -295,15 +295,9 @@ class LoadedClip:
         """SHA-256 of the current parameters and buffers, independent of any file format."""
         return hash_weights(self.clip.model)
 
-    def transform(self, train: bool = False, size: int | None = None) -> ImageTransform:
-        """Picture to normalised pixels; for training a random crop, never a flip.
-
-        Args:
-            train: Random instead of central crop.
-            size: Side in pixels where it is not the model's.
-        """
-        target = self.image_size if size is None else (size, size)
-        return ImageTransform(target, self.preprocessing, train)
+    def transform(self, train: bool = False) -> ImageTransform:
+        """Picture to normalised pixels; for training a random crop, never a flip."""
+        return ImageTransform(self.image_size, self.preprocessing, train)
 
     def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
         """Pictures, or their files, as the model takes them, on its device.

@@ -1,15 +1,14 @@
 """Texts of a causal tower in few rows, with every common beginning once.
 
-Behind a causal mask a token depends on the tokens before it and on nothing else. Texts that begin
+With a causal mask a token depends on the tokens before it and on nothing else. Texts that begin
 alike therefore share the beginning's tokens: the prompt of all phrases is computed once per row,
-and a phrase costs its own words. Several texts stand in one row, where a mask lets every token see
+and a phrase costs its own words. Several texts are in one row, where a mask lets every token see
 its own beginning alone, so hardly anything is computed for padding. Embeddings are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -30,63 +29,57 @@ def pack_texts(texts: Sequence[Sequence[int]], *, pad: int = 0) -> PackedTexts:
         texts: At least one; none is empty.
         pad: Id of what fills a row up.
     """
+    # In alphabetical order of ids, neighbours have most in common: the texts form a trie that is
+    # read from left to right, and each needs only what the one before it does not already have.
     order = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    ordered = [texts[number] for number in order]  # neighbours have most in common
+    ordered = [texts[number] for number in order]
     shared = [0, *(_common(*pair) for pair in pairwise(ordered))]
     starts = _balanced(list(map(len, ordered)), shared)
     rows = [_row(ordered[a:b], shared[a:b]) for a, b in pairwise([*starts, len(texts)])]
-    length = -(-max(len(row.ids) for row in rows) // MULTIPLE) * MULTIPLE
+    length = -(-max(len(row) for row, _ in rows) // MULTIPLE) * MULTIPLE
+    # R rows of T columns. What fills a row up has id `pad` and sees itself: a row of the mask
+    # without any visible token would give NaN, and its gradient would reach every parameter.
     ids = np.full((len(rows), length), pad)
     positions = np.zeros((len(rows), length), dtype=np.int64)
-    seen = np.repeat(np.eye(length, dtype=bool)[None], len(rows), axis=0)
+    seen = np.repeat(np.eye(length, dtype=bool)[None], len(rows), axis=0)  # (R, T, T)
     ends = []
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = row.ids
-        positions[number, : len(row.ids)] = row.positions
-        for column, parent in enumerate(row.parents):
+    for number, (tokens, last) in enumerate(rows):
+        for column, (token, position, parent) in enumerate(tokens):
+            ids[number, column], positions[number, column] = token, position
             if parent is not None:
+                # A parent is further left, so its own row of the mask is complete already: a
+                # token sees what its parent sees, and itself.
                 seen[number, column] |= seen[number, parent]
-        ends += [number * length + column for column in row.ends]
+        ends += [number * length + column for column in last]
+    # Back to the caller's order: text `order[i]` ends at place `ends[i]` of the flattened rows.
     end = np.empty(len(texts), dtype=np.int64)
     end[order] = ends
     return PackedTexts(*map(torch.from_numpy, (ids, positions, ~seen, end)))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Tokens of one row.
-
-    Attributes:
-        ids: Of the tokens.
-        positions: Of the tokens in their texts.
-        parents: Column of the token before each; None at the start of a text.
-        ends: Column of every text's last token.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    parents: list[int | None] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+Token = tuple[int, int, int | None]
+"""Id, position in its text, and column of the token before it; None at the start of a text."""
 
 
-def _row(texts: Sequence[Sequence[int]], shared: Sequence[int]) -> _Row:
-    """A row from texts in alphabetical order, and what each shares with the one before."""
-    row = _Row()
+def _row(texts: Sequence[Sequence[int]], shared: Sequence[int]) -> tuple[list[Token], list[int]]:
+    """The tokens of a row of texts in alphabetical order, and the column of every text's last."""
+    tokens: list[Token] = []
+    ends: list[int] = []
     path: list[int] = []  # columns of the last text
     for number, (text, same) in enumerate(zip(texts, shared, strict=True)):
-        kept = same if number else 0
+        kept = same if number else 0  # what the last text of the row above has is not here
         del path[kept:]
         for position in range(kept, len(text)):
-            row.parents.append(path[-1] if path else None)
-            path.append(len(row.ids))
-            row.ids.append(text[position])
-            row.positions.append(position)
-        row.ends.append(path[-1])
-    return row
+            tokens.append((text[position], position, path[-1] if path else None))
+            path.append(len(tokens) - 1)
+        ends.append(path[-1])
+    return tokens, ends
 
 
 def _balanced(lengths: Sequence[int], shared: Sequence[int]) -> list[int]:
     """Number of the first text of every row, the rows about equally long."""
+    # All rows are as long as the longest, so an uneven one is paid for R times. The fewest rows
+    # that could hold the trie come first; each cut repeats a beginning, so the room may not do.
     total, longest = sum(lengths) - sum(shared), max(lengths)
     wanted = -(-total // max(ROW, longest))
     capacity = max(-(-total // wanted), longest)
@@ -101,7 +94,7 @@ def _starts(lengths: Sequence[int], shared: Sequence[int], capacity: int) -> lis
         used += length - same
         if used > capacity:
             starts.append(number)
-            used = length
+            used = length  # the first text of a row shares with nobody
     return starts
 
 

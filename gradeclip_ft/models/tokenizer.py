@@ -1,6 +1,6 @@
 """Texts to token ids: open_clip's and Hugging Face's tokenizers, and the shapes world's words.
 
-Cutting the padding behind the longest text of a call saves most of the cost of short phrases. It is
+Cutting the padding after the longest text of a call saves most of the cost of short phrases. It is
 exact for causal towers that pool at the end of the text, and for towers that mask their padding
 (traps: E10).
 """
@@ -51,46 +51,40 @@ def words_of(tokenizer: Foreign, text: str) -> list[Word]:
     Raises:
         ValueError: The tokenizer is of another kind.
     """
+    inner: Foreign = getattr(tokenizer, "tokenizer", None)
     if hasattr(tokenizer, "words"):
         found: list[Word] = tokenizer.words(text)
         return found
     if hasattr(tokenizer, "decoder"):
-        return _of_clip(tokenizer, text)
-    if hasattr(getattr(tokenizer, "tokenizer", None), "convert_ids_to_tokens"):
-        return _of_hugging_face(tokenizer, text)
-    raise ValueError(
-        f"{type(tokenizer).__name__} does not say which tokens make a word; expected open_clip's "
-        "tokenizer, one of transformers, or one with a method words(text)"
-    )
+        pieces = tokenizer.encode(tokenizer.clean_fn(text))
+        ends = [tokenizer.decoder[piece].endswith(ENDS) for piece in pieces]
+        firsts, join = [True, *ends[:-1]], tokenizer.decode
+    elif hasattr(inner, "convert_ids_to_tokens"):
 
+        def split(text: str) -> list[str]:
+            ids = inner(text, add_special_tokens=False, truncation=False)["input_ids"]
+            found: list[str] = inner.convert_ids_to_tokens(ids)
+            return found
 
-def _of_clip(tokenizer: Foreign, text: str) -> list[Word]:
-    """Words by open_clip's own tokenizer (byte pairs whose last piece ends a word)."""
-    ids = tokenizer.encode(tokenizer.clean_fn(text))
-    words: list[Word] = []
-    first = 0
-    for end, token in enumerate(ids, start=1):
-        if tokenizer.decoder[token].endswith(ENDS) or end == len(ids):
-            words.append(Word(tokenizer.decode(ids[first:end]).strip(), end - first))
-            first = end
-    return words
-
-
-def _of_hugging_face(tokenizer: Foreign, text: str) -> list[Word]:
-    """Words by a tokenizer of transformers inside open_clip's wrapper."""
-    inner = tokenizer.tokenizer
-    pieces = inner.convert_ids_to_tokens(
-        inner(tokenizer.clean_fn(text), add_special_tokens=False, truncation=False)["input_ids"]
-    )
-    probe = inner.convert_ids_to_tokens(inner("a a", add_special_tokens=False)["input_ids"])
-    marked = any(piece.startswith(STARTS) for piece in [*pieces, *probe])
-    groups: list[list[str]] = []
-    for piece in pieces:
-        first = piece.startswith(STARTS) if marked else not piece.startswith(CONTINUES)
+        pieces = split(tokenizer.clean_fn(text))
+        # One piece may carry no mark in either style; a text of two words tells which it is.
+        marked = any(piece.startswith(STARTS) for piece in [*pieces, *split("a a")])
+        firsts = [
+            piece.startswith(STARTS) if marked else not piece.startswith(CONTINUES)
+            for piece in pieces
+        ]
+        join = inner.convert_tokens_to_string
+    else:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which tokens make a word; expected "
+            "open_clip's tokenizer, one of transformers, or one with a method words(text)"
+        )
+    groups: list[list[Any]] = []
+    for piece, first in zip(pieces, firsts, strict=False):
         if first or not groups:
             groups.append([])
         groups[-1].append(piece)
-    return [Word(inner.convert_tokens_to_string(group).strip(), len(group)) for group in groups]
+    return [Word(join(group).strip(), len(group)) for group in groups]
 
 
 KEPT = 20_000  # texts whose ids are remembered, 12 MB at CLIP's context
@@ -98,10 +92,10 @@ KEPT = 20_000  # texts whose ids are remembered, 12 MB at CLIP's context
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One tokenizer behind one call.
+    """One tokenizer, one call.
 
     Attributes:
-        tokenize: Texts to ids at the full context, padded behind the end of the text.
+        tokenize: Texts to ids at the full context, padded after the end of the text.
         context_length: L of the text tower.
         exact_cut: Whether the tower's result survives a shorter context.
         pad: Id of the padding.
@@ -120,7 +114,7 @@ class Tokenizer:
 
         Args:
             texts: May be empty, then the result has no rows.
-            trim: Cut behind the longest text, rounded up to a multiple of 8, where that is exact.
+            trim: Cut after the longest text, rounded up to a multiple of 8, where that is exact.
         """
         if not texts:
             length = min(MULTIPLE, self.context_length) if trim else self.context_length
@@ -143,9 +137,9 @@ class Tokenizer:
         return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
     def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
-        """Token ids of this tokenizer, one group behind the other; None where the tower cannot.
+        """Token ids of this tokenizer, one group after the other; None where the tower cannot.
 
-        A text ends where its last id, the end of a text, stands for the first time.
+        A text ends where its last id, the end of a text, occurs for the first time.
         """
         if not self.packs:
             return None
@@ -192,23 +186,14 @@ class WordTokenizer:
     vocabulary: tuple[str, ...]
     context_length: int
 
-    @property
-    def start(self) -> int:
-        """Id of the start of a text."""
-        return len(self.vocabulary) + 2
-
-    @property
-    def end(self) -> int:
-        """Id of the end of a text, the largest."""
-        return len(self.vocabulary) + 3
-
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "M L"]:
         """Token ids at the full context."""
-        index = {word: row + 2 for row, word in enumerate(self.vocabulary)}
+        index = {word: row for row, word in enumerate(self.vocabulary, start=2)}
+        start, end = len(self.vocabulary) + 2, len(self.vocabulary) + 3
         ids = torch.zeros((len(texts), self.context_length), dtype=torch.long)
         for row, text in enumerate(texts):
             words = [index.get(word, 1) for word in split_words(text)]
-            line = [self.start, *words[: self.context_length - 2], self.end]
+            line = [start, *words[: self.context_length - 2], end]
             ids[row, : len(line)] = torch.tensor(line)
         return ids
 

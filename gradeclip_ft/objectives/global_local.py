@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.base import Explainer, TraceExplainer, heat_from_trace
-from gradeclip_ft.losses import AlignmentOptions, AlignmentTerms, alignment_loss, contrastive_loss
+from gradeclip_ft.losses import AlignmentOptions, alignment_loss, contrastive_loss
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.tower import EXPLAINED
 from gradeclip_ft.models.trace import UnsupportedTowerError
@@ -63,38 +61,36 @@ class GlobalLocal:
         trace = clip.image.trace(batch.images)
         captions, distinct = clip.encode_texts_of(batch)
         phrases = distinct[batch.phrase]  # (P, D), each string was computed once
-        dense = trace.dense()
-        heat = heat_from_trace(self.explainer, trace, phrases, batch.owner)
+        # Two readings of one trace: with the query's attention it gives the embedding and the
+        # maps, without any it gives F_d. The blocks before it run once for all three.
+        dense = trace.dense()  # (B, h, w, D)
+        heat = heat_from_trace(self.explainer, trace, phrases, batch.owner)  # (P, h, w)
+        # Cosines, powers and logarithms need fp32: in bf16, 1 - 1e-6 is 1 and its logarithm 0.
         with torch.autocast(batch.images.device.type, enabled=False):
             regions = pool_heatmap(dense, heat, batch.owner, normalize_tokens=self.normalize_tokens)
+            # Without gradient: a weight that learns could make all maps 0 to be rid of the loss.
+            highest = heat.detach().amax((1, 2))  # (P)
             scale = clip.log_scale.exp()
+            # The temperature learns from (21) alone. In (22) it would fit the smaller cosines of
+            # regions, and the global loss would follow.
             whole = contrastive_loss(trace.embedding, captions, scale)
             local = alignment_loss(
                 regions,
                 phrases,
                 identity=batch.identity[batch.phrase],
-                weight=self._weight(heat.detach()),
+                weight=highest if self.phrase_weight == "max" else (highest > 0).float(),
                 scale=scale.detach(),
                 options=self.alignment,
             )
         total = whole + self.local_weight * local.loss
-        return LossTerms(total, _parts(whole, local, heat.detach()))
-
-    def _weight(self, heat: Float[Tensor, "P h w"]) -> Float[Tensor, " P"]:
-        """w_t; 0 where the map is 0 everywhere."""
-        highest = heat.amax((1, 2))
-        return highest if self.phrase_weight == "max" else (highest > 0).float()
-
-
-def _parts(whole: Tensor, local: AlignmentTerms, heat: Tensor) -> dict[str, Tensor]:
-    highest = heat.amax((1, 2))
-    count = max(len(highest), 1)
-    return {
-        "global": whole.detach(),
-        "local": local.loss.detach(),
-        "positive_cosine": local.positive_cosine,
-        "negative_cosine": local.negative_cosine,
-        "clamped_share": local.clamped_share,
-        "heat_max": highest.sum() / count,
-        "empty_maps": (highest == 0).sum() / count,
-    }
+        count = max(len(highest), 1)
+        parts = {
+            "global": whole.detach(),
+            "local": local.loss.detach(),
+            "positive_cosine": local.positive_cosine,
+            "negative_cosine": local.negative_cosine,
+            "clamped_share": local.clamped_share,
+            "heat_max": highest.sum() / count,
+            "empty_maps": (highest == 0).sum() / count,
+        }
+        return LossTerms(total, parts)

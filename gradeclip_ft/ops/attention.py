@@ -37,11 +37,12 @@ def attend_row(
     q = q.view(batch, heads, depth)
     k = k.view(batch, tokens, heads, depth)
     v = v.view(batch, tokens, heads, depth)
+    # Plain products, no fused kernel: `create_graph` differentiates this a second time.
     scores = torch.einsum("bac,bnac->ban", q, k)  # (B, A, N)
     scores = scores / math.sqrt(depth) if scale is None else scores * scale
     if mask is not None:
         scores = scores + mask.unsqueeze(1)
-    weights = scores.float().softmax(-1).to(v.dtype)
+    weights = scores.float().softmax(-1).to(v.dtype)  # bf16 would leave N weights 3 digits
     return torch.einsum("ban,bnac->bac", weights, v).reshape(batch, width)
 
 
@@ -64,6 +65,7 @@ def attend(
     """
     batch, tokens, width = k.shape
     split = (batch, tokens, heads, width // heads)
+    # Joined heads to (B, A, N, c), so that one product serves all of them.
     queries, keys, values = (rows.reshape(split).transpose(1, 2) for rows in (q, k, v))
     scores = queries @ keys.transpose(2, 3) / math.sqrt(width // heads)  # (B, A, N, N)
     if mask is not None:

@@ -21,9 +21,10 @@ def min_max(
         among: Positions that define minimum and maximum and are normalised; all others become 0.
         eps: Rows whose range is smaller count as constant.
     """
+    # The class token is left out: its key is closest to the query and would set the maximum.
     low = x.masked_fill(~among, torch.inf).amin(-1, keepdim=True)
     high = x.masked_fill(~among, -torch.inf).amax(-1, keepdim=True)
-    flat = high - low < eps
+    flat = high - low < eps  # 0/0 would be NaN; without a difference no token is preferred
     scaled = (x - low) / (high - low).masked_fill(flat, 1.0)
     return torch.where(flat, 1.0, scaled).masked_fill(~among, 0.0)
 
@@ -64,7 +65,7 @@ def pool_heatmap(
         owner: Image row of each phrase.
         normalize_tokens: Bring every token of F_d to length 1 first, as CLIPSelf does.
     """
-    tokens = _prepare(dense, normalize_tokens).flatten(1, 2)  # (B, n, D)
+    tokens = (unit(dense) if normalize_tokens else dense.float()).flatten(1, 2)  # (B, n, D)
     weights = heat.flatten(1).to(tokens.dtype)  # (P, n)
     return torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1)
 
@@ -74,7 +75,6 @@ def pool_boxes(
     boxes: Float[Tensor, "R 4"],
     owner: Int[Tensor, " R"],
     *,
-    normalize_tokens: bool = True,
     sampling_ratio: int = -1,
     aligned: bool = True,
 ) -> Float[Tensor, "R D"]:
@@ -84,11 +84,10 @@ def pool_boxes(
         dense: Value-path features.
         boxes: xyxy in [0, 1] of the (padded) image.
         owner: Image row of each box.
-        normalize_tokens: Bring every token to length 1 first.
         sampling_ratio: Points per side of the box; -1 for as many as it has cells.
         aligned: Shift boxes by half a cell, so that values lie at the centres of cells.
     """
-    features = _prepare(dense, normalize_tokens).permute(0, 3, 1, 2)  # (B, D, h, w)
+    features = unit(dense).permute(0, 3, 1, 2)  # (B, D, h, w)
     height, width = features.shape[2:]
     scale = boxes.new_tensor([width, height, width, height])
     rois = torch.cat([owner.to(boxes.dtype).unsqueeze(1), boxes * scale], dim=1).float()
@@ -101,7 +100,6 @@ def pool_masks(
     masks: Shaped[Tensor, "R h w"],
     owner: Int[Tensor, " R"],
     *,
-    normalize_tokens: bool = True,
     eps: float = 1e-12,
 ) -> Float[Tensor, "R D"]:
     """Unit region features by the mean over masked tokens; an empty mask gives a row of zeros.
@@ -110,14 +108,9 @@ def pool_masks(
         dense: Value-path features.
         masks: 1 (or true) where the region is, on the patch grid.
         owner: Image row of each mask.
-        normalize_tokens: Bring every token to length 1 first.
         eps: Added to the number of cells.
     """
-    tokens = _prepare(dense, normalize_tokens).flatten(1, 2)  # (B, n, D)
+    tokens = unit(dense).flatten(1, 2)  # (B, n, D)
     weights = masks.flatten(1).to(tokens.dtype)  # (R, n)
     weights = weights / (weights.sum(1, keepdim=True) + eps)
     return unit(torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1))
-
-
-def _prepare(dense: Tensor, normalize: bool) -> Tensor:
-    return unit(dense) if normalize else dense.float()

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from gradeclip_ft.models.other.classifier import Classifier, LoadedClassifier, load_classifier
+from gradeclip_ft.models.other.classifier import LoadedClassifier, load_classifier
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.tiny_foreign import CLASSIFIERS, make_tiny_classifier, shake
 
@@ -112,23 +112,6 @@ def test_names_are_as_many_as_classes(tmp_path: Path) -> None:
         load_classifier("timm:vit_tiny_patch16_224", tmp_path / "mine.pt", classes=["cat", "dog"])
 
 
-class Dangerous:
-    """Runs a command when it is unpickled."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, (Path("owned"),)
-
-
-def test_weights_that_carry_code_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"head.weight": torch.zeros(3, 192), "more": Dangerous()}, "bad.pt")
-    with pytest.raises(ValueError, match="cannot be read without executing code"):
-        load_classifier("timm:vit_tiny_patch16_224", "bad.pt")
-    assert not Path("owned").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
@@ -177,9 +160,3 @@ def test_published_weights_that_cannot_be_fetched_name_the_way_out(
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"cannot be fetched \(OSError: no route.* give the file"):
         load_classifier("timm:vit_tiny_patch16_224.augreg_in21k")
-
-
-def test_a_classifier_of_ones_own_is_wrapped_directly() -> None:
-    """Without names and files: any module of the two libraries."""
-    module = make_tiny_classifier("torchvision").model
-    assert Classifier(module).image.depth == 2

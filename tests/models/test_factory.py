@@ -9,6 +9,7 @@ from PIL import Image
 
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.load import load_clip
+from tests.tiny import make_tiny_clip
 
 
 def test_the_packaged_clip_loads_and_matches_its_texts() -> None:
@@ -42,7 +43,7 @@ def test_an_unknown_tag_lists_the_tags() -> None:
         load_clip("ViT-B-16", "opena")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "EVA02-B-16", "shapes_tiny"])
+@pytest.mark.parametrize("name", ["EVA02-B-16", "shapes_tiny"])
 def test_an_image_size_that_the_patch_does_not_divide_is_refused(name: str) -> None:
     weights = None if name == "shapes_tiny" else "random"
     with pytest.raises(ValueError, match="225 is not a multiple of the patch size"):
@@ -50,9 +51,9 @@ def test_an_image_size_that_the_patch_does_not_divide_is_refused(name: str) -> N
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    torch.save(open_clip.create_model("RN50").state_dict(), tmp_path / "rn50.pt")
+    torch.save(make_tiny_clip("resnet").model.state_dict(), tmp_path / "resnet.pt")
     with pytest.raises(ValueError, match="does not fit the model"):
-        load_clip("ViT-B-32", tmp_path / "rn50.pt")
+        load_clip("shapes_tiny", tmp_path / "resnet.pt")
 
 
 @pytest.mark.parametrize("size", [(90, 70), (320, 240), (240, 320), (33, 47), (64, 64)])
@@ -72,12 +73,3 @@ def test_training_crops_at_random_and_never_flips() -> None:
     crops = [transform(picture) for _ in range(20)]
     assert len({crop.sum().item() for crop in crops}) > 1
     assert all(crop[0, 16, -1] > crop[0, 16, 0] for crop in crops)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA"])
-@pytest.mark.parametrize("size", [(1, 1), (500, 3)])
-def test_awkward_pictures_become_pixels(mode: str, size: tuple[int, int]) -> None:
-    picture = Image.new(mode, size)
-    pixels = ImageTransform((32, 32), Preprocessing())(picture)
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.isfinite().all()

@@ -79,6 +79,9 @@ def test_words_alone_are_explained(text_clip: Clip) -> None:
     first = 0 if text_clip.text.pooling == "last position" else 1
     found = [row.nonzero().flatten().tolist() for row in trace.explained]
     assert found == [list(range(first, end)) for end in (3, 5, 7, LONGEST - 1)]
+    assert trace.grid is None
+    with pytest.raises(ValueError, match="dense features exist for images"):
+        trace.dense()
 
 
 @torch.no_grad()

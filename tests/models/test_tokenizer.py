@@ -60,12 +60,6 @@ def test_words_are_lower_case_letters_and_numbers() -> None:
     ]  # fmt: skip
 
 
-def test_word_ids_equal_those_of_trimmed_calls() -> None:
-    words = Tokenizer(WordTokenizer(("a", "red", "circle"), 24), 24)
-    assert words(["a red circle"], trim=True).shape == (1, 8)
-    assert torch.equal(words(["a red circle"])[:, :8], words(["a red circle"], trim=True))
-
-
 def test_texts_that_come_again_have_the_same_ids(monkeypatch) -> None:
     """Would catch a mix-up of remembered rows, also when the memory is full and starts anew."""
     monkeypatch.setattr("gradeclip_ft.models.tokenizer.KEPT", 3)

@@ -88,18 +88,24 @@ def test_dense_features_of_a_pool_are_its_result_for_one_token_alone(family: str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["dinov2", "timm_vit", "eva01", "eva_post_norm", "eva02"])
+@pytest.mark.parametrize(
+    "family",
+    ["vit", "vit_layer_scale", "dinov2", "timm_vit", "eva01", "eva_post_norm", "eva02"],
+)
 def test_dense_features_are_the_last_block_with_identity_attention(family: str) -> None:
     """An additive mask that leaves only the diagonal turns the library's block into F_d."""
     clip = make_tiny_clip(family)
-    trace, trunk = clip.image.trace(images(clip, 2)), clip.model.visual.trunk
+    trace, visual = clip.image.trace(images(clip, 2)), clip.model.visual
     count = trace.tokens.shape[1]
     alone = torch.full((count, count), -torch.inf).fill_diagonal_(0.0)
-    rope = getattr(trunk, "rope", None)
-    extra = {} if rope is None else {"rope": rope.get_embed()}
-    rows = trunk.head(
-        trunk.fc_norm(trunk.norm(trunk.blocks[-1](trace.tokens, attn_mask=alone, **extra)))
-    )
+    if hasattr(visual, "transformer"):
+        block = visual.transformer.resblocks[-1]
+        rows = visual.ln_post(block(trace.tokens, attn_mask=alone)) @ visual.proj
+    else:
+        trunk, rope = visual.trunk, getattr(visual.trunk, "rope", None)
+        extra = {} if rope is None else {"rope": rope.get_embed()}
+        rows = trunk.norm(trunk.blocks[-1](trace.tokens, attn_mask=alone, **extra))
+        rows = trunk.head(trunk.fc_norm(rows))
     torch.testing.assert_close(trace.dense(), rows[:, -16:].view(2, 4, 4, 16), **CLOSE)
 
 
@@ -218,9 +224,6 @@ def test_training_mode_spares_batch_norms_and_frozen_parts() -> None:
     assert clip.model.visual.training
     assert not any(part.training for part in clip.model.text.modules())
     assert not any(part.training for part in clip.eval().modules())
-
-
-def test_dropout_of_a_learning_tower_stays_on() -> None:
-    clip = make_tiny_clip("dinov2")
-    clip.train()
-    assert clip.model.visual.trunk.pos_drop.training
+    learning = make_tiny_clip("dinov2")
+    learning.train()
+    assert learning.model.visual.trunk.pos_drop.training

@@ -127,7 +127,9 @@ def test_packed_texts_give_the_plain_loss(tiny_clip: Clip, tiny_batch: CaptionBa
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["vit", "eva02", "dinov2"])
+@pytest.mark.parametrize(
+    "family", ["vit", *(pytest.param(one, marks=pytest.mark.slow) for one in ("eva02", "dinov2"))]
+)
 def test_compiled_blocks_give_the_plain_loss(family: str, tiny_batch: CaptionBatch) -> None:
     """The gradient inside the step, differentiated again, beside traced and cut-up graphs."""
     clip = make_tiny_clip(family)
