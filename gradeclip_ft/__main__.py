@@ -19,11 +19,11 @@ COMMANDS = {
     "evaluate": Command("evaluate", config="evaluate"),
     "explain": Command("explain", config="explain", several=EXPLAINERS),
     "export": Command("export", config="export"),
-    "doctor": Command("doctor", config="train", preset=("name=doctor",)),
+    "doctor": Command("doctor", config="train"),
     "compare": Command("compare", config=None),
     "report": Command("report", config=None),
     "data": Command("data", config=None),
-    "list": Command("list", config=None),
+    "list": Command("list", config=None, calls="list_options"),
 }
 
 

@@ -585,7 +585,9 @@ def command(*overrides: str) -> Callable[[], int]:
 def record(target: str, **arguments: Any) -> Callable[[], object]:
     """A run's record whose objective asks for another target inside."""
     node = {"_target_": "gradeclip_ft.losses.AlignmentOptions"}
-    return lambda: make(OmegaConf.create({**node, "kind": {"_target_": target, **arguments}}))
+    return lambda: make(
+        OmegaConf.create({**node, "kind": {"_target_": target, **arguments}}), "alignment"
+    )
 
 
 def metacharacters() -> int:

@@ -6,15 +6,16 @@ tokenizer and transform, the run's folder) is added here by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.config import recorded, signature
+from gradeclip_ft.commands.config import NODE_KEYS, check_node, recorded
 from gradeclip_ft.commands.runs import resolve_weights
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
     weights = {} if start is None else {"weights": str(resolve_weights(start, cfg.runs_dir))}
     from gradeclip_ft.models.clip import LoadedClip
 
-    loaded = make(cfg.model, **weights)
+    loaded = make(cfg.model, "model", **weights)
     if not isinstance(loaded, LoadedClip):
         raise ValueError(
             f"{loaded.name} is a classifier, expected a model of images and texts; `explain` alone "
@@ -85,13 +86,13 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
 
 def build_objective(cfg: DictConfig) -> Objective:
     """Batch to loss."""
-    objective: Objective = make(cfg.objective)
+    objective: Objective = make(cfg.objective, "objective")
     return objective
 
 
 def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
     """Captioned images, tokenised and sized for the model."""
-    source: CaptionSource = make(cfg.data)(
+    source: CaptionSource = make(cfg.data, "data")(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     return source
@@ -99,12 +100,12 @@ def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
 
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Evaluators by their key below `evaluator`."""
-    return {str(key): make(node) for key, node in (cfg.get("evaluator") or {}).items()}
+    return {str(key): make(node, "evaluator") for key, node in (cfg.get("evaluator") or {}).items()}
 
 
 def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:
     """The training step with optimiser and schedule."""
-    module: FineTuneModule = make(cfg.optim)(
+    module: FineTuneModule = make(cfg.optim, "optim")(
         loaded.require_clip("trained"), objective, seed=cfg.seed
     )
     return module
@@ -128,32 +129,42 @@ def build_evaluate(
 
 def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """The trainer with its loggers."""
-    loggers = make(cfg.logger)(folder, recorded(cfg))
-    trainer: pl.Trainer = make(cfg.trainer)(folder, loggers, callbacks)
+    loggers = make(cfg.logger, "logger")(folder, recorded(cfg))
+    trainer: pl.Trainer = make(cfg.trainer, "trainer")(folder, loggers, callbacks)
     return trainer
 
 
-def make(node: Any, **runtime: Any) -> Any:
-    """Instantiate a mapping; lists and mappings inside become plain Python.
+def make(node: Any, key: str, **runtime: Any) -> Any:
+    """Build what a node of the configuration describes.
 
-    Also of configurations that no command line was checked for, as those of a run read back.
+    It is checked first, since it may come from the record of a run that somebody sent: only what
+    conf/ builds under `key` is built, from arguments of the right types.
+
+    Args:
+        node: With `_target_`.
+        key: Where it is in the configuration, such as `model`.
+        runtime: Arguments that exist only while running.
 
     Raises:
-        UnknownTargetError: A `_target_` anywhere in it is nothing that may be built from yaml.
+        ConfigurationError: The check fails.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    for target in _targets(plain):
-        signature(str(target))
-    return instantiate(node, _convert_="all", **runtime)
+    return _built(check_node(node, key, given=runtime), runtime)
 
 
-def _targets(node: Any) -> Iterator[Any]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    for entry in node if isinstance(node, list) else ():
-        yield from _targets(entry)
+def _built(node: Any, runtime: Mapping[str, Any]) -> Any:
+    """Plain checked data to objects. Hydra's `instantiate` would resolve strings once more."""
+    if isinstance(node, list):
+        return [_built(entry, {}) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    values = {name: _built(value, {}) for name, value in node.items() if name not in NODE_KEYS}
+    if "_target_" not in node:
+        return values
+    module, _, name = node["_target_"].rpartition(".")
+    function = getattr(import_module(module), name)
+    if node.get("_partial_"):
+        return partial(function, **values, **runtime)
+    return function(**{**values, **runtime})
 
 
 def _plain(cfg: DictConfig) -> Mapping[str, Any]:

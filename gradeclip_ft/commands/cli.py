@@ -1,4 +1,4 @@
-"""From the command line to a command: help, composition, readable errors.
+"""From the command line to a command: help, options, sweeps, and which process of a job this is.
 
 The command is taken off before Hydra sees the rest. Inside a command, `sys.argv` is the command and
 the overrides of this job alone, because distributed training starts its other processes from it.
@@ -6,39 +6,27 @@ the overrides of this job alone, because distributed training starts its other p
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
-import itertools
 import logging
 import os
+import re
+import signal
 import sys
-import threading
-import time
-import types
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import (
-    Any,
-    Literal,
-    NoReturn,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ValidationError
 
 import gradeclip_ft
 from gradeclip_ft.commands.config import (
@@ -48,204 +36,22 @@ from gradeclip_ft.commands.config import (
     check,
     compose,
     conf_dir,
+    describe,
     docstring,
-    explain,
     options,
+    parse_overrides,
     perform,
     primary_groups,
+    run_name,
     suggest,
     wants_traceback,
 )
 from gradeclip_ft.results.masking import masked_output
 
 PROGRAM = f"python -m {PACKAGE.name}"
-
-
-def program_help(commands: Mapping[str, Command]) -> str:
-    """What the program is and which commands it has."""
-    width = max(map(len, commands)) + 2
-    lines = [f"usage: {PROGRAM} COMMAND [key=value ...]", "", "commands:"]
-    lines += [f"  {name:<{width}}{_first(entry)}" for name, entry in commands.items()]
-    lines += [
-        "",
-        f"{PROGRAM} COMMAND --help            options of a command",
-        f"{PROGRAM} list experiments          what +exp=NAME may be",
-        f"{PROGRAM} train +exp=smoke name=try four steps, to see that everything works",
-    ]
-    return "\n".join(lines)
-
-
-def command_help(entry: Command) -> str:
-    """What a command does, and what can be set."""
-    text = docstring(entry.module, entry.name)
-    if entry.config is None:
-        return f"usage: {PROGRAM} {entry.name} ...\n\n{text}"
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} {entry.name} [group=choice ...] [key=value ...]",
-            "",
-            text.split("\n\nArgs:")[0],
-            "",
-            "groups, each with its choices:",
-            *_groups(entry.config),
-            "",
-            f"keys (conf/{entry.config}.yaml; a group's own keys: --cfg job):",
-            *_keys(entry.config),
-            "",
-            "flags:",
-            "  -m, --multirun      one job for each combination of values: seed=0,1,2",
-            "  --cfg job           print the configuration and stop; with --resolve, its values",
-            "  --config-dir DIR    look for yaml files in DIR too",
-            "  HYDRA_FULL_ERROR=1  as environment variable: errors with their traceback",
-        ]
-    )
-
-
-def _first(entry: Command) -> str:
-    return docstring(entry.module, entry.name).split("\n")[0].rstrip(".")
-
-
-def _groups(config: str) -> list[str]:
-    chosen = [*primary_groups(config), "exp"]
-    width = max(map(len, chosen)) + 3
-    return [
-        f"  {'+exp' if group == 'exp' else group:<{width}}{', '.join(options(group))}"
-        for group in chosen
-        if options(group)
-    ]
-
-
-def _keys(config: str) -> list[str]:
-    """The primary file from the first key on, as it stands there with its comments."""
-    lines = (conf_dir() / f"{config}.yaml").read_text(encoding="utf-8").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith("defaults")), -1) + 1
-    return [f"  {line}" for line in lines[start:] if not line.startswith((" ", "-", "#", "hydra"))]
-
-
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
-    """Call `function` with arguments as typed on a command line.
-
-    Raises:
-        ConfigurationError: If a word or an option is unknown, missing, or cannot be read.
-    """
-    words = [argument for argument in arguments if not _is_option(argument)]
-    given = dict(argument.split("=", 1) for argument in arguments if _is_option(argument))
-    parameters = inspect.signature(function).parameters
-    hints = get_type_hints(function)
-    positional = [p for p in parameters.values() if p.kind in POSITIONAL]
-    rest = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
-    keywords = {p.name: p for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for name in given:
-        if name not in keywords:
-            raise ConfigurationError(
-                f"{name}={given[name]}: no such option; {suggest(name, keywords)}"
-            )
-    values = []
-    for place, parameter in enumerate(positional):
-        if place < len(words):
-            values.append(read(words[place], hints.get(parameter.name, str), parameter.name))
-        elif parameter.default is parameter.empty:
-            raise ConfigurationError(f"{parameter.name} is missing; {_expected(function)}")
-    extra = words[len(positional) :]
-    if extra and rest is None:
-        raise ConfigurationError(f"{extra[0]}: one word too many; {_expected(function)}")
-    if rest is not None:
-        values += [read(word, hints.get(rest.name, str), rest.name) for word in extra]
-    for name, parameter in keywords.items():
-        if parameter.default is parameter.empty and name not in given:
-            raise ConfigurationError(f"{name}=... is missing; {_expected(function)}")
-    options = {name: read(text, hints.get(name, str), name) for name, text in given.items()}
-    return function(*values, **options)
-
-
-def usage(function: Callable[..., Any]) -> str:
-    """The words and options that a function takes, in one line."""
-    hints = get_type_hints(function)
-    return " ".join(
-        _shown(parameter, hints.get(parameter.name, str))
-        for parameter in inspect.signature(function).parameters.values()
-    )
-
-
-def read(text: str, kind: Any, name: str) -> Any:
-    """Value of an option: a number, a word, `null`, or a list with commas, as its type asks.
-
-    Raises:
-        ConfigurationError: If the text cannot be read as `kind`.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if text in ("null", "none", "") and type(None) in arguments:
-            return None
-        return _read_any(text, [entry for entry in arguments if entry is not type(None)], name)
-    if origin is Literal:
-        words = {str(choice): choice for choice in arguments}
-        if text not in words:
-            raise ConfigurationError(f"{name}: there is no {text}; {suggest(text, words)}")
-        return words[text]
-    if origin is not None and issubclass(origin, Sequence):
-        entries = [entry.strip() for entry in text.strip("[]").split(",") if entry.strip()]
-        return origin_list(origin, [read(entry, arguments[0], name) for entry in entries])
-    if kind is bool:
-        return _read_bool(text, name)
-    if kind in (int, float, str, Path):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ConfigurationError(f"{name}: got {text!r}, expected {kind.__name__}") from None
-    return text
-
-
-def origin_list(origin: type, entries: list[Any]) -> Any:
-    """The list, or a tuple where the annotation asks for one."""
-    return tuple(entries) if origin is tuple else entries
-
-
-def _read_any(text: str, kinds: Sequence[Any], name: str) -> Any:
-    """The first reading that works, text last: `int | str` reads "5" as a number."""
-    error = ConfigurationError(f"{name}: got {text!r}")
-    for kind in sorted(kinds, key=lambda kind: kind in (str, Path)):
-        try:
-            return read(text, kind, name)
-        except ConfigurationError as problem:
-            error = problem
-    raise error
-
-
-def _read_bool(text: str, name: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ConfigurationError(f"{name}: got {text!r}, expected true or false")
-    return text.lower() == "true"
-
-
-def _is_option(argument: str) -> bool:
-    """Whether it is `key=value`; a path or an address may hold a = too."""
-    name, equals, _ = argument.partition("=")
-    return bool(equals) and name.isidentifier()
-
-
-def _expected(function: Callable[..., Any]) -> str:
-    return f"expected {usage(function)}"
-
-
-def _shown(parameter: inspect.Parameter, kind: Any) -> str:
-    if parameter.kind is parameter.VAR_POSITIONAL:
-        return f"[{parameter.name.upper()} ...]"
-    choices = (
-        "|".join(str(choice) for choice in get_args(kind)) if get_origin(kind) is Literal else ""
-    )
-    if parameter.kind is parameter.KEYWORD_ONLY:
-        if parameter.default is parameter.empty:
-            return f"{parameter.name}={choices or '...'}"
-        default = "null" if parameter.default is None else parameter.default
-        return f"[{parameter.name}={default}]"
-    return choices or parameter.name.upper()
-
-
 CONFIGURATION_ERROR, INTERRUPTED = 2, 130
+
+# --- The table of commands ---
 
 
 @dataclass(frozen=True)
@@ -269,7 +75,6 @@ class Several:
             ConfigurationError: An option makes no sense here.
         """
         start = f"{self.group}="
-        others = [override for override in given if not override.startswith(start)]
         listed = [override for override in given if override.startswith(start)]
         names = [
             name.strip(" '\"")
@@ -277,44 +82,43 @@ class Several:
             for name in override.removeprefix(start).strip("[]").split(",")
         ]
         if "all" in names:
-            known = [name for name in options(self.group) if name not in self.never]
-            names = [self.default, *known]
+            names = [self.default, *(n for n in options(self.group) if n not in self.never)]
         for name in names:
             if name in self.never:
                 raise ConfigurationError(f"{self.group}={name}: {self.never[name]}")
         added = [f"+{self.group}@{self.group}.{name}={name}" for name in dict.fromkeys(names)]
-        return [*added, *others]
+        return [*added, *(override for override in given if override not in listed)]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A line of the table of commands.
+    """A command: its name, config file and groups.
 
     Attributes:
         name: Of the module in `gradeclip_ft.commands` and of the function in it.
         config: Primary file, `conf/<config>.yaml`; None for a plain command without Hydra.
-        preset: Overrides that stand before the user's.
         several: A group of which it takes several options.
+        calls: Name of the function where it is another.
     """
 
     name: str
     config: str | None
-    preset: tuple[str, ...] = ()
     several: Several | None = None
+    calls: str | None = None
 
     def overrides(self, given: Sequence[str]) -> list[str]:
         """All overrides of a command line, as Hydra takes them."""
-        rest = list(given) if self.several is None else self.several.overrides(given)
-        return [*self.preset, *rest]
+        return list(given) if self.several is None else self.several.overrides(given)
 
     @property
-    def module(self) -> str:
-        """Where the command is; imported only when it runs."""
-        return f"{PACKAGE.name}.commands.{self.name}"
+    def help(self) -> str:
+        """Docstring of the command, read without importing it."""
+        return docstring(f"{PACKAGE.name}.commands.{self.name}", self.calls or self.name)
 
     def function(self) -> Callable[..., Any]:
-        """The command itself."""
-        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
+        """The command itself; its module is imported only when it runs."""
+        module = importlib.import_module(f"{PACKAGE.name}.commands.{self.name}")
+        function: Callable[..., Any] = getattr(module, self.calls or self.name)
         return function
 
     @masked_output()  # again, because a job of a sweep may run in a process of its own
@@ -334,24 +138,30 @@ def run(commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
 
     Returns:
         Exit code: 0, 1 for a failure while running, 2 for a command line or a configuration that
-        cannot be understood.
+        cannot be understood, 130 for Ctrl-C.
     """
     name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
     try:
         if name in ("-h", "--help", "help"):
             print(program_help(commands))
-            return 0
-        if name == "--version":
+            code = 0
+        elif name == "--version":
             print(gradeclip_ft.__version__)
-            return 0
-        if name not in commands:
+            code = 0
+        elif name not in commands:
             raise ConfigurationError(f"there is no command {name}; {suggest(name, commands)}")
-        return _run(commands[name], rest)
+        else:
+            code = _run(commands[name], rest)
+        sys.stdout.flush()
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIGURATION_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # `list models | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 def _run(command: Command, arguments: list[str]) -> int:
@@ -360,18 +170,6 @@ def _run(command: Command, arguments: list[str]) -> int:
         return 0
     if command.config is None:
         return perform(lambda: call(command.function(), arguments), full=wants_traceback())
-    options = _options(command, arguments)
-    overrides = [*command.overrides(options.overrides), *_search_path(options.config_dir)]
-    if options.multirun:
-        return sweep(command, overrides)
-    cfg = compose(command.config, overrides)
-    if options.cfg is not None or options.info is not None:
-        return show(command, overrides, [a for a in arguments if a not in options.overrides])
-    check(cfg, command.config)
-    return command.start(cfg, overrides, full=wants_traceback())
-
-
-def _options(command: Command, arguments: list[str]) -> Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
@@ -380,7 +178,21 @@ def _options(command: Command, arguments: list[str]) -> Namespace:
     parser.add_argument("-p", "--package")
     parser.add_argument("-i", "--info", nargs="?", const="all")
     parser.add_argument("-cd", "--config-dir", type=Path)
-    return parser.parse_intermixed_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
+    overrides = command.overrides(flags.overrides)
+    if flags.config_dir is not None:  # as an override, which the other processes of a job repeat
+        if not flags.config_dir.is_dir():
+            raise ConfigurationError(f"--config-dir {flags.config_dir} is not a folder")
+        overrides.append(f"hydra.searchpath=[file://{flags.config_dir.resolve()}]")
+    if flags.multirun:
+        return sweep(command, overrides)
+    cfg = compose(command.config, overrides)
+    if flags.cfg is not None or flags.info is not None:
+        asked = [word for word in arguments if word not in flags.overrides]
+        _hydra(command.config, [*asked, *overrides], lambda cfg: None)
+        return 0
+    check(cfg, command.config)
+    return command.start(cfg, overrides, full=wants_traceback())
 
 
 class _Parser(ArgumentParser):
@@ -390,19 +202,135 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see --help")
 
 
-def _search_path(folder: Path | None) -> list[str]:
-    """A folder of the user's own yaml files, as an override that other processes repeat."""
-    if folder is None:
-        return []
-    if not folder.is_dir():
-        raise ConfigurationError(f"--config-dir {folder} is no folder")
-    return [f"hydra.searchpath=[file://{folder.resolve()}]"]
+# --- Help ---
+
+
+def program_help(commands: Mapping[str, Command]) -> str:
+    """What the program is and which commands it has."""
+    width = max(map(len, commands)) + 2
+    names = [f"  {n:<{width}}{c.help.splitlines()[0].rstrip('.')}" for n, c in commands.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [key=value ...]\n\ncommands:",
+            *names,
+            "",
+            f"{PROGRAM} COMMAND --help     options of a command",
+            f"{PROGRAM} list experiments   what +exp=NAME may be",
+            f"{PROGRAM} train +exp=smoke   four steps, to see that everything works",
+        ]
+    )
+
+
+def command_help(entry: Command) -> str:
+    """What a command does, and what can be set."""
+    if entry.config is None:
+        return f"usage: {PROGRAM} {entry.name} ...\n\n{entry.help}"
+    chosen = [*primary_groups(entry.config), "exp"]
+    width = max(map(len, chosen)) + 3
+    names = {group: ", ".join(options(group)) for group in chosen}
+    # The primary file from the first key on, as written there with its comments.
+    lines = (conf_dir() / f"{entry.config}.yaml").read_text(encoding="utf-8").splitlines()
+    keys = lines[lines.index("defaults:") + 1 :]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} {entry.name} [group=choice ...] [key=value ...]",
+            f"\n{entry.help}\n\ngroups, each with its choices:",
+            *(f"  {'+exp' if g == 'exp' else g:<{width}}{names[g]}" for g in chosen if names[g]),
+            f"\nkeys (conf/{entry.config}.yaml; a group's own keys: --cfg job):",
+            *(f"  {line}" for line in keys if not line.startswith((" ", "-", "#", "hydra"))),
+            "\nflags:",
+            "  -m, --multirun      one job for each combination of values: seed=0,1,2",
+            "  --cfg job           print the configuration and stop; with --resolve, its values",
+            "  --config-dir DIR    look for yaml files in DIR too",
+            "  HYDRA_FULL_ERROR=1  as environment variable: errors with their traceback",
+        ]
+    )
+
+
+# --- Plain commands ---
+
+
+def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
+    """Call `function` with arguments as typed on a command line.
+
+    Keyword-only parameters are its options, key=value; OmegaConf reads their values as the
+    annotations say. A function without options gets every argument as a word.
+
+    Raises:
+        ConfigurationError: If a word or an option is unknown, missing, or cannot be read.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    hints = get_type_hints(function)
+    keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    # A path or an address may hold a = too.
+    given = [a for a in arguments if keywords and a.partition("=")[0].isidentifier() and "=" in a]
+    words = [argument for argument in arguments if argument not in given]
+    for place, word in zip(places, words, strict=False):
+        _require_choice(place.name, word, hints.get(place.name))
+    if len(words) < len(places) and places[len(words)].default is inspect.Parameter.empty:
+        raise ConfigurationError(
+            f"{places[len(words)].name} is missing; expected {usage(function)}"
+        )
+    if len(words) > len(places) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        extra = words[len(places)]
+        raise ConfigurationError(f"{extra}: one word too many; expected {usage(function)}")
+    fields = [
+        (name, _open(hints[name]), MISSING if p.default is p.empty else p.default)
+        for name, p in keywords.items()
+    ]
+    values = OmegaConf.structured(make_dataclass("Options", fields))
+    for name, text in (argument.split("=", 1) for argument in given):
+        if name not in keywords:
+            raise ConfigurationError(f"{name}={text}: no such option; {suggest(name, keywords)}")
+        is_list = "tuple" in str(hints[name])
+        parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        try:
+            values[name] = None if text == "null" else parts if is_list else text
+        except ValidationError:
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise ConfigurationError(f"{name}: got {text!r}, expected {kind}") from None
+        _require_choice(name, text, hints[name])
+    for name in sorted(OmegaConf.missing_keys(values)):
+        raise ConfigurationError(f"{name}=... is missing; expected {usage(function)}")
+    read = {str(n): tuple(v) if OmegaConf.is_list(v) else v for n, v in values.items()}
+    return function(*words, **read)
+
+
+def usage(function: Callable[..., Any]) -> str:
+    """The words and options that a function takes, in one line."""
+    hints, shown = get_type_hints(function), []
+    for p in inspect.signature(function).parameters.values():
+        choices = "|".join(map(str, _choices(hints.get(p.name))))
+        if p.kind is p.VAR_POSITIONAL:
+            shown.append(f"[{p.name.upper()} ...]")
+        elif p.kind is not p.KEYWORD_ONLY:
+            shown.append(choices or p.name.upper())
+        elif p.default is p.empty:
+            shown.append(f"{p.name}={choices or '...'}")
+        else:
+            shown.append(f"[{p.name}={'null' if p.default is None else p.default}]")
+    return " ".join(shown)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _open(hint: Any) -> Any:
+    """A type that OmegaConf knows: a word in place of a choice between words."""
+    return str if _choices(hint) else hint
+
+
+def _require_choice(name: str, text: str, hint: Any) -> None:
+    if _choices(hint) and text not in _choices(hint):
+        raise ConfigurationError(f"{name}: there is no {text}; {suggest(text, _choices(hint))}")
 
 
 Item = TypeVar("Item")
 
 
-def tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+def progress_bar(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     """The same items, with a progress bar where somebody watches."""
     from rich.console import Console
     from rich.progress import track
@@ -413,92 +341,19 @@ def tracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     )
 
 
-# Where launchers say which of a job's processes this is. Lightning sets LOCAL_RANK for its
-# children, which inherit the number 0 of a SLURM shell; below srun it can only be a script's own.
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-RANKS_OF_SRUN = ("RANK", "SLURM_PROCID")
-PARENT = "GRADECLIP_FT_PARENT"  # process number of the one that started this one
-LOST = 1  # exit code of a process whose parent died
-LOOK_EVERY = 2.0  # seconds
-# Words of torch.distributed for a process that is gone or does not answer.
-GONE = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
-
-
-def process_rank() -> int:
-    """Number of this process in its job; 0 where it is alone or starts the others."""
-    if int(os.environ.get("NODE_RANK", 0)) and "RANK" not in os.environ:
-        return 1 + int(os.environ.get("LOCAL_RANK", 0))
-    names = RANKS_OF_SRUN if _launcher(os.environ)[0] == "srun" else RANKS
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
-
-
-def started_by_us() -> bool:
-    """Whether `train` started this process for another rank of its own job.
-
-    A process that is none of its ranks may inherit the number of a run that another program did.
-    """
-    is_other_rank = int(os.environ.get("LOCAL_RANK", 0)) > 0 and _launcher(os.environ)[0] is None
-    return is_other_rank and PARENT in os.environ
-
-
-def require_as_started(cfg: DictConfig) -> None:
-    """Refuse a job whose launcher started other processes than the configuration says.
-
-    Without this, each process of `torchrun ... trainer=cpu` would train a run of its own.
-
-    Raises:
-        ConfigurationError: Naming both numbers.
-    """
-    launcher, started = _launcher(os.environ)
-    devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
-    if launcher is None or not str(devices).isdigit():
-        return
-    if int(devices) * nodes != started:
-        raise ConfigurationError(
-            f"{launcher} started {started} processes, but trainer.devices={devices} x "
-            f"trainer.num_nodes={nodes} are configured; use trainer=ddp (or ddp_sim, slurm) with "
-            f"trainer.devices=PROCESSES_PER_MACHINE trainer.num_nodes=MACHINES"
-        )
-
-
-def stay_with_parent() -> None:
-    """End this process when the one that started it is gone, even inside a collective."""
-    if not started_by_us():
-        os.environ[PARENT] = str(os.getpid())  # the children that Lightning starts inherit it
-        return
-    threading.Thread(target=_watch, args=(int(os.environ[PARENT]),), daemon=True).start()
-
-
-def lost_contact(error: Exception) -> bool:
-    """Whether an error is the echo of another process's death."""
-    foreign = type(error) is RuntimeError or type(error).__module__.split(".")[0] == "torch"
-    return foreign and any(word in str(error) for word in GONE)
-
-
-def _launcher(environment: Mapping[str, str]) -> tuple[str | None, int]:
-    """Name and number of processes where they were started from outside."""
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return "torchrun", int(environment["WORLD_SIZE"])
-    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment and not interactive:
-        return "srun", int(environment["SLURM_NTASKS"])
-    return None, 1
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(LOOK_EVERY)
-    print(
-        f"error: the process that started this one ({parent}) is gone; process {process_rank()} "
-        "ends, resume=auto goes on",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST)
-
+# --- Sweeps ---
 
 # These run several jobs in one process, or in workers that cannot start `python -m` again.
 SHARED_PROCESS = ("basic", "joblib")
+
+
+def jobs(config: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides of each job: the product of all listed and ranged values."""
+    parsed = parse_overrides(config, overrides)
+    try:
+        return BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException:  # an interval, from which another sweeper draws
+        return []
 
 
 def sweep(command: Command, overrides: Sequence[str]) -> int:
@@ -509,42 +364,49 @@ def sweep(command: Command, overrides: Sequence[str]) -> int:
             several processes from a launcher that cannot give them.
     """
     assert command.config is not None
-    _check_all(command.config, overrides)
+    swept = [o for o in parse_overrides(command.config, overrides) if o.is_sweep_override()]
+    varied = tuple(o.get_key_element() for o in swept if o.key_or_group.split("/")[0] != "exp")
+    _check_jobs(command.config, overrides, varied)
     full = wants_traceback()
-
-    def job(cfg: DictConfig) -> None:
-        _run_job(command, cfg, full)
-
     try:
-        _hydra(command.config, ["--multirun", *overrides], job)
+        _hydra(
+            command.config,
+            ["--multirun", *overrides],
+            lambda cfg: _run_job(command, cfg, varied, full),
+        )
     except _JobFailedError:
         return 1
     return 0
 
 
-def show(command: Command, overrides: Sequence[str], flags: Sequence[str]) -> int:
-    """Print what Hydra knows about a configuration (`--cfg`, `--info`) and stop."""
-    assert command.config is not None
-    _hydra(command.config, [*flags, *overrides], lambda cfg: None)
-    return 0
-
-
-def jobs(config: str, overrides: Sequence[str]) -> list[list[str]]:
-    """Overrides of each job: the product of all listed and ranged values."""
-    choices: dict[str, list[str]] = {}
-    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
-        loader = GlobalHydra.instance().config_loader()
+def _check_jobs(config: str, overrides: Sequence[str], varied: Sequence[str]) -> None:
+    names: Counter[str] = Counter()
+    for place, job in enumerate(jobs(config, overrides)):
         try:
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-        except HydraException as error:
-            raise ConfigurationError(explain(error, config, overrides)) from error
-        for override in parsed:
-            key = override.get_key_element()
-            if override.is_discrete_sweep():
-                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            elif not override.is_sweep_override():  # an interval is for its sweeper to draw from
-                choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return [list(job) for job in itertools.product(*choices.values())]
+            cfg = compose(config, job, with_hydra=True, suffix=_suffix(job, varied))
+            launcher = str(cfg.hydra.runtime.choices["hydra/launcher"])
+            if cfg.hydra.get("callbacks"):
+                raise ConfigurationError("hydra.callbacks would run other code; leave it empty")
+            with open_dict(cfg):
+                del cfg["hydra"]
+            check(cfg, config)
+            refuse_shared_process(cfg, launcher)
+        except ConfigurationError as error:
+            line = " ".join(job)
+            raise ConfigurationError(f"job {place} of the sweep ({line}): {error}") from None
+        names.update([str(cfg.name)] if "name" in cfg else [])
+    for name, count in names.items():
+        if count > 1:
+            raise ConfigurationError(
+                f"{count} jobs of the sweep are called {name}; leave name= out, or give each a "
+                f"name of its own, such as 'name={name}_${{seed}}'"
+            )
+
+
+def _suffix(job: Sequence[str], varied: Sequence[str]) -> str:
+    """Values that this job has to itself, for the name of its run: `_1_0.001`."""
+    values = [value for key, _, value in (o.partition("=") for o in job) if key in varied]
+    return "".join("_" + re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in values)
 
 
 def refuse_shared_process(cfg: DictConfig, launcher: str) -> None:
@@ -564,38 +426,15 @@ def refuse_shared_process(cfg: DictConfig, launcher: str) -> None:
         )
 
 
-def _check_all(config: str, overrides: Sequence[str]) -> None:
-    names: Counter[str] = Counter()
-    for place, job in enumerate(jobs(config, overrides)):
-        try:
-            cfg = compose(config, job, with_hydra=True)
-            launcher = str(cfg.hydra.runtime.choices["hydra/launcher"])
-            if cfg.hydra.get("callbacks"):
-                raise ConfigurationError("hydra.callbacks would run other code; leave it empty")
-            with open_dict(cfg):
-                del cfg["hydra"]
-            check(cfg, config)
-            refuse_shared_process(cfg, launcher)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"job {place} of the sweep ({' '.join(job)}): {error}"
-            ) from None
-        if "name" in cfg:
-            names[str(cfg.name)] += 1
-    for name, count in names.items():
-        if count > 1:
-            raise ConfigurationError(
-                f"{count} jobs of the sweep are called {name}; give each a name of its own, "
-                f"such as 'name={name}_${{seed}}'"
-            )
-
-
-def _run_job(command: Command, cfg: DictConfig, full: bool) -> None:
+def _run_job(command: Command, cfg: DictConfig, varied: Sequence[str], full: bool) -> None:
     """One job, inside Hydra's multirun."""
     assert command.config is not None
     state = HydraConfig.get()
     overrides = [str(override) for override in state.overrides.task]
     print(f"[job {state.job.num}] {command.name} {' '.join(overrides)}", file=sys.stderr)
+    if "name" in cfg and cfg.name is None:
+        cfg.name = run_name(state.runtime.choices, _suffix(overrides, varied))
+        overrides.append(f"name={cfg.name}")  # for the other processes of this job
     before = sys.argv
     try:
         check(cfg, command.config)
@@ -612,26 +451,81 @@ class _JobFailedError(Exception):
 def _hydra(config: str, arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """`hydra.main` on these arguments, its errors left to us."""
     decorate = hydra.main(str(conf_dir()), config, VERSION_BASE)
-    before = sys.argv
-    sys.argv = [before[0], *arguments]
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and exits
     try:
-        with _raised_errors():
-            decorate(task)()
+        decorate(task)()
     except HydraException as error:
-        raise ConfigurationError(explain(error, config, arguments)) from error
+        raise ConfigurationError(describe(error, config, arguments)) from error
     finally:
-        sys.argv = before
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        os.environ.update({} if full is None else {"HYDRA_FULL_ERROR": full})
 
 
-@contextmanager
-def _raised_errors() -> Iterator[None]:
-    """Hydra prints errors and exits, unless this variable asks it to raise them."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+# --- Processes of a job ---
+
+PARENT = "GRADECLIP_FT_PARENT"  # set where `train` starts the other processes of its job
+# Words of torch.distributed for a process that is gone or does not answer.
+GONE = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
+
+
+def process_rank() -> int:
+    """Number of this process in its job; 0 where it is alone or starts the others."""
+    if int(os.environ.get("NODE_RANK", 0)) and "RANK" not in os.environ:
+        return 1 + int(os.environ.get("LOCAL_RANK", 0))
+    # Lightning sets LOCAL_RANK for its children, which inherit the number 0 of a SLURM shell;
+    # below srun it can only be a script's own.
+    below_srun = _launcher()[0] == "srun"
+    names = ("RANK", *(() if below_srun else ("LOCAL_RANK",)), "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def started_by_us() -> bool:
+    """Whether `train` started this process for another rank of its own job."""
+    is_other_rank = int(os.environ.get("LOCAL_RANK", 0)) > 0 and _launcher()[0] is None
+    return is_other_rank and PARENT in os.environ
+
+
+def stay_with_parent() -> None:
+    """End this process when the one that started it is killed, even inside a collective."""
+    if not started_by_us():
+        os.environ[PARENT] = str(os.getpid())  # the children that Lightning starts inherit it
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def require_as_started(cfg: DictConfig) -> None:
+    """Refuse a job whose launcher started other processes than the configuration says.
+
+    Without this, each process of `torchrun ... trainer=cpu` would train a run of its own.
+
+    Raises:
+        ConfigurationError: Naming both numbers.
+    """
+    launcher, started = _launcher()
+    devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
+    if launcher is None or not str(devices).isdigit() or int(devices) * nodes == started:
+        return
+    raise ConfigurationError(
+        f"{launcher} started {started} processes, but trainer.devices={devices} x "
+        f"trainer.num_nodes={nodes} are configured; use trainer=ddp (or ddp_sim on CPUs, slurm) "
+        "with trainer.devices=PROCESSES_PER_MACHINE trainer.num_nodes=MACHINES"
+    )
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error is the echo of another process's death."""
+    foreign = type(error) is RuntimeError or type(error).__module__.split(".")[0] == "torch"
+    return foreign and any(word in str(error) for word in GONE)
+
+
+def _launcher() -> tuple[str | None, int]:
+    """Name and number of processes where they were started from outside."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_PROCID" in os.environ and "SLURM_NTASKS" in os.environ and not interactive:
+        return "srun", int(os.environ["SLURM_NTASKS"])
+    return None, 1

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradeclip_ft.commands.config import ConfigurationError, suggest
+from gradeclip_ft.commands.cli import call, progress_bar
+from gradeclip_ft.commands.config import ConfigurationError, compose, suggest
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from gradeclip_ft.data.check import Findings, Report
     from gradeclip_ft.data.make_shards import CaptionedFile
 
 
-Shards = str | Sequence[str]
-
-
 def make(
+    world: Literal["shapes"],
     *,
     out: Path = Path("data/shapes"),
     train: int = 10_000,
@@ -29,7 +25,7 @@ def make(
     image_size: int = 64,
     workers: int = 2,
 ) -> int:
-    """Write the shapes world, unless it stands there already."""
+    """Write the shapes world, unless it is there already."""
     from gradeclip_ft.data.shapes import make_shapes
 
     make_shapes(out, train=train, val=val, seed=seed, workers=workers, image_size=image_size)
@@ -37,14 +33,13 @@ def make(
     return 0
 
 
-def count(*, shards: Shards, out: Path | None = None, allow_pipe: bool = False) -> int:
+def count(*shards: str, out: Path | None = None, allow_pipe: bool = False) -> int:
     """Print and, with `out`, write the number of samples of each shard."""
     import json
 
     from gradeclip_ft.data.captions import shard_sizes
-    from gradeclip_ft.data.shards import expand_shards
 
-    sizes = shard_sizes(expand_shards(shards, allow_pipe=allow_pipe))
+    sizes = shard_sizes(_urls(shards, allow_pipe))
     _print_sizes({name: entry["samples"] for name, entry in sizes.items()})
     if out is not None:
         out.write_text(json.dumps(sizes, indent=1))
@@ -52,12 +47,11 @@ def count(*, shards: Shards, out: Path | None = None, allow_pipe: bool = False) 
     return 0
 
 
-def verify(*, shards: Shards, workers: int = 2, allow_pipe: bool = False) -> int:
+def verify(*shards: str, workers: int = 2, allow_pipe: bool = False) -> int:
     """Read every sample as training does, and print what would be skipped."""
     from gradeclip_ft.data.check import Report, verify_shard
-    from gradeclip_ft.data.shards import expand_shards
 
-    urls = expand_shards(shards, allow_pipe=allow_pipe)
+    urls = _urls(shards, allow_pipe)
     total = Report()
     for url, report in _in_parallel(verify_shard, urls, workers):
         total.join(report)
@@ -92,8 +86,7 @@ def folder(
 
 
 def phrases(
-    *,
-    shards: Shards,
+    *shards: str,
     out: Path,
     tagger: Literal["auto", "nltk", "textblob"] = "auto",
     max_phrases: int = 20,
@@ -104,10 +97,9 @@ def phrases(
     from collections import Counter
 
     from gradeclip_ft.data.make_shards import add_phrases
-    from gradeclip_ft.data.shards import expand_shards
     from gradeclip_ft.text.phrases import prepare_tagger
 
-    urls = expand_shards(shards, allow_pipe=allow_pipe)
+    urls = _urls(shards, allow_pipe)
     used = prepare_tagger(tagger)
     out.mkdir(parents=True, exist_ok=True)
     total: Counter[str] = Counter()
@@ -125,8 +117,7 @@ def phrases(
 
 
 def split(
-    *,
-    shards: Shards,
+    *shards: str,
     out: Path,
     name: str = "part",
     shard_size: int = 1000,
@@ -134,9 +125,8 @@ def split(
 ) -> int:
     """Write the same samples in more, smaller shards."""
     from gradeclip_ft.data.make_shards import split_shards
-    from gradeclip_ft.data.shards import expand_shards
 
-    urls = expand_shards(shards, allow_pipe=allow_pipe)
+    urls = _urls(shards, allow_pipe)
     _print_sizes(split_shards(urls, out, name=name, shard_size=shard_size))
     return 0
 
@@ -153,23 +143,27 @@ def _write(files: Sequence[CaptionedFile], out: Path, name: str, shard_size: int
     return 0
 
 
+def _urls(shards: Sequence[str], allow_pipe: bool) -> list[str]:
+    from gradeclip_ft.data.shards import expand_shards
+
+    if not shards:
+        raise ConfigurationError("SHARDS are missing: files, a folder, a glob or addresses")
+    return expand_shards(shards, allow_pipe=allow_pipe)
+
+
 def _in_parallel(
     function: Callable[[str], Any], urls: Sequence[str], workers: int
-) -> Iterable[tuple[str, Any]]:
+) -> Iterator[tuple[str, Any]]:
     """Results by shard, in order."""
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}; use 1 or more")
-    return zip(urls, _results(function, urls, min(workers, len(urls))), strict=True)
-
-
-def _results(function: Callable[[str], Any], urls: Sequence[str], workers: int) -> Iterator[Any]:
-    if workers == 1:
-        yield from map(function, urls)
+    if min(workers, len(urls)) == 1:
+        yield from zip(urls, map(function, urls), strict=True)
         return
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(function, urls)
+    with ProcessPoolExecutor(min(workers, len(urls))) as pool:
+        yield from zip(urls, pool.map(function, urls), strict=True)
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:
@@ -189,16 +183,12 @@ def _print_report(report: Report) -> None:
         )
 
 
-SHOWN = 5
-
-
 def check(
-    *,
-    evaluators: Sequence[str],
-    annotations: Path | None = None,
-    images: Path | None = None,
-    segments: Path | None = None,
-    folder: Path | None = None,
+    *evaluators: str,
+    annotations: str | None = None,
+    images: str | None = None,
+    segments: str | None = None,
+    folder: str | None = None,
     part: str | None = None,
     against: str | None = None,
     read: bool = False,
@@ -206,52 +196,48 @@ def check(
     """Open the data of evaluators as `evaluate` does, and print what they hold."""
     from gradeclip_ft.data.check import training_images
 
-    given = {
+    if not evaluators:
+        raise ConfigurationError("the name of an evaluator is missing; `list evaluators`")
+    paths = {
         "annotations": annotations,
         "images": images,
         "segments": segments,
         "folder": folder,
         "part": part,
     }
-    options = {key: str(value) for key, value in given.items() if value is not None}
+    given = {key: value for key, value in paths.items() if value is not None}
     seen = None if against is None else training_images(against)
-    good = [_check(name, options, seen, read=read) for name in evaluators]
+    good = [_check(name, given, seen, read=read) for name in evaluators]
     return 0 if all(good) else 1
 
 
-def _check(name: str, options: dict[str, str], seen: set[str] | None, *, read: bool) -> bool:
+def _check(name: str, given: dict[str, str], seen: set[str] | None, *, read: bool) -> bool:
     """Print what one evaluator's data hold; whether all is well."""
     from gradeclip_ft.commands.build import make
-    from gradeclip_ft.commands.cli import tracked
     from gradeclip_ft.data.check import image_key, inspect
 
-    node = _data(name, options)
+    node = compose("evaluate", [f"evaluator={name}"]).evaluator[name].get("data")
+    if node is None:
+        print(f"{name}: it reads no data")
+        return True
+    for key, value in given.items():
+        if key not in node:
+            known = [word for word in map(str, node) if not word.startswith("_")]
+            raise ConfigurationError(f"{name} has no {key}=; its data take {', '.join(known)}")
+        node[key] = value
     try:
-        found = inspect(make(node), read=read, track=tracked)
+        found = inspect(make(node, "data"), read=read, track=progress_bar)
     except (FileNotFoundError, ValueError) as error:
         print(f"{name}: {error}")
         return False
-    _print(name, found, read=read)
+    _print_findings(name, found, read=read)
     overlap = [image for image in found.images if seen is not None and image_key(image) in seen]
     if seen is not None:
         print(f"  in the training data too: {_some(overlap, len(found.images))}")
     return not overlap and not found.unreadable
 
 
-def _data(name: str, options: dict[str, str]) -> DictConfig:
-    """The data node of an evaluator with the user's paths."""
-    from gradeclip_ft.commands.config import compose
-
-    node: DictConfig = compose("evaluate", [f"evaluator={name}"]).evaluator[name].data
-    for key, value in options.items():
-        if key not in node:
-            known = [word for word in map(str, node) if not word.startswith("_")]
-            raise ConfigurationError(f"{name} has no {key}=; its data take {', '.join(known)}")
-        node[key] = value
-    return node
-
-
-def _print(name: str, found: Findings, *, read: bool) -> None:
+def _print_findings(name: str, found: Findings, *, read: bool) -> None:
     skipped = found.counts.get("skipped") or {}
     counts = [f"{n:,} {what}" for what, n in found.counts.items() if isinstance(n, int)]
     print(f"{name}: {', '.join(counts)}")
@@ -267,39 +253,23 @@ def _print(name: str, found: Findings, *, read: bool) -> None:
 
 
 def _some(names: Sequence[str], total: int) -> str:
-    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names):,} of {total:,}{': ' + shown if names else ''}"
 
 
-Action = Literal["make", "count", "verify", "check", "coco", "folder", "phrases", "split"]
+ACTIONS: dict[str, Callable[..., int]] = {
+    "make": make,
+    "count": count,
+    "verify": verify,
+    "check": check,
+    "coco": coco,
+    "folder": folder,
+    "phrases": phrases,
+    "split": split,
+}
 
 
-def data(
-    action: Action,
-    *words: str,
-    shards: str | None = None,
-    captions: Path | None = None,
-    table: Path | None = None,
-    images: Path | None = None,
-    exclude: Path | None = None,
-    annotations: Path | None = None,
-    segments: Path | None = None,
-    folder: Path | None = None,
-    part: str | None = None,
-    against: str | None = None,
-    read: bool | None = None,
-    out: Path | None = None,
-    name: str | None = None,
-    shard_size: int | None = None,
-    tagger: Literal["auto", "nltk", "textblob"] | None = None,
-    max_phrases: int | None = None,
-    train: int | None = None,
-    val: int | None = None,
-    seed: int | None = None,
-    image_size: int | None = None,
-    workers: int | None = None,
-    allow_pipe: bool | None = None,
-) -> int:
+def data(*arguments: str) -> int:
     """Make, check and rewrite shards of captioned images, in CC3M's layout.
 
     data make shapes [out=data/shapes] [train=10000] [val=1000] [seed=0] [image_size=64] [workers=2]
@@ -324,44 +294,19 @@ def data(
     data split SHARDS out=FOLDER [name=part] [shard_size=1000]
         The same samples in more, smaller shards.
 
-    SHARDS stand behind the action or as shards=...: files, folders, globs, addresses, brace lists
-    such as 'cc3m-train-{0000..0575}.tar'. allow_pipe=true accepts pipe:COMMAND in
-    count, verify, phrases and split.
+    SHARDS follow the action or are given as shards=...: files, folders, globs, addresses, brace
+    lists such as 'cc3m-train-{0000..0575}.tar'. allow_pipe=true accepts pipe:COMMAND in count,
+    verify, phrases and split.
     """
-    given = {key: value for key, value in locals().items() if key not in ("action", "words")}
-    options = {key: value for key, value in given.items() if value is not None}
-    _bind(action, words, options)
-    return SUBCOMMANDS[action](**options)
-
-
-def _bind(action: Action, words: tuple[str, ...], options: dict[str, object]) -> None:
-    """Add the shards to the options, and refuse what the sub-command does not take."""
-    known = inspect.signature(SUBCOMMANDS[action]).parameters
-    if "shards" in known and words:
-        if "shards" in options:
-            raise ConfigurationError(f"{words[0]}: shards stand here or as shards=, not both")
-        options["shards"] = list(words)
-    elif "evaluators" in known and words:
-        options["evaluators"] = list(words)
-    elif words != (("shapes",) if action == "make" else ()):
-        wanted = "`data make shapes`" if action == "make" else "key=value alone"
-        raise ConfigurationError(f"data {action} {' '.join(words)}: expected {wanted}")
-    for key in options:
-        if key not in known:
-            raise ConfigurationError(f"data {action} has no option {key}; {suggest(key, known)}")
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in options:
-            wanted = "the name of an evaluator" if key == "evaluators" else f"{key}=..."
-            raise ConfigurationError(f"data {action}: {wanted} is missing; see data --help")
-
-
-SUBCOMMANDS: dict[str, Callable[..., int]] = {
-    "make": make,
-    "count": count,
-    "verify": verify,
-    "check": check,
-    "coco": coco,
-    "folder": folder,
-    "phrases": phrases,
-    "split": split,
-}
+    action, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if action not in ACTIONS:
+        raise ConfigurationError(
+            f"data {action}: there is no such action; {suggest(action, ACTIONS)}"
+        )
+    words: list[str] = []
+    for word in rest:
+        value = word.removeprefix("shards=")
+        is_list = value != word and value.startswith("[")
+        words += value.strip("[]").split(",") if is_list else [value]
+    result: int = call(ACTIONS[action], words)
+    return result

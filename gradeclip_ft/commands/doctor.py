@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.config import is_meant, unwrapped
+from gradeclip_ft.commands.config import is_meant
 
 if TYPE_CHECKING:
     from gradeclip_ft.data.captions import CaptionShards
@@ -43,7 +43,7 @@ def doctor(cfg: DictConfig) -> int:
     is a problem.
 
     python -m gradeclip_ft doctor                           the shapes world
-    python -m gradeclip_ft doctor +exp=cc3m_vitb16 name=b16   an experiment
+    python -m gradeclip_ft doctor +exp=cc3m_vitb16            an experiment
     """
     checks = (packages, device, model, tagger, training_data, evaluation_data, run_folder)
     problems = 0
@@ -146,7 +146,7 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
     from gradeclip_ft.commands.build import make
 
     loaded = structure(cfg)
-    source: CaptionShards = make(cfg.data)(
+    source: CaptionShards = make(cfg.data, "data")(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     try:
@@ -201,7 +201,7 @@ def _structure(settings: str) -> LoadedClip:
 
     logging.disable(logging.WARNING)  # that weights are random is no news here
     try:
-        loaded: LoadedClip = make(OmegaConf.create(settings), weights="random")
+        loaded: LoadedClip = make(OmegaConf.create(settings), "model", weights="random")
     finally:
         logging.disable(logging.NOTSET)
     return loaded
@@ -218,9 +218,8 @@ def _findings(
 
 
 def _problem(error: Exception, what: str = "") -> Finding:
-    cause = unwrapped(error)
-    kind = "" if is_meant(cause) else f"{type(cause).__name__}: "
-    return Finding("problem", f"{what}{kind}{cause}")
+    kind = "" if is_meant(error) else f"{type(error).__name__}: "
+    return Finding("problem", f"{what}{kind}{error}")
 
 
 def _devices(cfg: DictConfig) -> int:

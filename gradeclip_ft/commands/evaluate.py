@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
-from gradeclip_ft.commands.cli import tracked
+from gradeclip_ft.commands.cli import progress_bar
 
 if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Precision
@@ -39,8 +39,8 @@ def evaluate(cfg: DictConfig) -> None:
     evaluations/. Without it, the model of model= is measured as it is, and the results stand in
     evaluations/<model>. A result that is there is kept, unless again=true.
 
-    python -m gradeclip_ft evaluate run=try
-    python -m gradeclip_ft evaluate run=try evaluator=[coco_regions_224,coco_retrieval]
+    python -m gradeclip_ft evaluate run=shapes
+    python -m gradeclip_ft evaluate run=shapes evaluator=[coco_regions_224,coco_retrieval]
     python -m gradeclip_ft evaluate model=eva02_b16 evaluator=coco_regions_224 out=results/eva
     python -m gradeclip_ft evaluate -m run=a,b,c evaluator=[coco_regions_224,flickr30k_val]
     """
@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig) -> None:
         command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
         again=cfg.again,
         precision=_precision(cfg.precision),
-        track=tracked,
+        track=progress_bar,
         done=lambda result, fresh: _tell(subject, result, fresh),
     )
     _print(results)

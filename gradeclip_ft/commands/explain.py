@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import build_clip, make
-from gradeclip_ft.commands.cli import tracked
+from gradeclip_ft.commands.cli import progress_bar
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import (
     Explained,
@@ -87,8 +87,10 @@ def explain(cfg: DictConfig) -> None:
     words: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
         warn_truncated_texts(asked, loaded)
-        words = {str(name): make(cfg.words[name]) for name in cfg.explainer if name in cfg.words}
-    methods = {str(name): make(node) for name, node in cfg.explainer.items()}
+        words = {
+            str(name): make(cfg.words[name], "words") for name in cfg.explainer if name in cfg.words
+        }
+    methods = {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
     skip = len(methods) > 1
     if cfg.per_head:
         heads = range(loaded.image_model.image.heads)
@@ -96,7 +98,7 @@ def explain(cfg: DictConfig) -> None:
     supported = Supported(methods, loaded, skip=skip)
     out, cases = Path(cfg.out), []
     portions = [asked[at : at + AT_A_TIME] for at in range(0, len(asked), AT_A_TIME)]
-    for portion in tracked(portions, "explaining", len(portions)):
+    for portion in progress_bar(portions, "explaining", len(portions)):
         some: list[Question] = []
         pixels: list[Tensor] = []
         for question in portion:
@@ -223,7 +225,7 @@ def warn_truncated_texts(asked: Sequence[Question], loaded: LoadedClip) -> None:
 
 def _load(cfg: DictConfig) -> Loaded:
     if cfg.run is None:
-        loaded: Loaded = make(cfg.model)
+        loaded: Loaded = make(cfg.model, "model")
         return loaded
     weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
     model = runs.read_config(weights.parent).model

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-import builtins
 import textwrap
 from pathlib import Path
 
 from gradeclip_ft.commands.config import ConfigurationError, conf_dir, groups, options, suggest
 
-# What the groups are called here, where it is not the folder's name with an s.
-CALLED = {
-    "exp": "experiments",
-    "data": "data",
-    "debug": "debug",
-    "methods": "methods",
-    "optim": "optim",
-    "exp/maps": "exp/maps",
-    "exp/photos": "exp/photos",
-}
-WIDTH = 100
+# Groups whose list is called as their folder, without an s.
+UNCOUNTED = ("data", "debug", "methods", "optim", "exp/maps", "exp/photos")
 
 
-def list(what: str = "groups") -> None:
+def list_options(what: str = "groups") -> None:
     """List what there is to choose from: experiments, explainers, evaluators, models, data, ...
 
     Each line is the name of a yaml file in conf/ and the first comment in it. `list groups` names
     everything that can be listed.
     """
-    names = {CALLED.get(group, f"{group}s"): group for group in groups() if options(group)}
+    names = {g if g in UNCOUNTED else f"{g}s": g for g in groups() if options(g)}
+    names["experiments"] = names.pop("exps")
     if what == "groups":
-        print("\n".join(f"{name:<14}{', '.join(options(names[name]))}" for name in names))
+        for name in sorted(names):
+            print(f"{name:<14}{', '.join(options(names[name]))}")
         return
-    group = names.get(what) or next((g for g in names.values() if what == g), None)
-    if group is None:
+    group = names.get(what, what)
+    if group not in names.values():
         raise ConfigurationError(f"list {what}: there is no such list; {suggest(what, names)}")
     width = max(map(len, options(group))) + 2
     for option in options(group):
-        print(_entry(option, summary(conf_dir() / group / f"{option}.yaml"), width))
+        text = summary(conf_dir() / group / f"{option}.yaml")
+        lines = [
+            piece
+            for line in text.split("\n")
+            for piece in textwrap.wrap(line, 100 - width, break_on_hyphens=False)
+        ]
+        print(f"{option:<{width}}" + f"\n{'':{width}}".join(lines))
 
 
 def summary(path: Path) -> str:
     """First paragraph of a yaml file's comment, without Hydra's header; its command on its own."""
-    lines: builtins.list[str] = []
+    lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @"):
             continue
@@ -53,13 +51,3 @@ def summary(path: Path) -> str:
         else:
             lines.append(text)
     return "\n".join(lines)
-
-
-def _entry(name: str, text: str, width: int) -> str:
-    """The name in a column, the comment beside it."""
-    lines = [
-        piece
-        for line in text.split("\n")
-        for piece in textwrap.wrap(line, WIDTH - width, break_on_hyphens=False)
-    ] or [""]
-    return f"{name:<{width}}" + f"\n{'':{width}}".join(lines)

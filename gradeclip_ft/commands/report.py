@@ -171,7 +171,7 @@ def report(
     if scenes or picture:
         settings = map_settings(comparison, explainer)
         files = (images, captions, instances)
-        cases = _cases(comparison, make(settings), files, max(scenes, STILL))
+        cases = _cases(comparison, make(settings, "explainer"), files, max(scenes, STILL))
         facts["Heat maps"] = {key.strip("_"): str(value) for key, value in settings.items()}
     page = Page(
         title=f"{comparison.runs[0].config.model.name} before and after fine-tuning",

@@ -67,7 +67,7 @@ def run_dir(name: str, runs_dir: str | Path = "runs") -> Path:
     legal = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+@,")
     if not name or name[0] in ".-" or not set(name) <= legal:
         raise ValueError(
-            f"name={name!r} is no name for a run; "
+            f"name={name!r} is not a valid run name; "
             "use letters, digits and any of . _ - = + @ , and begin with a letter or a digit"
         )
     return Path(runs_dir) / name
@@ -195,10 +195,13 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _refusal(folder: Path) -> str:
+    number = 2
+    while (free := folder.with_name(f"{folder.name}_{number}")).exists():
+        number += 1
     return (
-        f"{folder} already holds a run; continue it with resume=auto, start another with name=..., "
-        "or start from its weights with "
-        f"init_from={folder.name} and another name"
+        f"{folder} already holds a run; continue it with resume=auto, start another with "
+        f"name={free.name}, or start another from its weights with name={free.name} "
+        f"init_from={folder.name}"
     )
 
 

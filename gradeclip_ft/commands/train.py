@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model on captioned images, and evaluate it before and after.
 
-    Everything of a run stands in runs_dir/name: config.yaml, environment.json, metrics.jsonl and
-    metrics.csv, evaluations/, last.ckpt and weights.safetensors.
+    A run writes to runs_dir/name: config.yaml, environment.json, metrics.jsonl and metrics.csv,
+    evaluations/, last.ckpt and weights.safetensors. Without name= it is called as its experiment.
 
-    python -m gradeclip_ft train name=try                     the shapes world, on any machine
-    python -m gradeclip_ft train +exp=cc3m_vitb16 name=b16    an experiment; `list` names them
-    python -m gradeclip_ft train +exp=... name=b16 resume=auto  go on after an interruption
-    python -m gradeclip_ft train -m +exp=shapes seed=0,1 name='shapes_${seed}'  several jobs
+    python -m gradeclip_ft train +exp=shapes                   the shapes world, on any machine
+    python -m gradeclip_ft train +exp=cc3m_vitb16              the paper's run; `list experiments`
+    python -m gradeclip_ft train +exp=cc3m_vitb16 resume=auto  continue after an interruption
+    python -m gradeclip_ft train -m +exp=shapes seed=0,1       two runs, shapes_0 and shapes_1
     """
     require_as_started(cfg)
     folder = runs.run_dir(cfg.name, cfg.runs_dir)

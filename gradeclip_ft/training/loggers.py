@@ -128,7 +128,7 @@ class WandbLogger(Logger):
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(
                 f"Weights & Biases failed ({masked(reason)}); nothing more is sent. "
-                f"{JSONL} and {CSV} are complete; logger.mode=offline needs no network",
+                f"{JSONL} and {CSV} are complete; WANDB_MODE=offline needs no network",
                 stacklevel=2,
             )
 
@@ -143,7 +143,7 @@ def files_and_wandb(
     config: Mapping[str, Any],
     *,
     project: str = "gradeclip_ft",
-    mode: Literal["online", "offline", "disabled"] = "online",
+    mode: Literal["online", "offline", "disabled"] | None = None,
     entity: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
@@ -153,7 +153,7 @@ def files_and_wandb(
         folder: Of the run; its name is the name of the run there, and resuming continues it.
         config: Sent along as the run's configuration.
         project: Project in Weights & Biases.
-        mode: "offline" stores below `folder`, for `wandb sync`.
+        mode: "offline" stores below `folder`, for `wandb sync`; None: as WANDB_MODE says.
         entity: User or team; the account's own if None.
         extra: Further arguments of `wandb.init`.
 

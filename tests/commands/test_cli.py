@@ -1,15 +1,16 @@
 """From a command line to a command, and to errors that help."""
 
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.__main__ import COMMANDS
-from gradeclip_ft.commands.cli import Command, run
-from gradeclip_ft.commands.config import is_meant, perform
+from gradeclip_ft.commands.cli import Command, call, run, usage
+from gradeclip_ft.commands.config import ConfigurationError, perform
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train data.taggr=auto", "did you mean +data.tagger?"),
         ("train data.tagger=auto", "write +data.tagger=auto"),
         ("train optimm.optimizer.lr=1", "did you mean optim.optimizer.lr?"),
-        ("train name=a +optim.typo=1", "optim.typo: FineTuneModule takes no typo"),
+        ("train +optim.typo=1", "optim.typo: FineTuneModule takes no typo"),
         ("train +exp=shpaes", "exp=shpaes: there is no shpaes; did you mean shapes"),
         ("train exp=shapes", "write +exp=shapes"),
         ("train objective=globl", "there is no globl; did you mean global_"),
@@ -56,11 +57,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train explainer=grad_cam", "write explainer@objective.explainer=grad_cam"),
         ("train +objective=global_only", "objective is given twice"),
         ("train evaluator=[shapes_regoins]", "did you mean shapes_regions?"),
-        ("train seed=1,2 name=a", "--multirun"),
-        ("train x[=1", "x[=1: this is no key=value"),
+        ("train seed=1,2", "--multirun"),
+        ("train x[=1", "x[=1: not a key=value"),
         ("train --cgf job", "--cgf"),
-        ("train --config-dir nowhere", "nowhere is no folder"),
-        ("train", "name: has no value; add name=..."),
+        ("train --config-dir nowhere", "nowhere is not a folder"),
+        ("train model=folder", "model.name: has no value; add model.name=..."),
         ("evaluate evaluator=[shapes_region]", "did you mean shapes_regions"),
         ("export alhpa=0.5", "did you mean alpha?"),
         ("doctor +exp=cc3m_vitb61", "did you mean cc3m_vitb16"),
@@ -105,13 +106,6 @@ def test_hydra_leaves_no_files(started: list[tuple[list[str], DictConfig]], tmp_
     """Would catch outputs/ and .hydra/ beside runs/."""
     run(COMMANDS, ["train", "name=a"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_doctor_needs_no_name(started: list[tuple[list[str], DictConfig]]) -> None:
-    """Would catch a doctor that asks for what only training needs, or overrides what is given."""
-    assert run(COMMANDS, ["doctor"]) == 0
-    assert run(COMMANDS, ["doctor", "name=b16"]) == 0
-    assert [cfg.name for _, cfg in started] == ["doctor", "b16"]
 
 
 def test_yaml_of_ones_own_is_found(
@@ -170,7 +164,7 @@ def test_an_error_raised_on_purpose_is_a_message(capsys: pytest.CaptureFixture[s
 
     assert perform(lambda: run_dir("a/b"), full=False) == 1
     meant = capsys.readouterr().err
-    assert meant.startswith("error: name='a/b' is no name")
+    assert meant.startswith("error: name='a/b' is not a valid run name")
     assert "Traceback" not in meant
     assert perform(lambda: int("x"), full=False) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -178,28 +172,82 @@ def test_an_error_raised_on_purpose_is_a_message(capsys: pytest.CaptureFixture[s
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_error_of_a_constructor_loses_what_hydra_says_around_it(
-    capsys: pytest.CaptureFixture[str],
+def test_a_foreign_error_is_not_meant_but_a_refused_path_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Would catch "Error in call to target" in front of a message for the user."""
-    from hydra.utils import instantiate
+    """Would catch messages of torch without the place they come from, and tracebacks for a path."""
+    (tmp_path / "file").touch()
+    assert perform(lambda: (tmp_path / "file" / "below").mkdir(), full=False) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: [Errno 20] Not a directory")
+    assert "Traceback" not in shown
+    assert perform(lambda: [][0], full=False) == 1
+    assert "Traceback" in capsys.readouterr().err
 
-    node = {"_target_": "gradeclip_ft.commands.runs.run_dir", "name": "a/b"}
-    assert perform(lambda: instantiate(node), full=False) == 1
-    assert capsys.readouterr().err.startswith("error: name='a/b' is no name")
 
+def test_ctrl_c_and_a_reader_that_leaves_end_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch a traceback for `train` and Ctrl-C, or another code than a shell expects."""
 
-def test_a_foreign_error_is_not_meant() -> None:
-    """Would catch messages of torch or numpy shown without the place they come from."""
-    caught: Any = None
-    try:
-        Path("/nowhere/at/all").read_text()
-    except OSError as error:
-        caught = error
-    assert not is_meant(caught)
+    def interrupt(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "function", lambda self: interrupt)
+    assert run(COMMANDS, ["train"]) == 130
+    assert capsys.readouterr().err == ""
+    line = f"{sys.executable} -m gradeclip_ft list experiments | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_number_that_a_command_returns_is_the_exit_code() -> None:
     """Would catch `doctor` and `data verify` that find problems and exit with 0."""
     assert perform(lambda: 1, full=False) == 1
     assert perform(lambda: None, full=False) == 0
+
+
+def example(
+    action: Literal["make", "count"],
+    *words: str,
+    out: Path,
+    size: int = 64,
+    share: float = 0.5,
+    again: bool = False,
+    limit: int | None = None,
+    kind: Literal["a", "b"] = "a",
+    names: tuple[str, ...] = (),
+) -> tuple[Any, ...]:
+    """All kinds of arguments."""
+    return action, words, out, size, share, again, limit, kind, names
+
+
+def test_arguments_of_a_plain_command_are_read_as_annotated() -> None:
+    """Would catch the string "false" that counts as true, or a path with = taken for an option."""
+    line = "make shapes out=a/b=c size=32 share=1 again=true limit=3 names=[x,y=z,*/w] kind=b"
+    assert call(example, line.split()) == (
+        "make", ("shapes",), Path("a/b=c"), 32, 1.0, True, 3, "b", ("x", "y=z", "*/w"),
+    )  # fmt: skip
+    found = call(example, ["count", "runs/lr=1e-5", "out=x", "limit=null", "names=q,r"])
+    assert (found[1], found[6], found[8]) == (("runs/lr=1e-5",), None, ("q", "r"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "action is missing; expected make|count [WORDS ...] out=... [size=64]"),
+        ("mkae out=x", "action: there is no mkae; did you mean make?"),
+        ("make", "out=... is missing"),
+        ("make out=x sise=3", "sise=3: no such option; did you mean size"),
+        ("make out=x size=big", "size: got 'big', expected int"),
+        ("make out=x again=maybe", "again: got 'maybe', expected bool"),
+        ("make out=x limit=few", "limit: got 'few', expected int"),
+        ("make out=x kind=c", "kind: there is no c; choose from a, b"),
+    ],
+)
+def test_what_a_plain_command_cannot_read_is_named(line: str, words: str) -> None:
+    """Would catch a TypeError of Python for a misspelt option."""
+    with pytest.raises(ConfigurationError) as caught:
+        call(example, line.split())
+    assert words in str(caught.value)
+    assert usage(example).startswith("make|count [WORDS ...] out=... [size=64]")

@@ -30,8 +30,8 @@ def test_each_job_has_its_own_values_and_command_line(
     started: list[tuple[list[str], DictConfig]], tmp_path: Path
 ) -> None:
     """Would catch a child process that repeats the whole sweep (it would see -m)."""
-    assert run(COMMANDS, ["train", "-m", "seed=2,3", "name=a_${seed}"]) == 0
-    assert [(cfg.name, cfg.seed) for _, cfg in started] == [("a_2", 2), ("a_3", 3)]
+    assert run(COMMANDS, ["train", "-m", "+exp=smoke", "seed=2,3"]) == 0
+    assert [(cfg.name, cfg.seed) for _, cfg in started] == [("smoke_2", 2), ("smoke_3", 3)]
     for argv, cfg in list(started):
         assert "-m" not in argv
         assert run(COMMANDS, argv[1:]) == 0

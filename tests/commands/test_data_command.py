@@ -9,7 +9,7 @@ import pytest
 
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.commands.config import ConfigurationError
-from gradeclip_ft.commands.data import SUBCOMMANDS, data
+from gradeclip_ft.commands.data import ACTIONS, data
 from gradeclip_ft.data.captions import CaptionShards
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_action() -> None:
     assert data.__doc__ is not None
-    assert all(f"data {action} " in data.__doc__ for action in SUBCOMMANDS)
+    assert all(f"data {action} " in data.__doc__ for action in ACTIONS)
 
 
 def test_help_is_printed_without_torch(repository: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_folder_and_a_table_become_shards(world: Path, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["cuont"], "did you mean count"),
-        (["count"], "shards=... is missing"),
-        (["make"], "expected `data make shapes`"),
-        (["make", "shaeps"], "expected `data make shapes`"),
-        (["count", "a.tar", "shards=b.tar"], "not both"),
-        (["count", "a.tar", "seed=1"], "data count has no option seed"),
-        (["coco", "a.json"], "expected key=value alone"),
+        (["count"], "SHARDS are missing"),
+        ([], "choose from make"),
+        (["make"], "world is missing; expected shapes"),
+        (["make", "shaeps"], "did you mean shapes"),
+        (["count", "a.tar", "seed=1"], "seed=1: no such option"),
+        (["coco", "a.json"], "a.json: one word too many"),
         (["verify", "a.tar", "wrokers=2"], "did you mean workers"),
         (["split", "a.tar", "out=b", "shard_size=big"], "expected int"),
     ],

@@ -67,7 +67,7 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("model.name=shapes_tinny", "model", "did you mean shapes_tiny"),
         ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
         ("init_from=nothing", "model", "neither a weights file nor a run"),
-        ("name=a/b", "run folder", "no name for a run"),
+        ("name=a/b", "run folder", "not a valid run name"),
     ],
 )
 def test_what_would_stop_the_run_is_found(

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import make
-from gradeclip_ft.commands.config import UnknownTargetError, perform, recorded
+from gradeclip_ft.commands.config import ConfigurationError, perform, recorded
 
 SECRET = "correct-horse-battery"
 
@@ -94,6 +94,6 @@ def test_the_record_of_a_run_builds_nothing_foreign(
         "inside": good | {"kind": plain},
         "in a list": good | {"kind": [plain]},
     }
-    with pytest.raises(UnknownTargetError):
-        make(OmegaConf.create(whole[depth]))
+    with pytest.raises(ConfigurationError):
+        make(OmegaConf.create(whole[depth]), "alignment")
     assert not os.listdir(tmp_path)

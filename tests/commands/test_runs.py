@@ -32,7 +32,7 @@ def changed(**dotted: object) -> dict[str, object]:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a b", "-m", "a\n", "ä"])
 def test_a_name_that_could_leave_the_folder_is_refused(name: str) -> None:
     """Would catch a run that writes outside of runs/, or that another system cannot copy."""
-    with pytest.raises(ValueError, match="no name for a run"):
+    with pytest.raises(ValueError, match="not a valid run name"):
         runs.run_dir(name)
 
 
@@ -55,8 +55,9 @@ def test_a_new_run_records_its_resolved_configuration_and_environment(tmp_path: 
 def test_an_existing_run_is_refused_with_the_ways_on(tmp_path: Path) -> None:
     """Would catch a second `train name=a` that overwrites the first."""
     runs.claim(tmp_path / "a", SETTINGS)
+    (tmp_path / "a_2").mkdir()
     before = (tmp_path / "a" / "environment.json").read_text()
-    with pytest.raises(FileExistsError, match=r"resume=auto.*name=.*init_from=a"):
+    with pytest.raises(FileExistsError, match=r"resume=auto.*name=a_3.*init_from=a"):
         runs.claim(tmp_path / "a", SETTINGS)
     assert (tmp_path / "a" / "environment.json").read_text() == before
 

@@ -59,8 +59,8 @@ def understood(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
         for job in jobs(command.config, command.overrides(overrides)):
             check(compose(command.config, job), command.config)
         return
-    for action, function in list(data.SUBCOMMANDS.items()):
-        monkeypatch.setitem(data.SUBCOMMANDS, action, bound_only(function, 0))
+    for action, function in list(data.ACTIONS.items()):
+        monkeypatch.setitem(data.ACTIONS, action, bound_only(function, 0))
     function = command.function()
     call(function if name == "data" else bound_only(function, None), arguments)
 
