@@ -370,9 +370,10 @@ def fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in kind["choices"])
     if isinstance(kind, Mapping):
         outer, inner = next(iter(kind.items()))
-        if not isinstance(value, list if outer == "list" else Mapping) or "_target_" in value:
-            return False
-        return all(fits(one, inner) for one in (value if outer == "list" else value.values()))
+        if outer == "list":
+            return isinstance(value, list) and all(fits(entry, inner) for entry in value)
+        entries = value.values() if isinstance(value, Mapping) and "_target_" not in value else None
+        return entries is not None and all(fits(entry, inner) for entry in entries)
     if kind == "object":
         return isinstance(value, Mapping) and "_target_" in value
     if kind == "any":
