@@ -37,7 +37,7 @@ from gradeclip_ft.report.content import Case, Page, Words
 from gradeclip_ft.report.figures import draw_still, overlay
 from gradeclip_ft.report.page import render
 from gradeclip_ft.results.record import versions
-from gradeclip_ft.text.phrases import Phrases, load_tagger, prepare_tagger
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
 
 AT_A_TIME = 8  # pictures
@@ -176,7 +176,7 @@ def _phrases_in(captions: Sequence[str], pictures: int) -> list[list[str]]:
         raise ValueError(
             f"{len(captions)} captions for {pictures} pictures; give one for all, or one for each"
         )
-    parse = Phrases(load_tagger(prepare_tagger("auto")), max_phrases=10)
+    parse = PhraseFinder(load_tagger(prepare_tagger("auto")), max_phrases=10)
     found = [parse(caption) for caption in captions]
     for caption, phrases in zip(captions, found, strict=True):
         if not phrases:

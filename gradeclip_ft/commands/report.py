@@ -17,7 +17,7 @@ from gradeclip_ft.commands.build import build_clip, build_data, make
 from gradeclip_ft.commands.config import conf_dir, options
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import explain_pictures
 from gradeclip_ft.images import read_image
@@ -28,7 +28,7 @@ from gradeclip_ft.report.page import render as render_page
 from gradeclip_ft.results.collect import ORDINARY, Entry, collect
 from gradeclip_ft.results.record import Json, versions
 from gradeclip_ft.results.table import Row, Table, differences, render
-from gradeclip_ft.text.phrases import Phrases, load_tagger, prepare_tagger
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
 from gradeclip_ft.training.loggers import JSONL, read_lines
 
@@ -364,9 +364,9 @@ def _cases(
     start = build_clip(comparison.runs[0].config)
     last = comparison.runs[-1]
     source = build_data(last.config, start)
-    assert isinstance(source, CaptionShards)
+    assert isinstance(source, CaptionTrainData)
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
-    parse = Phrases(load_tagger(tagger), source.max_phrases)
+    parse = PhraseFinder(load_tagger(tagger), source.max_phrases)
     cases = find_cases(*files, parse, count)
     cases = add_maps(cases, UNTOUCHED, start, explainer, source.prompt)
     for run in comparison.runs:

@@ -88,15 +88,15 @@ def fill(template: str, name: str) -> str:
     >>> fill("a photo of {a} {}.", "Orange/mandarin_orange")
     'This is a photo of an orange or mandarin orange.'
     """
-    name = spoken(name)
+    name = readable_name(name)
     text = template.replace("{a}", article(name)).replace("{}", name)
     return f"This is {text}" if text.startswith(("a", "the")) else text
 
 
-def spoken(name: str) -> str:
+def readable_name(name: str) -> str:
     """A class name as one would say it; "-merged", "-stuff" and "-other" stay.
 
-    >>> spoken("Door-stuff."), spoken("traffic_light")
+    >>> readable_name("Door-stuff."), readable_name("traffic_light")
     ('door-stuff', 'traffic light')
     """
     return name.replace("_", " ").replace("/", " or ").lower().rstrip(".")

@@ -13,7 +13,7 @@ from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.data.captions import Sample, collate
 from gradeclip_ft.data.coco import read_captions
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.text.phrases import Phrases, load_tagger, nltk_problem
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, nltk_problem
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini_open"
 PROMPT = "This is a photo of the {}"
@@ -57,7 +57,7 @@ def read_pairs(least: int, folder: Path = PHOTOS) -> tuple[list[Pair], str]:
     listing = folder / "annotations" / "captions_val2017.json"
     if not listing.is_file():
         return _written(), "written captions, pixels at random"
-    phrases = Phrases(load_tagger(tagger_name()), 100)
+    phrases = PhraseFinder(load_tagger(tagger_name()), 100)
     pairs = []
     for entry in read_captions(listing):
         found = tuple(dict.fromkeys(p for caption in entry.captions for p in phrases(caption)))

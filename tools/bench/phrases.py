@@ -8,9 +8,9 @@ from pathlib import Path
 
 import nltk
 
-from gradeclip_ft.data.captions import phrase_entry, stored_phrases
+from gradeclip_ft.data.captions import caption_phrases, phrase_entry
 from gradeclip_ft.data.coco import read_captions
-from gradeclip_ft.text.phrases import Phrases, load_tagger
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger
 
 from .clock import cpu_seconds, in_turns
 from .inputs import PHOTOS, read_pairs, tagger_name
@@ -29,11 +29,11 @@ def phrases(
         variants["nltk.pos_tag and RegexpParser, plain loop"] = partial(_each, _plain, texts)
         variants["nltk.pos_tag alone, plain loop"] = partial(_each, _tags, texts)
     for name in [tagger_name(), "textblob"] if tagger_name() == "nltk" else ["textblob"]:
-        finder = Phrases(load_tagger(name), 5)
+        finder = PhraseFinder(load_tagger(name), 5)
         variants[f"ours, {name}"] = partial(_each, finder, texts)
         record = {"phrases": phrase_entry(texts, finder)}
         variants[f"ours, {name}, computed ahead"] = partial(
-            _each, partial(_stored, record, name), texts
+            _each, partial(_stored, record, finder), texts
         )
     turns = in_turns(variants, rounds=rounds, now=cpu_seconds)
     base = next(iter(variants))
@@ -74,5 +74,5 @@ def _tags(text: str) -> object:
     return nltk.pos_tag(nltk.NLTKWordTokenizer().tokenize(text.lower()))
 
 
-def _stored(record: Mapping[str, object], tagger: str, text: str) -> object:
-    return stored_phrases(record, text, tagger=tagger, max_phrases=5)
+def _stored(record: Mapping[str, object], finder: PhraseFinder, text: str) -> object:
+    return caption_phrases(record, text, finder)
