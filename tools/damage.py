@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 
@@ -46,10 +46,10 @@ class Damage:
     usable: bool = False
 
 
-def source(place: str, **options: object) -> CaptionShards:
+def source(place: str, **options: object) -> CaptionTrainData:
     """The loader of training with 8-pixel images and phrases by TextBlob."""
     settings = {"batch_size": 1, "resampled": False, "shuffle": 0, "workers": 0, **options}
-    return CaptionShards(
+    return CaptionTrainData(
         shards=place,
         tokenizer=Tokenizer(WordTokenizer((*OTHER_WORDS, *WORDS), 24), 24),
         transform=ImageTransform((8, 8), Preprocessing(), train=True),

@@ -308,18 +308,20 @@ class Server(http.server.BaseHTTPRequestHandler):
                 time.sleep(1.0)
             case "/breaks.tar":
                 rest = self.content[start:]
-                self._send(rest[: len(self.content) // 3 + 1], 206 if start else 200, len(rest))
+                part = rest[: len(self.content) // 3 + 1]
+                self._send(part, 206 if start else 200, len(rest), f"bytes {start}-")
                 self.close_connection = True
             case "/away.tar":
                 self.send_response(302)
                 self.send_header("Location", "file:///etc/passwd")
                 self.end_headers()
 
-    def _send(self, content: bytes, code: int, claimed: int | None = None) -> None:
+    def _send(self, data: bytes, code: int, claimed: int | None = None, span: str = "") -> None:
         self.send_response(code)
-        self.send_header("Content-Length", str(len(content) if claimed is None else claimed))
+        self.send_header("Content-Length", str(len(data) if claimed is None else claimed))
+        self.send_header("Content-Range", span)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         """Nothing."""

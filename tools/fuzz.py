@@ -52,9 +52,9 @@ from gradeclip_ft.commands.config import (
     recorded,
     wants_traceback,
 )
-from gradeclip_ft.data.captions import KEY, Batches, sample_keys
-from gradeclip_ft.data.order import Place
-from gradeclip_ft.data.shards import RawSample, Skips, read_shard
+from gradeclip_ft.data.captions import KEY, CaptionTrainData, read_batches
+from gradeclip_ft.data.order import LoaderWorker
+from gradeclip_ft.data.shards import RawSample, Skips, read_shard, sample_keys
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.weights import load_state, read_state
@@ -174,21 +174,20 @@ def changed(node: Any, rng: random.Random) -> Any:
 FOUND = {"a dog": ["dog"], "a cat": ["black cat", "tail"]}
 STORED = {"rule": RULE, "tagger": "textblob", "max_phrases": 5, "found": FOUND}
 RECORD = {"captions": ["a dog", "a cat"], KEY: STORED}
-PLACE, BATCH = Place(0, 0, 0, 1, 0, 1), 6
+WORKER, BATCH = LoaderWorker(0, 0, 0, 1, 0, 1), 6
 SUFFIXES = ("jpg", "png", "webp", "txt", "text", "json", "cls", "pyd", "pkl", "JPG", "x.jpg")
 
 
 @cache
-def batches() -> Batches:
+def settings() -> CaptionTrainData:
     """As in training: CLIP's tokenizer, phrases, captions from JSON as well."""
-    return Batches(
+    return CaptionTrainData(
+        shards="input.tar",
         tokenizer=Tokenizer(SimpleTokenizer(), 77),
         transform=ImageTransform((16, 16), Preprocessing(), train=True),
         batch_size=BATCH,
-        prompt="This is a photo of the {}",
         caption="any",
         tagger="textblob",
-        max_phrases=5,
     )
 
 
@@ -212,7 +211,7 @@ def run_shard(path: Path) -> str:
     """Read it as training does; count it as the splitter does."""
     skips = Skips(tell=lambda *_: None)
     raws = list(read_shard(str(path), skips))
-    counted, keys = list(sample_keys(path)), [raw["__key__"] for raw in raws]
+    counted, keys = sample_keys(str(path)), [raw["__key__"] for raw in raws]
     if counted != keys:
         raise AssertionError(f"counted {counted}, read {keys}")
     return one_batch(raws, skips)
@@ -262,7 +261,8 @@ def one_batch(raws: list[RawSample], skips: Skips) -> str:
         {"__key__": f"fill{number}", "__url__": "fill.tar", **good(number)}
         for number in range(BATCH)
     ]
-    (batch,) = batches()(itertools.chain(iter(raws), fill), PLACE, skips, first=0, count=1)
+    stream = itertools.chain(raws, fill)
+    (batch,) = read_batches(settings(), "textblob", stream, WORKER, skips, first=0, count=1)
     used = sum(not key.startswith("fill.tar") for key in batch.keys)
     if not (batch.images.isfinite().all() and len(batch.keys) == BATCH == len(batch.captions)):
         raise AssertionError(f"a broken batch: {batch}")
@@ -498,7 +498,7 @@ def fuzz(
     watch = _Watch()
     outcomes: dict[str, Counter[str]] = {kind.name: Counter() for kind in DECK}
     failed, slowest, begun = 0, (0.0, 0), time.perf_counter()
-    batches(), model(), load_tagger("textblob")  # before the clock of a case runs
+    settings(), model(), load_tagger("textblob")  # before the clock of a case runs
     with tempfile.TemporaryDirectory() as place:
         for number in range(cases) if only is None else (only,):
             started, kind = time.perf_counter(), DECK[number % len(DECK)]

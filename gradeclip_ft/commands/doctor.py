@@ -19,7 +19,7 @@ from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.config import is_meant
 
 if TYPE_CHECKING:
-    from gradeclip_ft.data.captions import CaptionShards
+    from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.models.clip import LoadedClip
 
 
@@ -146,7 +146,7 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
     from gradeclip_ft.commands.build import make
 
     loaded = structure(cfg)
-    source: CaptionShards = make(cfg.data, "data")(
+    source: CaptionTrainData = make(cfg.data, "data")(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     try:

@@ -256,6 +256,5 @@ def _bars(lines: Bool[ndarray, " n"]) -> bool:
 
 
 def _read(raw: RawSample) -> Image.Image:
-    read_caption(raw, {}, "text", key=0)
-    read_record(raw)
+    read_caption(raw, read_record(raw), "text", key=0)
     return image_of(raw)

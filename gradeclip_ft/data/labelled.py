@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradeclip_ft.batch import ImageBatch
-from gradeclip_ft.data.captions import evaluation_loader
 from gradeclip_ft.data.files import (
     TarSample,
     decode_at,
@@ -25,6 +24,7 @@ from gradeclip_ft.data.files import (
     subset_protocol,
     tar_files,
 )
+from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import images_in
 
 CLASS_NAMES = "classnames.txt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,15 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from gradeclip_ft.data.captions import KEY, SIZES, phrase_entry, sample_counts
-from gradeclip_ft.data.samples import captions_of, check_image_of, image_of, read_record, text_of
-from gradeclip_ft.data.shards import BadSampleError, RawSample, Skips, read_shard
-from gradeclip_ft.text.phrases import RULE, Phrases, load_tagger
+from gradeclip_ft.data.samples import (
+    captions_of,
+    check_image_of,
+    image_of,
+    read_caption,
+    read_record,
+)
+from gradeclip_ft.data.shards import BadSampleError, RawSample, Skips, read_shard, shard_name
+from gradeclip_ft.text.phrases import RULE, PhraseFinder, load_tagger
 
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 LEAST_SHARDS = 8
@@ -69,10 +76,8 @@ def write_shards(
                 folder / f"{name}-{number:04d}.tar", samples
             )
         if not sum(sizes.values()):
-            causes = ", ".join(f"{cause} {count}" for cause, count in skips.total.items())
-            raise ValueError(
-                f"none of {len(files)} files can be used ({causes or 'no file named'})"
-            )
+            causes = skips.causes() or "no file named"
+            raise ValueError(f"none of {len(files)} files can be used ({causes})")
         write_sizes(folder, sizes)
     return sizes
 
@@ -192,10 +197,10 @@ def add_phrases(url: str, out: Path, *, tagger: str, max_phrases: int) -> Counte
     Returns:
         Numbers of samples, captions, phrases, captions without a phrase, and of what was skipped.
     """
-    target = out / url.rsplit("/", 1)[-1]
+    target = out / re.sub(r"\.(tar\.\w+|tgz)$", ".tar", shard_name(url))
     if _is_done(target, tagger, max_phrases):
         return Counter({"shards_done_before": 1})
-    phrases = Phrases(load_tagger(tagger), max_phrases)
+    phrases = PhraseFinder(load_tagger(tagger), max_phrases)
     skips, numbers = Skips(), Counter[str]()
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -230,10 +235,11 @@ def split_shards(urls: Sequence[str], out: Path, *, name: str, shard_size: int) 
     return sizes
 
 
-def _with_phrases(raw: RawSample, phrases: Phrases, numbers: Counter[str]) -> RawSample:
+def _with_phrases(raw: RawSample, phrases: PhraseFinder, numbers: Counter[str]) -> RawSample:
     try:
         record = read_record(raw)
-        captions = list(dict.fromkeys([*_own_caption(raw), *captions_of(record)]))
+        first = read_caption(raw, record, "text", key=0)
+        captions = list(dict.fromkeys([first, *captions_of(raw, record)]))
     except BadSampleError as error:
         numbers[str(error.args[0])] += 1
         return raw
@@ -242,12 +248,6 @@ def _with_phrases(raw: RawSample, phrases: Phrases, numbers: Counter[str]) -> Ra
     numbers["phrases"] += sum(map(len, entry["found"].values()))
     numbers["captions_without_phrase"] += sum(not found for found in entry["found"].values())
     return {**raw, "json": json.dumps({**record, KEY: entry}).encode()}
-
-
-def _own_caption(raw: RawSample) -> Iterator[str]:
-    line = " ".join(text_of(raw).split())
-    if line:
-        yield line
 
 
 def _is_done(path: Path, tagger: str, max_phrases: int) -> bool:

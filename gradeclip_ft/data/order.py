@@ -1,9 +1,12 @@
-"""Which samples a worker reads, and in which order: a pure function of where it stands.
+"""Which samples a loader worker reads, and in which order: a function of its numbers alone.
 
 Resampled: each worker draws shards at random without end, so any number of processes and workers
 serves any number of shards, and an epoch is what the settings say. Once: the shards, shuffled by
 seed and epoch, are one long row that is cut into equal slices of whole batches, one per process
 and worker; what is left over at the end (less than one batch per process) sits out this epoch.
+
+Nothing here has a state that a checkpoint would have to save: the same (seed, epoch, rank, worker)
+gives the same samples, so a run is resumed by asking for a later batch.
 """
 
 from __future__ import annotations
@@ -15,14 +18,21 @@ from itertools import accumulate, chain, count, islice
 
 from webdataset.filters import shuffle as shuffle_buffer
 
-from gradeclip_ft.data.shards import RawSample, Skips, read_shard, stable_hash
+from gradeclip_ft.data.samples import SUFFIXES
+from gradeclip_ft.data.shards import (
+    RawSample,
+    Skips,
+    TooManyDroppedError,
+    read_shard,
+    stable_hash,
+)
 
 MOST_BARREN_SHARDS = 100
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker stands; all its randomness comes from here.
+class LoaderWorker:
+    """The numbers of one worker in one epoch; all its randomness comes from them.
 
     Attributes:
         seed: Of the run.
@@ -42,60 +52,45 @@ class Place:
 
     def key(self, purpose: str) -> int:
         """A seed for one purpose."""
-        # Hashed: added up, seed 1 on rank 0 would draw what seed 0 draws on rank 1. And since all
-        # randomness starts here, a resumed run needs no stored state of any generator.
+        # Hashed: added up, seed 1 on rank 0 would draw what seed 0 draws on rank 1.
         return stable_hash(f"{purpose}/{self.seed}/{self.epoch}/{self.rank}/{self.worker}")
 
     def share(self, batches: int) -> int:
         """How many of a process's batches come from this worker.
 
-        >>> [Place(0, 0, 0, 1, worker, 3).share(8) for worker in range(3)]
+        >>> [LoaderWorker(0, 0, 0, 1, worker, 3).share(8) for worker in range(3)]
         [3, 3, 2]
         """
         return len(range(self.worker, batches, self.workers))
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A worker's part of the row of all samples.
-
-    Attributes:
-        first: Number of its first sample.
-        size: Number of its samples.
-    """
-
-    first: int
-    size: int
-
-
-def slice_of(place: Place, batches: int, batch_size: int) -> Slice:
-    """The samples of one worker, where every process has the same number of batches."""
+def slice_of(worker: LoaderWorker, batches: int, batch_size: int) -> range:
+    """Numbers of one worker's samples in the row of all; every process has as many batches."""
     # In batches, over the one row of all samples: whole processes before this one, then the
     # workers before this one, some of which have a batch more than others.
-    before = place.rank * batches + sum(
-        len(range(worker, batches, place.workers)) for worker in range(place.worker)
+    before = worker.rank * batches + sum(
+        len(range(number, batches, worker.workers)) for number in range(worker.worker)
     )
-    return Slice(before * batch_size, place.share(batches) * batch_size)
+    return range(before * batch_size, (before + worker.share(batches)) * batch_size)
 
 
 def resampled(
-    urls: Sequence[str], place: Place, *, shuffle: int, skips: Skips
+    urls: Sequence[str], worker: LoaderWorker, *, shuffle: int, skips: Skips
 ) -> Iterator[RawSample]:
     """Samples without end, from shards drawn at random.
 
     Raises:
-        RuntimeError: Shard after shard gives nothing.
+        TooManyDroppedError: Shard after shard gives nothing.
     """
-    generator = random.Random(place.key("shards"))
-    samples = _endless(urls, generator, skips)
-    return _shuffled(samples, shuffle, random.Random(place.key("samples")))
+    samples = _endless(urls, random.Random(worker.key("shards")), skips)
+    return _shuffled(samples, shuffle, random.Random(worker.key("samples")))
 
 
 def each_sample_once(
     urls: Sequence[str],
     counts: Sequence[int],
-    part: Slice,
-    place: Place,
+    part: range,
+    worker: LoaderWorker,
     *,
     shuffle: int,
     skips: Skips,
@@ -109,20 +104,21 @@ def each_sample_once(
         urls: Shards.
         counts: Samples per shard.
         part: Which samples are this worker's.
-        place: Where it stands.
+        worker: Which worker.
         shuffle: Size of the shuffle buffer; 0 keeps the order of the shards, too.
         skips: Counts what cannot be read.
 
     Raises:
-        RuntimeError: A whole pass gives nothing.
+        TooManyDroppedError: A whole pass gives nothing.
     """
     row = list(zip(urls, counts, strict=True))
     if shuffle:
         # From seed and epoch alone, without rank and worker: all of them must cut the same row.
-        random.Random(stable_hash(f"row/{place.seed}/{place.epoch}")).shuffle(row)
-    # A second pass only where samples were dropped: the first gives all that the slice has.
+        random.Random(stable_hash(f"row/{worker.seed}/{worker.epoch}")).shuffle(row)
+    # A second pass only where samples were dropped: the first gives all that the slice has. Each is
+    # shuffled on its own: a buffer across passes would bring repetitions early.
     for number in count():
-        generator = random.Random(place.key(f"pass{number}"))
+        generator = random.Random(worker.key(f"pass{number}"))
         samples = chain.from_iterable(_pieces(row, part, skips))
         empty = True
         for sample in _shuffled(samples, shuffle, generator):
@@ -133,15 +129,15 @@ def each_sample_once(
 
 
 def _pieces(
-    row: Sequence[tuple[str, int]], part: Slice, skips: Skips
+    row: Sequence[tuple[str, int]], part: range, skips: Skips
 ) -> Iterator[Iterator[RawSample]]:
     ends = accumulate(size for _, size in row)
     for (url, size), end in zip(row, ends, strict=True):
         # The slice in this shard's own numbers; a shard that it does not touch is never opened.
-        low = max(part.first - (end - size), 0)
-        high = min(part.first + part.size - (end - size), size)
+        begin = end - size
+        low, high = max(part.start - begin, 0), min(part.stop - begin, size)
         if low < high:
-            yield islice(read_shard(url, skips), low, high)
+            yield islice(read_shard(url, skips, wanted=SUFFIXES), low, high)
 
 
 def _endless(urls: Sequence[str], generator: random.Random, skips: Skips) -> Iterator[RawSample]:
@@ -149,7 +145,7 @@ def _endless(urls: Sequence[str], generator: random.Random, skips: Skips) -> Ite
     while True:
         url = generator.choice(urls)
         empty = True
-        for sample in read_shard(url, skips):
+        for sample in read_shard(url, skips, wanted=SUFFIXES):
             empty = False
             yield sample
         # Shards that give nothing must be different ones in a row: one of many may be damaged and
@@ -170,8 +166,8 @@ def _shuffled(
     return mixed
 
 
-def _nothing(shards: int, skips: Skips) -> RuntimeError:
-    return RuntimeError(
+def _nothing(shards: int, skips: Skips) -> TooManyDroppedError:
+    return TooManyDroppedError(
         f"{shards} shards in a row held no sample that can be read ({skips.causes()}); "
         "see which with `data verify`"
     )

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradeclip_ft.batch import PairBatch
-from gradeclip_ft.data.captions import evaluation_loader
 from gradeclip_ft.data.coco import CaptionedPicture, read_captions
 from gradeclip_ft.data.files import (
     decode_at,
@@ -33,6 +32,7 @@ from gradeclip_ft.data.files import (
     subset_protocol,
     tar_files,
 )
+from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.data.make_shards import CaptionedFile
 
 

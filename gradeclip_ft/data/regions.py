@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from gradeclip_ft.batch import RegionBatch
-from gradeclip_ft.data.captions import evaluation_loader
 from gradeclip_ft.data.coco import Category, CocoImage, Region, read_regions, region_masks
 from gradeclip_ft.data.files import (
     prepare_files,
@@ -28,6 +27,7 @@ from gradeclip_ft.data.files import (
     subset,
     subset_protocol,
 )
+from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import read_image
 
 Fit = Literal["letterbox", "stretch"]

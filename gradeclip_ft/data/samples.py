@@ -1,7 +1,7 @@
-"""One raw sample: its caption, its image, and why it cannot be used if it cannot.
+"""One raw sample: its captions, its image, and why it cannot be used if it cannot.
 
-Layout of CC3M's shards, in both public forms: an image, a `.txt` with the caption, and a `.json`
-that may hold more captions and phrases computed ahead.
+A sample is an image with captions: in a `.txt`, one in each line, in the `captions` or the
+`caption` of a `.json`, or in both. These rules hold for training, `data verify` and `data phrases`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from gradeclip_ft.data.shards import BadSampleError, RawSample, escaped, shard_n
 from gradeclip_ft.images import IMAGE_SUFFIXES, ImageError, check_image, read_image
 
 TEXT_SUFFIXES = ("txt", "text", "caption")
+SUFFIXES = frozenset((*IMAGE_SUFFIXES, *TEXT_SUFFIXES, "json"))
+"""Files of a sample that are read; others are passed over."""
 MOST_PIXELS = 64_000_000
 MOST_ELONGATED = 20.0
-MOST_CHARACTERS = 8000  # of a caption: more is no description of a photo
+MOST_CHARACTERS = 8000  # of a caption: more is not a description of a photo
 
 Result = TypeVar("Result")
 CaptionChoice = Literal["text", "any"]
-"""The caption in `.txt`, or at each visit any of the `captions` in `.json`."""
+"""The first caption, from the `.txt` if there is one; or at each visit any of `captions_of`."""
 
 
 def sample_name(raw: RawSample) -> str:
@@ -41,10 +43,8 @@ def read_record(raw: RawSample) -> dict[str, Any]:
     Raises:
         BadSampleError: "broken_json".
     """
-    if "json" not in raw:
-        return {}
     try:
-        record = json.loads(raw["json"])
+        record = json.loads(raw.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise BadSampleError("broken_json", str(error)) from error
     if not isinstance(record, dict):
@@ -52,53 +52,57 @@ def read_record(raw: RawSample) -> dict[str, Any]:
     return record
 
 
+def captions_of(raw: RawSample, record: Mapping[str, Any]) -> list[str]:
+    """All captions, each in one line: `captions` of the JSON, else the `.txt`, else `caption`.
+
+    Raises:
+        BadSampleError: "missing_text", "bad_encoding", or "empty_caption".
+    """
+    listed = record.get("captions")
+    lines = (
+        [_one_line(entry) for entry in listed if isinstance(entry, str)]
+        if isinstance(listed, list)
+        else []
+    )
+    captions = [line for line in lines if line] or _text_lines(raw, record)
+    if not captions and isinstance(alone := record.get("caption"), str):
+        captions = [line] if (line := _one_line(alone)) else []
+    if not captions:
+        if any(suffix in raw for suffix in TEXT_SUFFIXES):
+            raise BadSampleError("empty_caption", "the caption has no character")
+        raise BadSampleError(
+            "missing_text", f"it has {_suffixes(raw)}, no .txt and no caption in a .json"
+        )
+    return captions
+
+
 def read_caption(raw: RawSample, record: Mapping[str, Any], choice: CaptionChoice, key: int) -> str:
-    """One caption, in one line.
+    """One caption.
 
     Args:
         raw: The sample.
-        record: Its JSON; needed for `choice` "any" alone.
+        record: Its JSON.
         choice: Which caption.
         key: Seed of the draw.
 
     Raises:
-        BadSampleError: "missing_text", "bad_encoding", "empty_caption", or "extreme_caption": more
-            than 8,000 characters.
+        BadSampleError: As `captions_of`; also "extreme_caption": more than 8,000 characters.
     """
-    several = captions_of(record) if choice == "any" else []
-    text = random.Random(key).choice(several) if several else text_of(raw)
-    if len(text) > MOST_CHARACTERS:
-        raise BadSampleError("extreme_caption", f"{len(text):,} characters")
-    caption = " ".join(text.split())
-    if not caption:
-        raise BadSampleError("empty_caption", "the caption has no character")
+    if choice == "text":
+        caption = (_text_lines(raw, record) or captions_of(raw, record))[0]
+    else:
+        caption = random.Random(key).choice(captions_of(raw, record))
+    if len(caption) > MOST_CHARACTERS:
+        raise BadSampleError("extreme_caption", f"{len(caption):,} characters")
     if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
         raise BadSampleError("bad_encoding", "half a character, which no UTF-8 has")
     return caption
 
 
-def captions_of(record: Mapping[str, Any]) -> list[str]:
-    """The captions listed in a sample's JSON, each in one line."""
-    listed = record.get("captions")
-    if not isinstance(listed, list):
-        return []
-    lines = [" ".join(entry.split()) for entry in listed if isinstance(entry, str)]
+def caption_lines(text: str) -> list[str]:
+    """Captions of a `.txt`; line breaks inside a caption are written as a backslash and an n."""
+    lines = (_one_line(line.replace("\\n", " ")) for line in text.splitlines())
     return [line for line in lines if line]
-
-
-def text_of(raw: RawSample) -> str:
-    """The content of the caption file.
-
-    Raises:
-        BadSampleError: "missing_text" or "bad_encoding".
-    """
-    data = next((raw[suffix] for suffix in TEXT_SUFFIXES if suffix in raw), None)
-    if data is None:
-        raise BadSampleError("missing_text", f"it has {_suffixes(raw)}, no .txt")
-    try:
-        return str(data, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSampleError("bad_encoding", str(error)) from error
 
 
 def image_of(raw: RawSample) -> Image.Image:
@@ -135,6 +139,22 @@ def _decoded(raw: RawSample, read: Callable[..., Result]) -> Result:
 def _require_sane(width: int, height: int) -> None:
     if max(width, height) > MOST_ELONGATED * min(width, height):
         raise BadSampleError("extreme_image", f"{width} x {height} pixels")
+
+
+def _text_lines(raw: RawSample, record: Mapping[str, Any]) -> list[str]:
+    """Captions of the `.txt`: one in each line, unless the JSON says that all is one caption."""
+    data = next((raw[suffix] for suffix in TEXT_SUFFIXES if suffix in raw), b"")
+    try:
+        text = str(data, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("bad_encoding", str(error)) from error
+    lines = caption_lines(text)
+    whole = _one_line(text)
+    return [whole] if len(lines) > 1 and _one_line(str(record.get("caption"))) == whole else lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _suffixes(raw: RawSample) -> str:

@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradeclip_ft.data.captions import in_foreign_worker
 from gradeclip_ft.data.coco import DrawnScene, write_coco
+from gradeclip_ft.data.loading import inside_joblib_worker
 from gradeclip_ft.data.shapes_scenes import (
     COLOURS,
     COUNTS,
@@ -351,7 +351,7 @@ def _write_shards(
         for number, indices in enumerate(shard_ranges(count)):
             jobs.append((folder / split / f"shapes-{split}-{number:04d}.tar", split, indices))
     write = partial(_write_shard, seed=seed, image_size=size)
-    if workers == 1 or in_foreign_worker():
+    if workers == 1 or inside_joblib_worker():
         list(map(write, *zip(*jobs, strict=True)))
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -88,16 +88,17 @@ def gather_rows(x: Shaped[Tensor, "rows ..."], counts: list[int]) -> Shaped[Tens
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
-def heed_parent_alone(worker: int) -> None:
-    """Start of a loader worker: it ends when its parent says so or dies, not when others do.
+def ignore_scheduler_signals(worker: int) -> None:
+    """Start of a loader worker: it exits only when its parent asks or dies.
 
     A scheduler may signal all processes of a job; the step that the parent wants to finish and save
-    needs its workers. Programs that a worker starts, behind `pipe:`, inherit this. Systems that do
+    needs its workers. Commands that a worker starts for `pipe:` inherit this. Systems that do
     not tell who sent a signal (macOS, Windows) keep torch's way: a worker ends on SIGTERM.
 
     Args:
         worker: Its number; all are alike.
     """
+    del worker
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None or not hasattr(signal, "sigwaitinfo"):
         return
@@ -105,10 +106,10 @@ def heed_parent_alone(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_heed, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_exit_for, args=(parent.pid,), daemon=True).start()
 
 
-def _heed(parent: int) -> None:
+def _exit_for(parent: int) -> None:
     while True:
         received = signal.sigwaitinfo(SIGNALS)
         if received.si_pid == parent and received.si_signo == signal.SIGTERM:

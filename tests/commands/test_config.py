@@ -138,7 +138,7 @@ def test_values_are_judged_by_their_type(kind: Any, good: list[Any], bad: list[A
 
 def test_types_are_read_from_signatures() -> None:
     """Would catch an annotation that the list of targets leaves out or misreads."""
-    sources = targets()["gradeclip_ft.data.captions.CaptionShards"]["arguments"]
+    sources = targets()["gradeclip_ft.data.captions.CaptionTrainData"]["arguments"]
     assert sources["tagger"] == {"type": {"choices": ["auto", "nltk", "textblob"]}}
     assert sources["shards"] == {"type": ["str", {"list": "str"}], "required": True}
     assert sources["make"] == {"type": ["object", "null"]}

@@ -10,7 +10,7 @@ import pytest
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.commands.config import ConfigurationError
 from gradeclip_ft.commands.data import ACTIONS, data
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 
@@ -77,7 +77,7 @@ def test_coco_files_become_shards_that_train(
     assert "4  samples in 4 shards" in capsys.readouterr().out
     assert run("phrases", out, f"out={out}", "tagger=textblob", "workers=1") == 0
     assert "phrases per caption; without a phrase: " in capsys.readouterr().out
-    loader = CaptionShards(
+    loader = CaptionTrainData(
         shards=str(out),
         batch_size=4,
         workers=0,

@@ -12,7 +12,7 @@ import nltk
 import pytest
 from PIL import Image
 
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.text import phrases
@@ -20,7 +20,7 @@ from gradeclip_ft.text import phrases
 Files = Mapping[str, bytes]
 WriteShard = Callable[[Path, Sequence[Files]], Path]
 MakeShards = Callable[..., list[Path]]
-Source = Callable[..., CaptionShards]
+Source = Callable[..., CaptionTrainData]
 ANIMALS = ["dog", "cat", "horse", "bird", "cow", "sheep"]
 
 
@@ -94,14 +94,14 @@ def make_shards(sample: Callable[..., dict[str, bytes]], write_shard: WriteShard
 
 @pytest.fixture(scope="session")
 def source() -> Source:
-    """`CaptionShards` with a small model's tokenizer and training transform."""
+    """`CaptionTrainData` with a small model's tokenizer and training transform."""
     words = [*ANIMALS, "a", "black", "near", "house", "this", "is", "photo", "of", "the", "red"]
     tokenizer = Tokenizer(WordTokenizer(tuple(words), 24), 24)
     transform = ImageTransform((16, 16), Preprocessing(), train=True)
 
-    def build(shards: Any, **options: Any) -> CaptionShards:
+    def build(shards: Any, **options: Any) -> CaptionTrainData:
         given = {"batch_size": 4, "workers": 0, "tagger": "textblob", "shuffle": 6, **options}
-        return CaptionShards(shards=shards, tokenizer=tokenizer, transform=transform, **given)
+        return CaptionTrainData(shards=shards, tokenizer=tokenizer, transform=transform, **given)
 
     return build
 

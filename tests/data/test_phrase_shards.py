@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data import captions
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.data.check import Report, has_white_bars, verify_shard
 from gradeclip_ft.data.make_shards import add_phrases, split_shards
 from gradeclip_ft.data.shards import Skips, read_shard
-from gradeclip_ft.text.phrases import load_tagger
+from gradeclip_ft.text.phrases import RULE, Tagger
 
 Make = Callable[..., list[Path]]
 Write = Callable[..., Path]
@@ -49,7 +50,7 @@ def test_every_caption_gets_its_phrases_and_nothing_else_changes(
     written = tmp_path / shard.name
     found = entries(written)
     assert found[0] == {
-        "rule": "JJ*NN+ 1",
+        "rule": RULE,
         "tagger": "textblob",
         "max_phrases": 5,
         "found": {"a black dog": ["black dog"]},
@@ -92,7 +93,7 @@ def test_a_finished_shard_is_left_alone_and_others_are_made_again(shard: Path) -
 def test_batches_are_the_same_with_stored_and_with_found_phrases(
     tmp_path: Path,
     make_shards: Make,
-    source: Callable[..., CaptionShards],
+    source: Callable[..., CaptionTrainData],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (path,) = make_shards(tmp_path / "in", sizes=[8])
@@ -105,10 +106,10 @@ def test_batches_are_the_same_with_stored_and_with_found_phrases(
 
     found = batches("in")
 
-    def refuse(*_: object) -> None:
+    def refuse(_: object) -> list[list[str]]:
         raise AssertionError("a stored phrase was looked for again")
 
-    monkeypatch.setattr(type(load_tagger("textblob")), "tag", refuse)
+    monkeypatch.setattr(captions, "load_tagger", lambda name: Tagger(name, refuse))
     for one, two in zip(found, batches("out"), strict=True):
         assert torch.equal(one.identity, two.identity)
         assert torch.equal(one.owner, two.owner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from multiprocessing.synchronize import Event
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from gradeclip_ft.data import captions
-from gradeclip_ft.ops.distributed import SIGNALS, heed_parent_alone
+from gradeclip_ft.data import loading
+from gradeclip_ft.images import ImageError
+from gradeclip_ft.ops.distributed import SIGNALS, ignore_scheduler_signals
 
 
 class Numbers(Dataset[int]):
@@ -34,10 +36,42 @@ def test_workers_start_also_below_joblib(foreign: bool, monkeypatch: pytest.Monk
 
     if foreign:
         monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "loky")
-    loader = captions.evaluation_loader(Numbers(), torch.tensor, batch_size=2, workers=2)
+    loader = loading.evaluation_loader(Numbers(), torch.tensor, batch_size=2, workers=2)
     context = loader.multiprocessing_context
     assert (context is not None) == foreign
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+class Broken(Numbers):
+    """The third of them cannot be read, for a reason that cannot be pickled."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            raise ImageError("broken_image", "3.jpg cannot be read")
+        return super().__getitem__(index)
+
+
+class Killed(Numbers):
+    """The system ends the worker at the third of them."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_workers_are_as_short_as_those_of_the_process(workers: int) -> None:
+    """Eighty lines of torch hid one line about a broken picture."""
+    loader = loading.evaluation_loader(Broken(), torch.tensor, batch_size=2, workers=workers)
+    with pytest.raises(ValueError, match=r"^3\.jpg cannot be read$"):
+        list(loader)
+
+
+def test_a_killed_worker_says_what_to_do() -> None:
+    loader = loading.evaluation_loader(Killed(), torch.tensor, batch_size=2, workers=1)
+    with pytest.raises(RuntimeError, match=r"lower workers= .*resume=auto"):
+        list(loader)
 
 
 class Signalled(Numbers):
@@ -51,13 +85,13 @@ class Signalled(Numbers):
 
 def test_workers_go_on_when_a_scheduler_signals_every_process() -> None:
     """Would catch a job that ends with 1 instead of 143, and is not requeued."""
-    loader = captions.evaluation_loader(Signalled(), torch.tensor, batch_size=2, workers=2)
+    loader = loading.evaluation_loader(Signalled(), torch.tensor, batch_size=2, workers=2)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 
 def busy(begun: Event) -> None:
     """A worker that reads for a long time."""
-    heed_parent_alone(0)
+    ignore_scheduler_signals(0)
     begun.set()
     time.sleep(60)
 

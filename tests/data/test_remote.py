@@ -2,22 +2,31 @@
 
 import base64
 import http.server
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from gradeclip_ft.data.shards import Patience, Skips, expand_shards, open_shard, read_shard
+from gradeclip_ft.data.shards import (
+    AllowedCommand,
+    Patience,
+    Skips,
+    expand_shards,
+    open_shard,
+    read_shard,
+)
 
-QUICK = Patience(seconds=0.3, attempts=3, pause=0.01)
+QUICK = Patience(seconds=0.4, attempts=3, pause=0.01)
 CONTENT = bytes(range(256)) * 20_000  # 5 MB: more than one buffer
 Answer = Callable[["Handler"], None]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers as the test says; counts requests."""
+    """Answers as the test says; keeps requests."""
 
     answers: dict[str, Answer]
     requests: list[tuple[str, str | None]]
@@ -26,14 +35,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.requests.append((self.path, self.headers.get("Authorization")))
         self.answers[self.path](self)
 
-    def send(self, content: bytes, code: int = 200, claimed: int | None = None) -> None:
+    def send(
+        self, content: bytes, code: int = 200, claimed: int | None = None, **headers: object
+    ) -> None:
         self.send_response(code)
         self.send_header("Content-Length", str(len(content) if claimed is None else claimed))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
+
+    @property
+    def start(self) -> int:
+        return int((self.headers.get("Range") or "bytes=0-")[6:-1])
 
 
 @pytest.fixture
@@ -51,24 +68,41 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Handler]]]:
 Web = tuple[str, type[Handler]]
 
 
-def start_of(handler: Handler) -> int:
-    return int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+def read(url: str) -> bytes:
+    with open_shard(url, QUICK) as stream:
+        return stream.read()
+
+
+def breaks(request: Handler, shift: int = 0) -> None:
+    """Ranges, but no more than 1.5 MB at a time; shifted ones belong to other bytes."""
+    start = request.start
+    rest = CONTENT[start + shift if start else 0 :]
+    span = f"bytes {start + shift}-{len(CONTENT) - 1}/{len(CONTENT)}"
+    request.send(rest[:1_500_000], 206 if start else 200, len(rest), Content_Range=span)
+    request.close_connection = True
 
 
 def test_a_broken_connection_goes_on_where_it_stopped(web: Web) -> None:
     host, handler = web
     starts = []
 
-    def breaks(request: Handler) -> None:
-        start = start_of(request)
-        starts.append(start)
-        rest = CONTENT[start:]
-        request.send(rest[:1_500_000], 206 if start else 200, claimed=len(rest))
-        request.close_connection = True
+    def answer(request: Handler) -> None:
+        starts.append(request.start)
+        breaks(request)
 
-    handler.answers["/a"] = breaks
-    assert open_shard(f"http://{host}/a", QUICK).read() == CONTENT
-    assert starts == [0, 1_500_000, 3_000_000, 4_500_000]
+    handler.answers["/a"] = answer
+    assert read(f"http://{host}/a") == CONTENT
+    assert starts[0] == 0
+    assert 4 <= len(starts) <= 5
+    assert starts == sorted(set(starts))
+
+
+def test_another_range_than_the_wanted_one_is_refused(web: Web) -> None:
+    """Streams were glued at the wrong byte, and half of the samples arrived."""
+    host, handler = web
+    handler.answers["/a"] = lambda request: breaks(request, shift=1000)
+    with pytest.raises(OSError, match=r"server sent bytes .* where bytes \d+- were wanted"):
+        read(f"http://{host}/a")
 
 
 def test_a_server_without_ranges_is_read_again_from_its_beginning(web: Web) -> None:
@@ -77,22 +111,18 @@ def test_a_server_without_ranges_is_read_again_from_its_beginning(web: Web) -> N
     handler.answers["/a"] = lambda request: request.send(
         CONTENT[: next(sizes)], claimed=len(CONTENT)
     )
-    assert open_shard(f"http://{host}/a", QUICK).read() == CONTENT
+    assert read(f"http://{host}/a") == CONTENT
 
 
 def test_a_file_that_changes_in_between_is_not_glued_together(web: Web) -> None:
     host, handler = web
 
     def changing(request: Handler) -> None:
-        request.send_response(206 if start_of(request) else 200)
-        request.send_header("ETag", str(len(request.requests)))
-        request.send_header("Content-Length", "5000000")
-        request.end_headers()
-        request.wfile.write(CONTENT[:1_000_000])
+        request.send(CONTENT[:1_000_000], claimed=5_000_000, ETag=len(request.requests))
 
     handler.answers["/a"] = changing
     with pytest.raises(OSError, match="changed on the server"):
-        open_shard(f"http://{host}/a", QUICK).read()
+        read(f"http://{host}/a")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +133,8 @@ def test_attempts_are_bounded_and_final_answers_believed(
 ) -> None:
     host, handler = web
     handler.answers["/a"] = lambda request: request.send(b"sorry", code)
-    with pytest.raises(OSError, match=str(code)):
-        open_shard(f"http://{host}/a", QUICK).read()
+    with pytest.raises(OSError, match=f"the server says {code} "):
+        read(f"http://{host}/a")
     assert len(handler.requests) == requests
 
 
@@ -112,109 +142,126 @@ def test_a_failure_that_passes_is_not_seen(web: Web) -> None:
     host, handler = web
     codes = iter([503, 502, 200])
     handler.answers["/a"] = lambda request: request.send(CONTENT, next(codes))
-    assert open_shard(f"http://{host}/a", QUICK).read() == CONTENT
+    assert read(f"http://{host}/a") == CONTENT
 
 
 def silent(request: Handler) -> None:
-    time.sleep(1.0)
+    time.sleep(0.8)
 
 
-def drips(request: Handler) -> None:
-    request.send_response(200)
-    request.end_headers()
+def drips(request: Handler, head: bytes = b"\r\n", drop: bytes = b"x") -> None:
+    request.wfile.write(b"HTTP/1.0 200 OK\r\n" + head)
     for _ in range(100):
         try:
-            request.wfile.write(b"x")
+            request.wfile.write(drop)
+            request.wfile.flush()
         except OSError:
             return
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
-@pytest.mark.parametrize("answer", [silent, drips])
+def drips_headers(request: Handler) -> None:
+    drips(request, b"", b"X-Drop: 1\r\n")
+
+
+@pytest.mark.parametrize("answer", [silent, drips, drips_headers])
 def test_a_silent_or_dripping_server_is_left(web: Web, answer: Answer) -> None:
     """Would hang the loader, and with it every process of a job."""
     host, handler = web
     handler.answers["/a.tar"] = answer
     skips, begun = Skips(tell=lambda *_: None), time.monotonic()
     assert list(read_shard(f"http://{host}/a.tar", skips, QUICK)) == []
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 4
     assert skips.total == {"unreadable_shard": 1}
-
-
-def test_no_server_at_all(web: Web) -> None:
-    with pytest.raises(OSError, match=r"refused.*3 attempts"):
-        open_shard("http://127.0.0.1:9/a", QUICK).read()
 
 
 def test_credentials_reach_their_host_and_nobody_else(web: Web) -> None:
     host, handler = web
     other = host.replace("127.0.0.1", "localhost")
-
-    def redirects(request: Handler) -> None:
-        request.send_response(302)
-        request.send_header("Location", f"http://{other}/b")
-        request.end_headers()
-
-    handler.answers = {"/a": redirects, "/b": lambda request: request.send(CONTENT)}
-    assert open_shard(f"http://me:p%40ss@{host}/a", QUICK).read() == CONTENT
+    handler.answers = {
+        "/a": lambda request: request.send(b"", 302, Location=f"http://{other}/b"),
+        "/b": lambda request: request.send(CONTENT),
+    }
+    assert read(f"http://me:p%40ss@{host}/a") == CONTENT
     expected = "Basic " + base64.b64encode(b"me:p@ss").decode()
     assert handler.requests == [("/a", expected), ("/b", None)]
+
+
+@pytest.mark.parametrize("path", ["/a?Signature=a%2Fb%3D&t=1", "/caf%C3%A9"])
+def test_an_address_arrives_as_it_was_signed(web: Web, path: str) -> None:
+    host, handler = web
+    handler.answers[path] = lambda request: request.send(CONTENT)
+    assert read(f"http://{host}{path}") == CONTENT
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "pipe:touch x"])
 def test_a_redirect_cannot_leave_the_web(web: Web, target: str) -> None:
     host, handler = web
-
-    def redirects(request: Handler) -> None:
-        request.send_response(302)
-        request.send_header("Location", target)
-        request.end_headers()
-
-    handler.answers["/a"] = redirects
-    with pytest.raises(OSError, match=r"302|unknown url type|redirect"):
-        open_shard(f"http://{host}/a", QUICK).read()
+    handler.answers["/a"] = lambda request: request.send(b"", 302, Location=target)
+    with pytest.raises(OSError, match=r"passwd|ftp:|pipe:"):
+        read(f"http://{host}/a")
+    assert len(handler.requests) == 1
 
 
-def test_a_program_that_prints_and_fails_is_started_again(tmp_path: Path) -> None:
-    content = tmp_path / "content"
-    content.write_bytes(CONTENT)
-    mark = tmp_path / "mark"
-    command = f"head -c 3000000 {content}; [ -e {mark} ] || {{ touch {mark}; exit 7; }}; "
-    command += f"tail -c +3000001 {content}"
-    assert open_shard(f"pipe:{command}", QUICK).read() == CONTENT
+def test_files_of_object_stores_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a store whose files are cut off once."""
+    opened = []
+
+    class File(io.BytesIO):
+        def open(self) -> "File":
+            opened.append(self)
+            return self
+
+        def read(self, size: int | None = -1) -> bytes:
+            if len(opened) == 1 and self.tell() > 1_000_000:
+                raise ConnectionResetError("reset")
+            return super().read(size)
+
+    monkeypatch.setattr(fsspec, "open", lambda url, **_: File(CONTENT))
+    assert read("s3://bucket/a.tar") == CONTENT
+    assert len(opened) == 2
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [("sleep 30", "printed nothing"), ("echo 'no bucket' >&2; exit 3", "ended with 3: no bucket")],
-)
-def test_a_program_that_hangs_or_fails_is_given_up(command: str, message: str) -> None:
-    with pytest.raises(OSError, match=message):
-        open_shard(f"pipe:{command}", QUICK).read()
+def test_a_store_whose_library_is_missing_is_named() -> None:
+    with pytest.raises(OSError, match="s3fs"):
+        read("s3://bucket/a.tar")
 
 
-def test_no_shell_sees_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of object stores get the address as one word."""
-    program = tmp_path / "aws"
-    program.write_text('#!/bin/sh\nprintf "%s" "$3"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.chdir(tmp_path)
-    url = "s3://bucket/$(touch hacked);`touch hacked`|x.tar"
-    assert open_shard(url, QUICK).read().decode() == url
+def test_commands_run_only_where_they_were_allowed(tmp_path: Path) -> None:
+    """A run's record could name one as its data; checking lists of shards alone let it through."""
+    command = f"pipe:touch {tmp_path}/hacked"
+    for url in (command, str(AllowedCommand(command))):
+        with pytest.raises(ValueError, match="allow_pipe=true"):
+            open_shard(url)
+    skips = Skips(tell=lambda *_: None)
+    assert list(read_shard(command, skips)) == []
+    assert skips.total == {"unreadable_shard": 1}
     assert not (tmp_path / "hacked").exists()
 
 
-def test_errors_and_logs_do_not_show_secrets(
-    web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_command_that_prints_and_fails_is_started_again(tmp_path: Path) -> None:
+    content, mark = tmp_path / "content", tmp_path / "mark"
+    content.write_bytes(CONTENT)
+    command = f"head -c 3000000 {content}; [ -e {mark} ] || {{ touch {mark}; exit 7; }}; "
+    command += f"tail -c +3000001 {content}"
+    (url,) = expand_shards(f"pipe:{command}", allow_pipe=True)
+    assert read(url) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("sleep 30", "printed nothing"), ("exit 3", "ended with 3")]
+)
+def test_a_command_that_hangs_or_fails_is_given_up(command: str, message: str) -> None:
+    with pytest.raises(OSError, match=message):
+        read(AllowedCommand(f"pipe:{command}"))
+
+
+def test_errors_and_logs_do_not_show_secrets(web: Web, caplog: pytest.LogCaptureFixture) -> None:
     host, _ = web
-    monkeypatch.setenv("SOME_API_KEY", "abcdef123456")
     url = f"http://user:word@{host}/x.tar?X-Amz-Signature=5167&t=1"
     with pytest.raises(ValueError, match="listed twice") as caught:
         expand_shards([url, url])
     list(read_shard(url, Skips(), Patience(0.1, 1, 0.0)))
-    list(read_shard("pipe:echo abcdef123456 >&2; exit 1", Skips(), QUICK))
     shown = str(caught.value) + caplog.text
-    assert not [word for word in ("word", "5167", "abcdef123456") if word in shown]
+    assert not [word for word in ("word", "5167") if word in shown]
     assert "x.tar" in shown

@@ -1,7 +1,6 @@
 """One sample: which caption, and why a sample is left out."""
 
 import io
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -34,37 +33,55 @@ def picture(width: int, height: int, kind: str = "png", mode: str = "RGB") -> by
     ("raw", "expected"),
     [
         ({}, "missing_text"),
-        ({"jpg": b"", "json": b'{"caption": "a dog"}'}, "missing_text"),
+        ({"jpg": b"", "json": b'{"url": "u", "captions": "a dog"}'}, "missing_text"),
         ({"txt": b"caf\xe9"}, "bad_encoding"),
         ({"txt": b" \n\t "}, "empty_caption"),
         ({"txt": b"\xef\xbb\xbf"}, "empty_caption"),
         ({"txt": b"a dog " * 1667}, "extreme_caption"),
+        # JSON can spell half a character, UTF-8 and therefore every tokenizer cannot
+        ({"json": rb'{"captions": ["a \ud800 dog"]}'}, "bad_encoding"),
     ],
 )
 def test_captions_that_cannot_be_used(raw: dict[str, bytes], expected: str) -> None:
-    assert cause(read_caption, raw, {}, "text", 0) == expected
+    for choice in ("text", "any"):
+        assert cause(read_caption, raw, read_record(raw), choice, 0) == expected
 
 
-def test_a_caption_becomes_one_line() -> None:
-    raw = {"txt": "\ufeff Café \n at\u00a0night\n".encode()}
-    assert read_caption(raw, {}, "text", 0) == "Café at night"
+LINES = b"a dog\n\n a  cat \r\na bird"
 
 
-def test_any_caption_is_drawn_by_the_seed_alone() -> None:
-    record = {"captions": ["a dog", " ", 5, "a  cat", "a bird"]}
-    raw = {"txt": b"a fish"}
-    drawn = [read_caption(raw, record, "any", key) for key in range(60)]
-    assert set(drawn) == {"a dog", "a cat", "a bird"}
-    assert drawn == [read_caption(raw, record, "any", key) for key in range(60)]
-    assert read_caption(raw, record, "text", 0) == "a fish"
-    assert read_caption(raw, {"captions": "a dog"}, "any", 0) == "a fish"
-    assert captions_of({}) == []
-
-
-def test_half_a_character_from_json_is_refused() -> None:
-    """JSON can spell it, UTF-8 and therefore every tokenizer cannot."""
-    record = json.loads(r'{"captions": ["a \ud800 dog"]}')
-    assert cause(read_caption, {"txt": b"a dog"}, record, "any", 0) == "bad_encoding"
+@pytest.mark.parametrize(
+    ("raw", "first", "every"),
+    [
+        ({"txt": "\ufeff Caf\u00e9 \u00a0at night".encode()}, "Caf\u00e9 at night", None),
+        (
+            {"txt": b"a fish", "json": b'{"captions": ["a dog", " ", 5, "a  cat"]}'},
+            "a fish",
+            ["a dog", "a cat"],
+        ),
+        ({"txt": b"a fish", "json": b'{"captions": "a dog"}'}, "a fish", None),
+        ({"txt": LINES}, "a dog", ["a dog", "a cat", "a bird"]),  # CLIP_benchmark's layout
+        ({"txt": rb"a dog\non a mat"}, "a dog on a mat", None),  # its line break in a caption
+        # img2dataset's: the page's text had line breaks, and the JSON says that it is one caption
+        (
+            {"txt": LINES, "json": b'{"caption": "a dog a cat\\na bird"}'},
+            "a dog a cat a bird",
+            None,
+        ),
+        ({"json": b'{"caption": " a  dog"}'}, "a dog", None),
+        ({"json": b'{"captions": ["a dog", "a cat"]}'}, "a dog", ["a dog", "a cat"]),
+    ],
+)
+def test_captions_of_every_layout(
+    raw: dict[str, bytes], first: str, every: list[str] | None
+) -> None:
+    """Several captions in one .txt were joined to one; a .json alone was a missing caption."""
+    record = read_record(raw)
+    assert read_caption(raw, record, "text", 0) == first
+    assert captions_of(raw, record) == (every or [first])
+    drawn = [read_caption(raw, record, "any", key) for key in range(40)]
+    assert set(drawn) == set(every or [first])
+    assert drawn == [read_caption(raw, record, "any", key) for key in range(40)]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000])
@@ -104,9 +121,3 @@ def test_check_and_decoding_agree_wherever_a_jpeg_breaks(jpeg: Callable[[int], b
             except BadSampleError as error:
                 outcomes.append(str(error.args[0]))
         assert outcomes[0] == outcomes[1], place
-
-
-def test_json_of_both_public_layouts_is_read() -> None:
-    img2dataset = {"url": "u", "caption": "a dog", "key": "000000000", "exif": "{}", "sha256": "0"}
-    assert read_record({"json": json.dumps(img2dataset).encode()}) == img2dataset
-    assert read_record({}) == {}

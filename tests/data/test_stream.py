@@ -1,7 +1,8 @@
-"""Addresses of shards, and reading that survives broken ones."""
+"""Addresses of shards, reading that survives broken ones, and counting."""
 
 import functools
 import http.server
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from gradeclip_ft.data import captions
+from gradeclip_ft.data.captions import fingerprint, sample_counts
 from gradeclip_ft.data.shards import (
     Part,
     Skips,
     TooManyDroppedError,
     expand_shards,
     read_shard,
+    sample_keys,
     stable_hash,
 )
 
@@ -39,6 +43,13 @@ def test_every_way_to_name_shards_gives_the_same_list(tmp_path: Path, five: list
     assert expand_shards(str(tmp_path)) == expected
     assert expand_shards([f"{tmp_path}/part-000{{0,1}}.tar", *expected[2:]]) == expected
     assert expand_shards("::".join(expected)) == expected
+
+
+def test_packed_shards_of_a_folder_are_found(tmp_path: Path) -> None:
+    names = ["a.tar", "b.tar.gz", "c.tgz", "d.tar.bz2", "e.tar.xz"]
+    for name in [*names, "sizes.json", "notes.txt"]:
+        (tmp_path / name).touch()
+    assert expand_shards(str(tmp_path)) == [str(tmp_path / name) for name in names]
 
 
 def test_addresses_are_expanded_but_not_fetched() -> None:
@@ -92,8 +103,6 @@ def test_a_truncated_shard_loses_its_tail_only(tmp_path: Path, make_shards: Make
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b"", "unreadable_shard"),
-        (b"<html>404</html>" * 100, "unreadable_shard"),
         (b"\0" * 10240, "empty_shard"),
         (None, "unreadable_shard"),
     ],
@@ -117,6 +126,18 @@ def test_a_second_file_of_the_same_name_is_dropped(
     assert first["txt"] == b"a black dog near house 0"
     assert second["__key__"] == "000000001"
     assert skips.take() == {"duplicate_name": 1}
+
+
+def test_files_of_a_sample_that_are_apart_are_named(
+    tmp_path: Path, sample: Files, write_shard: Write
+) -> None:
+    """All pictures before all texts: every sample was without an image or without a caption."""
+    files = sorted({**sample(0), **sample(1)}.items(), key=lambda file: file[0][-4:])
+    path = write_shard(tmp_path / "a.tar", [dict([file]) for file in files])
+    said: list[str] = []
+    skips = Skips(tell=lambda cause, where, reason: said.append(f"{cause}: {reason}"))
+    assert len(keys_of(path, skips)) == 6
+    assert said[0].startswith("scattered_sample: 000000000 comes again; files of one sample must")
 
 
 def test_the_log_names_the_first_and_then_every_1000th(caplog: pytest.LogCaptureFixture) -> None:
@@ -166,11 +187,12 @@ def test_hashes_do_not_depend_on_the_process() -> None:
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
+    monkeypatch.setenv("no_proxy", "*")
     handler = functools.partial(Quiet, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -180,15 +202,62 @@ def web(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_addresses_are_read_like_files(
-    tmp_path: Path, five: list[Path], web: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "*")
+def test_addresses_are_read_like_files(five: list[Path], web: str) -> None:
     skips = Skips()
     assert keys_of(f"{web}/part-0002.tar", skips) == keys_of(five[2])
     reader = read_shard(f"{web}/part-0003.tar", skips)
     next(reader)
-    reader.close()  # type: ignore[attr-defined]  # a reader that stops early is no error
+    reader.close()  # type: ignore[attr-defined]  # a reader that stops early is not an error
     assert skips.take() == {}
     assert keys_of(f"{web}/none.tar", skips) == []
     assert skips.take() == {"unreadable_shard": 1}
+
+
+def test_headers_and_reader_agree_on_odd_shards(
+    tmp_path: Path, sample: Files, write_shard: Write
+) -> None:
+    rows = [
+        {"__meta__": b"x", "no_suffix": b"y"},
+        sample(0),
+        {"dir/a.b.jpg": b"1", "dir/a.c.jpg": b"2"},
+        sample(2),
+        {"000000002.txt": b"again"},
+        {"./only.json": b"{}"},
+    ]
+    path = write_shard(tmp_path / "odd.tar", rows)
+    expected = ["000000000", "dir/a", "000000002", "./only"]
+    assert sample_keys(str(path)) == keys_of(path) == expected
+
+
+def test_a_changed_shard_is_counted_anew(tmp_path: Path, make_shards: Make) -> None:
+    (path,) = make_shards(tmp_path, sizes=[5])
+    before = fingerprint([str(path)])
+    assert sample_counts([str(path)]) == [5]
+    make_shards(tmp_path, sizes=[7])
+    assert sample_counts([str(path)]) == [7]
+    assert fingerprint([str(path)]) != before
+
+
+def test_addresses_take_counts_from_the_sizes_file(
+    tmp_path: Path, five: list[Path], web: str
+) -> None:
+    url = f"{web}/{five[0].name}?Signature=a/b"
+    with pytest.raises(ValueError, match=r"sizes\.json cannot be read .*`data count out=`"):
+        sample_counts([url])
+    captions._read_sizes.cache_clear()
+    (tmp_path / "sizes.json").write_text(json.dumps({five[0].name: {"samples": 5, "bytes": 1}}))
+    assert sample_counts([url]) == [5]
+    with pytest.raises(ValueError, match=r"does not list b\.tar"):
+        sample_counts([f"{web}/b.tar"])
+
+
+def test_a_sizes_file_counts_for_local_shards_while_the_bytes_agree(
+    tmp_path: Path, make_shards: Make
+) -> None:
+    first, second = make_shards(tmp_path, sizes=[5, 6])
+    sizes = {
+        first.name: {"samples": 77, "bytes": first.stat().st_size},
+        second.name: {"samples": 88, "bytes": second.stat().st_size - 1},
+    }
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    assert sample_counts([str(first), str(second)]) == [77, 6]

@@ -12,7 +12,7 @@ import torch
 import webdataset
 from open_clip.transform import image_transform
 
-from gradeclip_ft.data.captions import CaptionShards
+from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.data.make_shards import add_phrases, write_shard
 from gradeclip_ft.data.shards import Skips, read_shard
 from gradeclip_ft.models.clip import LoadedClip
@@ -109,7 +109,7 @@ def _bare(shard: Path, size: int, train: bool) -> int:
 
 
 def _ours(loaded: LoadedClip, batch_size: int, shard: Path, phrases: int) -> int:
-    source = CaptionShards(
+    source = CaptionTrainData(
         shards=str(shard),
         batch_size=batch_size,
         tokenizer=loaded.tokenizer,
