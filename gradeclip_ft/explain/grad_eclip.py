@@ -28,7 +28,7 @@ class GradEclip:
             of one head, or 1 (the rows "w/o λ" of the paper).
         similarity: For `minmax`: cosine (the authors' code and the follow-up paper), or the product
             that the paper's text names.
-        space: q and k as they are, or behind the output projection (the authors' script for the
+        space: q and k as they are, or after the output projection (the authors' script for the
             ImageNet tables).
         heads: One head over all channels (eq. 7), or the model's own.
         scale: Of one head's attention: C^-0.5, or the factor of the model's own heads, as in the
@@ -66,8 +66,13 @@ class GradEclip:
         )
         q, k, v = trace.q, trace.k, trace.v
         if self.head is not None:
-            head = self._check_head(trace.heads)
-            q, k, v, weight = (x.chunk(trace.heads, -1)[head] for x in (q, k, v, weight))
+            if not 0 <= self.head < trace.heads or self.space == "projected":
+                raise ValueError(
+                    f"head is {self.head} in the space {self.space!r}; choose 0 to "
+                    f"{trace.heads - 1}, in the space 'raw': after the output projection channels "
+                    "belong to no head"
+                )
+            q, k, v, weight = (x.chunk(trace.heads, -1)[self.head] for x in (q, k, v, weight))
         # Eq. 19 for all phrases of all images at once: row p takes the values of its own image,
         # (P, N, C) x (P, C, 1), and λ, which no phrase changes, is computed once per image.
         value = torch.bmm(v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
@@ -75,15 +80,6 @@ class GradEclip:
         # The class token has the largest λ of all, its own; it is not a place in the picture.
         relevance = relevance.masked_fill(~trace.explained[owner], 0.0)
         return relevance.relu() if self.relu else relevance
-
-    def _check_head(self, heads: int) -> int:
-        head = self.head or 0
-        if not 0 <= head < heads or self.space == "projected":
-            raise ValueError(
-                f"head is {head} in the space {self.space!r}; choose 0 to {heads - 1}, in the "
-                "space 'raw': behind the output projection channels belong to no head"
-            )
-        return head
 
     def _spatial_weight(
         self, trace: Trace, q: Float[Tensor, "B K"], k: Float[Tensor, "B N K"]

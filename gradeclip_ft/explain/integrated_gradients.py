@@ -51,18 +51,12 @@ class IntegratedGradients:
         """
         height, width = x.shape[2:]
         grid = patch_grid(tower, height, width)
-        maps = [self._pixels(tower, x[o], target[row]) for row, o in enumerate(owner.tolist())]
-        pixels = torch.stack(maps) if maps else x.new_zeros(0, height, width)
-        return adaptive_avg_pool2d(pixels, grid)
-
-    def _pixels(self, tower: Tower, x: Tensor, target: Tensor) -> Float[Tensor, "H W"]:
-        total = torch.zeros_like(x)
         share = (torch.arange(self.steps, device=x.device, dtype=x.dtype) + 0.5) / self.steps
-        for first in range(0, self.steps, self.batch_size):
-            some = share[first : first + self.batch_size]
-            points = (some.view(-1, 1, 1, 1) * x).detach().requires_grad_()
-            score = tower.score(tower.encode(points), target.expand(len(points), -1)).sum()
-            (gradient,) = torch.autograd.grad(score, points)
-            total += gradient.sum(0)
-        signed = (x * total / self.steps).sum(0)
-        return signed if self.signed else signed.abs()
+        pixels = x.new_zeros(len(owner), height, width)
+        for row, image in enumerate(x[owner]):
+            for some in torch.split(share, self.batch_size):
+                points = (some.view(-1, 1, 1, 1) * image).detach().requires_grad_()
+                score = tower.score(tower.encode(points), target[row].expand(len(points), -1))
+                (gradient,) = torch.autograd.grad(score.sum(), points)
+                pixels[row] += (image * gradient.sum(0)).sum(0) / self.steps
+        return adaptive_avg_pool2d(pixels if self.signed else pixels.abs(), grid)

@@ -16,7 +16,7 @@ from gradeclip_ft.ops.similarity import unit
 
 @dataclass(frozen=True)
 class Itsm:
-    """M_i = cos(x_i, F_T), x_i the tokens behind the last layer, normed and projected.
+    """M_i = cos(x_i, F_T), x_i the tokens after the last layer, normed and projected.
 
     On a plain CLIP the map prefers the background, which is why its reverse, 1 - M, scores better.
 

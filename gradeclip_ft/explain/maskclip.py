@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.models.trace import Trace, UnsupportedTowerError
-from gradeclip_ft.ops.similarity import cosine, unit
+from gradeclip_ft.models.trace import Trace, UnsupportedTowerError, query_rows
+from gradeclip_ft.ops.similarity import unit
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,5 @@ def _key_factor(trace: Trace) -> Float[Tensor, "B N"]:
             "key_factor compares with the key of the query token, but this tower's query is "
             "learned and has none; set key_factor to false"
         )
-    keys = trace.project(trace.k)
-    own = keys[torch.arange(len(keys), device=keys.device), trace.query]
-    batch, tokens, width = keys.shape
-    flat = cosine(own.unsqueeze(1).expand_as(keys).reshape(-1, width), keys.reshape(-1, width))
-    return flat.view(batch, tokens)
+    keys = unit(trace.project(trace.k))
+    return torch.bmm(keys, query_rows(keys, trace.query).unsqueeze(2)).squeeze(2)

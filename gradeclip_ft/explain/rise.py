@@ -58,33 +58,25 @@ class Rise:
         grid = patch_grid(tower, height, width)
         total = x.new_zeros(len(target), height, width)
         for start in range(0, self.masks, self.batch_size):
-            masks = self._masks(start, min(self.masks, start + self.batch_size), height, width)
-            masks = masks.to(x)
-            for image in sorted(set(owner.tolist())):
-                of_image = owner == image
+            numbers = range(start, min(self.masks, start + self.batch_size))
+            masks = torch.stack([self.mask(number, height, width) for number in numbers]).to(x)
+            for image in owner.unique():
+                mine = target[owner == image]
                 with torch.no_grad():
-                    found = tower.encode(x[image] * masks.unsqueeze(1))
-                score = _scores(tower, found, target[of_image])
-                total[of_image] += torch.einsum("pn,nhw->phw", score, masks)
+                    found = tower.encode(x[image] * masks.unsqueeze(1))  # (n, D)
+                score = tower.score(
+                    found.repeat(len(mine), 1), mine.repeat_interleave(len(found), 0)
+                )
+                score = score.view(len(mine), len(found))
+                total[owner == image] += torch.einsum("pn,nhw->phw", score, masks)
         return adaptive_avg_pool2d(total / (self.masks * self.keep), grid)
 
-    def _masks(self, start: int, stop: int, height: int, width: int) -> Float[Tensor, "n H W"]:
-        """Masks number `start` to `stop`; each has its own seed, so batches do not matter."""
-        return torch.stack([self._mask(index, height, width) for index in range(start, stop)])
-
-    def _mask(self, index: int, height: int, width: int) -> Float[Tensor, "H W"]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+    def mask(self, number: int, height: int, width: int) -> Float[Tensor, "H W"]:
+        """One mask; each has its own seed, so that batches do not matter."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         cells = (torch.rand(self.cells, self.cells, generator=generator) < self.keep).float()
         cell = (-(-height // self.cells), -(-width // self.cells))  # pixels, rounded up
         size = [(self.cells + 1) * side for side in cell]
         large = interpolate(cells[None, None], size=size, mode="bilinear", align_corners=False)
         top, left = (int(torch.randint(side, (), generator=generator)) for side in cell)
         return large[0, 0, top : top + height, left : left + width]
-
-
-def _scores(
-    tower: Tower, found: Float[Tensor, "n D"], target: Float[Tensor, "p D"]
-) -> Float[Tensor, "p n"]:
-    """The score of every masked picture with every target."""
-    pictures, targets = found.repeat(len(target), 1), target.repeat_interleave(len(found), 0)
-    return tower.score(pictures, targets).view(len(target), len(found))

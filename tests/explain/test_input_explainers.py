@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import pytest
 import torch
 from torch import nn
 
-from gradeclip_ft.explain.base import explain_image, explain_text
+from gradeclip_ft.explain.base import Explainer, explain_image, explain_text
+from gradeclip_ft.explain.game import Game
+from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib, information
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.tower import opaque_tower
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.similarity import cosine
 from tests.tiny import images, make_tiny_clip, make_tiny_text
@@ -65,7 +70,7 @@ def test_rise_is_the_sum_over_its_masks() -> None:
     """Slow version: one mask, one picture, one phrase at a time."""
     clip, method = make_tiny_clip("vit"), Rise(masks=12)
     pixels, target = images(clip, 1), nn.functional.normalize(torch.randn(1, 16))
-    masks = method._masks(0, 12, 32, 32)
+    masks = torch.stack([method.mask(number, 32, 32) for number in range(12)])
     assert 0.2 < masks.mean() < 0.8
     assert masks.min() >= 0
     assert masks.max() <= 1
@@ -150,19 +155,6 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
         explain_image(M2ib(9), clip, images(clip, 1), torch.randn(1, 16), ONE)
 
 
-@pytest.mark.parametrize("method", [IntegratedGradients(steps=3), M2ib(layer=1, steps=2)])
-def test_methods_work_where_gradients_are_off(method: IntegratedGradients | M2ib) -> None:
-    """Evaluators run without gradients; these methods need them, and leave the switch as it was."""
-    clip = make_tiny_clip("vit")
-    pixels, target = images(clip, 1), torch.randn(1, 16)
-    expected = explain_image(method, clip, pixels, target, ONE)
-    with torch.no_grad():
-        found = explain_image(method, clip, pixels, target, ONE)
-        assert not torch.is_grad_enabled()
-    torch.testing.assert_close(found, expected)
-    assert not found.requires_grad
-
-
 def test_a_tower_without_layers_cannot_do_m2ib() -> None:
     """Would crash an evaluation that leaves out what a tower cannot do."""
     clip = make_tiny_clip("resnet")
@@ -195,9 +187,6 @@ def test_information_of_what_passes_whole_is_large_and_finite() -> None:
 
 
 def test_methods_on_pixels_need_a_patch_size() -> None:
-    from gradeclip_ft.models.tower import opaque_tower
-    from gradeclip_ft.models.trace import UnsupportedTowerError
-
     clip = make_tiny_clip("vit")
     clip.image = opaque_tower(clip.model.visual, "image tower averages its tokens")
     for method in (Rise(masks=2), IntegratedGradients(steps=2)):
@@ -205,13 +194,21 @@ def test_methods_on_pixels_need_a_patch_size() -> None:
             explain_image(method, clip, torch.randn(1, 3, 32, 32), torch.randn(1, 16), ONE)
 
 
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "method", [Rise(masks=2), IntegratedGradients(steps=2), M2ib(steps=1, samples=1)]
+    "method",
+    [GradEclip(), Game(), Rise(masks=2), IntegratedGradients(steps=2), M2ib(steps=2, samples=1)],
+    ids=lambda method: type(method).__name__,
 )
-def test_inference_mode_around_a_call_does_not_matter(method: object) -> None:
+def test_methods_work_where_gradients_are_off(
+    method: Explainer, surroundings: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Evaluators run without gradients; methods need them, and leave the switch as it was."""
     clip = make_tiny_clip("vit")
-    with torch.inference_mode():
+    expected = explain_image(method, clip, images(clip, 1), torch.ones(1, 16), ONE)
+    with surroundings():
         pixels, target = images(clip, 1), torch.ones(1, 16)
-        inside = explain_image(method, clip, pixels, target, ONE)
-    outside = explain_image(method, clip, images(clip, 1), torch.ones(1, 16), ONE)
-    torch.testing.assert_close(inside, outside)
+        found = explain_image(method, clip, pixels, target, ONE)
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
