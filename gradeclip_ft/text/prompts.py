@@ -6,6 +6,8 @@ and "This is".
 
 from __future__ import annotations
 
+import re
+
 SCENE = (
     "There is {a} {} in the scene.",
     "There is the {} in the scene.",
@@ -108,10 +110,12 @@ def article(name: str) -> str:
 
 
 def phrase_prompt(template: str, phrase: str) -> str:
-    """A phrase in its prompt, as it stands.
+    """A phrase in its prompt; its own article replaces that of the prompt.
 
     >>> phrase_prompt("This is a photo of the {}", "black car")
     'This is a photo of the black car'
+    >>> phrase_prompt("a photo of a {}", "the bear")
+    'a photo of the bear'
 
     Raises:
         ValueError: The template does not have exactly one place for the phrase.
@@ -120,4 +124,6 @@ def phrase_prompt(template: str, phrase: str) -> str:
         raise ValueError(
             f"prompt {template!r} has {template.count('{}')} places for the phrase; write {{}} once"
         )
+    if re.match(r"(an?|the)\s", phrase, re.IGNORECASE):
+        template = re.sub(r"\b(an?|the)\s+(?=\{\})", "", template, flags=re.IGNORECASE)
     return template.replace("{}", phrase)

@@ -39,3 +39,22 @@ def test_a_phrase_is_put_in_as_it_stands() -> None:
 def test_a_prompt_without_one_place_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r"write \{\} once"):
         phrase_prompt(template, "dog")
+
+
+@pytest.mark.parametrize(
+    ("template", "phrase", "prompt"),
+    [
+        ("a photo of a {}", "a bear", "a photo of a bear"),
+        ("a photo of a {}", "The bear", "a photo of The bear"),
+        ("This is a photo of the {}", "an  apple", "This is a photo of an  apple"),
+        ("The {} in a photo of the sea", "a bear", "a bear in a photo of the sea"),
+        ("a photo of a {}", "apple", "a photo of a apple"),
+        ("a photo of a {}", "another bear", "a photo of a another bear"),
+        ("pasta {}", "a bear", "pasta a bear"),
+    ],
+)
+def test_an_article_of_the_phrase_replaces_that_of_the_prompt(
+    template: str, phrase: str, prompt: str
+) -> None:
+    """Catches "a photo of a a bear"; the prompt itself is as published."""
+    assert phrase_prompt(template, phrase) == prompt
