@@ -123,8 +123,8 @@ class SharedPass:
     as long as the targets belong to the same inputs.
     """
 
-    def __init__(self, tower: Any, x: Shaped[Tensor, "B ..."]) -> None:
-        self._tower, self._x = tower, x
+    def __init__(self, tower: Any, x: Shaped[Tensor, "B ..."], logit_scale: float = 1.0) -> None:
+        self._tower, self._x, self._logit_scale = tower, x, logit_scale
         self._inputs: list[Tensor] = []  # of each layer, (B, N, W)
         self._owner: Tensor | None = None
         self._records: dict[tuple[Heads, int | None], Record] = {}
@@ -203,7 +203,7 @@ class SharedPass:
         if kept is None or len(kept.layers) < last:
             start = count - last if last > 0 else 0
             kept = record_layers(self._from_layer(start), owner, depth=depth, heads=heads)
-            self._records[key] = kept
+            kept = self._records[key] = replace(kept, logit_scale=self._logit_scale)
         return replace(kept, layers=kept.layers[-last:])
 
     def _from_layer(self, start: int) -> Pass:
@@ -229,7 +229,9 @@ def shared_pass(model: ImageModel, tower: Any, x: Shaped[Tensor, "B ..."]) -> It
         torch.enable_grad(),
         torch.autocast(x.device.type, enabled=False),
     ):
-        yield SharedPass(tower, _usable(x))
+        log_scale = getattr(model, "log_scale", None)  # a classifier's score is its logit
+        scale = 1.0 if log_scale is None else float(log_scale.detach().exp())
+        yield SharedPass(tower, _usable(x), scale)
 
 
 def explain_image(

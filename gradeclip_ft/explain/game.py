@@ -14,10 +14,10 @@ from gradeclip_ft.models.trace import Heads, Record
 
 @dataclass(frozen=True)
 class Game:
-    """R starts as I; by layer C = mean over heads of ReLU(∂S/∂A ⊙ A), R <- R + C R; H = R[query].
+    """R starts as I; by layer C = mean over heads of ReLU(∂s/∂A ⊙ A), R <- R + C R; H = R[query].
 
-    S is the score: for a CLIP the cosine. The pair's logit is the same up to a factor, which scales
-    what is not diagonal.
+    Here s is the logit, for a CLIP the cosine over its temperature. With several layers its scale
+    changes more than that of the map, because products of layers stand beside the layers alone.
 
     Attributes:
         layers: All, the generic definition; or the last alone, as in the authors' script.
@@ -33,11 +33,11 @@ class Game:
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
-        score = record.opened.score(record.embedding, target).sum()
+        logit = record.logit_scale * record.opened.score(record.embedding, target).sum()
         nodes = [layer.attention for layer in record.layers]
-        gradients = torch.autograd.grad(score, nodes, retain_graph=True)
+        gradients = torch.autograd.grad(logit, nodes, retain_graph=True)
         count = nodes[0].shape[-1]
-        relevance = torch.eye(count, device=score.device).expand(len(target), -1, -1)
+        relevance = torch.eye(count, device=logit.device).expand(len(target), -1, -1)
         for weights, gradient in zip(nodes, gradients, strict=True):
             cam = (gradient * weights.detach()).relu().mean(1)
             relevance = relevance + cam @ relevance

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.models.trace import Heads, Trace
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,14 @@ class GradCam:
     """H_i = ReLU(Σ_c α_c x_ic), α the mean gradient of S over tokens (Selvaraju et al., eq. 1-2).
 
     Attributes:
+        heads: How the last layer attends in S: with one head over all channels, as the authors'
+            script differentiates it, or with the model's own.
         average: Mean over all tokens with the class token, as the authors' script does, or over the
             patches only.
         create_graph: Let gradients flow through the map.
     """
 
+    heads: Heads = "one"
     average: Literal["all", "patches"] = "all"
     create_graph: bool = False
 
@@ -32,7 +35,7 @@ class GradCam:
         tokens = trace.tokens[owner]
         if not (self.create_graph and tokens.requires_grad):
             tokens = tokens.detach().requires_grad_()
-        score = trace.score(trace.replay(tokens, owner), target)
+        score = trace.score(trace.replay(tokens, owner, self.heads), target)
         (gradient,) = torch.autograd.grad(score.sum(), tokens, create_graph=self.create_graph)
         explained = trace.explained[owner]
         if self.average == "all":

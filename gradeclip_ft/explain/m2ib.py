@@ -20,10 +20,10 @@ class M2ib:
     """Noise on a layer's tokens, as much as the match allows; H = Σ_c KL of what remains.
 
     Attributes:
-        layer: Number of layers before the bottleneck; None for three quarters of them, which is the
-            published 9 of 12.
+        layer: Layer whose output is narrowed, counted from 0; None for the one at three quarters of
+            them, the published 9 of 12.
         beta: Weight of the information against the match.
-        steps: Of Adam.
+        steps: Of Adam. As published, the map is that before the last of them.
         lr: Of Adam.
         samples: Noisy copies per step.
         seed: Of the noise.
@@ -57,60 +57,49 @@ class M2ib:
         """
         opened = tower.open(x)
         blocks = len(opened.layers) - opened.is_pooled
-        if not blocks:
+        # What is narrowed must meet attention again: that of a later block, or of the pool.
+        last = blocks - 1 if opened.is_pooled else blocks - 2
+        if last < 0:
             raise UnsupportedTowerError(
-                "M2IB puts its bottleneck between two layers, but this tower is an attention pool "
-                f"alone; choose {ONE_LAYER}"
+                "M2IB puts its bottleneck between two layers, but this tower has one alone; choose "
+                f"{ONE_LAYER}"
             )
-        layer = 3 * blocks // 4 if self.layer is None else self.layer
-        if not 0 <= layer < blocks:
+        usual = min(3 * blocks // 4, last)
+        layer = usual if self.layer is None else self.layer
+        if not 0 <= layer <= last:
             raise ValueError(
-                f"layer is {layer} of {blocks}; choose 0 to {blocks - 1}, or null for "
-                f"{3 * blocks // 4}"
+                f"layer is {layer} of {blocks}; choose 0 to {last}, or null for {usual}"
             )
         with torch.no_grad():
-            before = opened.run(opened.tokens, 0, layer).float()
-        rows = [
-            self._one(opened.rows(owner[row, None]), before[owner[row, None]], target[row], layer)
-            for row in range(len(owner))
-        ]
-        return torch.stack(rows) if rows else target.new_zeros(0, before.shape[1])
+            after = opened.run(opened.tokens, 0, layer + 1).float()
+        found = [after.new_zeros(0, after.shape[1])]
+        for row, image in enumerate(owner.unsqueeze(1)):
+            found.append(self._narrow(opened.rows(image), after[image], target[row], layer + 1))
+        return torch.cat(found)
 
-    def _one(self, opened: Pass, x: Tensor, target: Tensor, layer: int) -> Float[Tensor, " N"]:
+    def _narrow(self, opened: Pass, x: Tensor, target: Tensor, start: int) -> Float[Tensor, "1 N"]:
+        """Σ over channels of the information in x, the input of layer `start`, that is needed."""
         generator = torch.Generator(device=x.device).manual_seed(self.seed)
         alpha = torch.full_like(x, START, requires_grad=True)
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
-        copies = torch.zeros(self.samples, dtype=torch.long, device=x.device)
-        repeated = opened.rows(copies)
-        for _ in range(self.steps):
-            loss, _ = self._loss(repeated, x, alpha, target, generator, layer)
+        repeated = opened.rows(torch.zeros(self.samples, dtype=torch.long, device=x.device))
+        targets = target.expand(self.samples, -1)
+        for _ in range(self.steps - 1):
+            passed = alpha.sigmoid()
+            noise = torch.randn(
+                (self.samples, *x.shape[1:]), generator=generator, device=x.device, dtype=x.dtype
+            )
+            embedding = repeated.embed(x * passed + (1 - passed) * noise, start)
+            match = repeated.score(embedding, targets).mean()
+            loss = self.beta * information(x, alpha).mean() - match
             (alpha.grad,) = torch.autograd.grad(loss, alpha)
             optimizer.step()
-        relevance = information(x, alpha.detach())[0].sum(-1)
+        relevance = information(x, alpha.detach()).sum(-1)
         if not relevance.isfinite().all():
             raise ValueError(
                 f"M2IB diverged with lr {self.lr} and beta {self.beta}; use less of lr"
             )
         return relevance
-
-    def _loss(
-        self,
-        opened: Pass,
-        x: Tensor,
-        alpha: Tensor,
-        target: Tensor,
-        generator: torch.Generator,
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        """β · mean KL - mean match, and the match."""
-        passed = alpha.sigmoid()
-        noise = torch.randn(
-            (self.samples, *x.shape[1:]), generator=generator, device=x.device, dtype=x.dtype
-        )
-        tokens = x * passed + (1 - passed) * noise
-        embedding = opened.embed(tokens, layer)
-        match = opened.score(embedding, target.expand(self.samples, -1)).mean()
-        return self.beta * information(x, alpha).mean() - match, match
 
 
 def information(x: Tensor, alpha: Tensor) -> Tensor:

@@ -124,18 +124,19 @@ class Trace:
         )
 
     def replay(
-        self, tokens: Float[Tensor, "R N W"], owner: Int[Tensor, " R"]
+        self, tokens: Float[Tensor, "R N W"], owner: Int[Tensor, " R"], heads: Heads = "all"
     ) -> Float[Tensor, "R D"]:
-        """Embeddings from other inputs of the last layer, with the model's own heads.
+        """Embeddings from other inputs of the last layer.
 
         Args:
             tokens: Inputs of the last layer.
             owner: Row of this trace whose query position and mask each of them takes.
+            heads: The model's own, or one over all channels (eq. 7).
         """
         query = None if self.query is None else self.query[owner]
         q, k, v = self.attend(tokens, query)
         mask = None if self.mask is None else self.mask[owner]
-        o = attend_row(q, k, v, heads=self.heads, mask=mask)
+        o = attend_row(q, k, v, heads=self.heads if heads == "all" else 1, mask=mask)
         return self.finish(query_rows(tokens, query), o)
 
     def detach(self) -> Trace:
@@ -320,12 +321,14 @@ class Record:
         tokens: After the last layer.
         opened: The pass that was recorded.
         embedding: Of every row.
+        logit_scale: Factor from score to logit: the inverse temperature of a CLIP.
     """
 
     layers: tuple[LayerRecord, ...]
     tokens: Float[Tensor, "P N W"]
     opened: Pass
     embedding: Float[Tensor, "P D"]
+    logit_scale: float = 1.0
 
     @property
     def explained(self) -> Bool[Tensor, "P N"]:

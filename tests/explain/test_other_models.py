@@ -127,13 +127,14 @@ def test_game_of_another_head_weighs_attention(model: ImageModel, pixels: torch.
 def test_grad_cam_of_another_head_is_the_librarys_gradient(
     model: ImageModel, pixels: torch.Tensor
 ) -> None:
+    """Of the score with one head in the last layer, as the authors differentiate it."""
     kept: list[torch.Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         kept.append(arguments[0])
 
     handle = last_block(model.model).register_forward_pre_hook(keep)
-    score, _ = library(model, pixels)
+    score, _ = library(model, pixels, single_head_from=1)
     handle.remove()
     (gradient,) = torch.autograd.grad(score, kept[0])
     expected = patches((kept[0] @ gradient.mean(1)[0])[0]).clamp(min=0)
@@ -160,7 +161,7 @@ def test_integrated_gradients_add_up_to_the_score(model: ImageModel, pixels: tor
 
 
 METHODS = [GradEclip(), RawAttention(), GradCam(), Rollout(), Game(), GradEclipDeep(2)]
-METHODS += [Rise(masks=6), M2ib(layer=1, steps=2), IntegratedGradients(steps=3)]
+METHODS += [Rise(masks=6), M2ib(steps=2), IntegratedGradients(steps=3)]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)

@@ -13,6 +13,7 @@ from gradeclip_ft.explain.grad_eclip import GradEclip, channel_weight
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.uniform import Uniform
 from gradeclip_ft.models.clip import Clip
+from tests.explain.oracle import written_out
 
 EXPLAINERS = [GradEclip(), GradEclip(heads="all"), GradCam(), MaskClip(), Uniform()]
 OWNER = torch.tensor([1, 0, 1, 2])
@@ -133,31 +134,41 @@ def test_one_head_may_keep_the_scale_of_many(tiny_clip: Clip) -> None:
     assert not torch.allclose(trace.output("one"), expected, atol=1e-3)
 
 
-def test_grad_cam_equals_the_gradient_through_the_librarys_block(tiny_clip: Clip) -> None:
-    """Catches a replay whose gradient misses a path from patches to the embedding."""
-    image, target = torch.randn(1, 3, 32, 32), torch.randn(16)
-    layer = SlowLastLayer(tiny_clip, image)
-    x = layer.x.clone().requires_grad_()
-    visual = tiny_clip.model.visual
-    if layer.is_vit:
-        embedding = (visual.ln_post(layer.block(x)) @ visual.proj)[:, 0]
-    else:
-        rows = layer.block(x, rope=visual.trunk.rope.get_embed())
-        embedding = visual.trunk.head(visual.trunk.norm(rows))[:, 0]
+@pytest.mark.parametrize(("method", "single"), [(GradCam(), 1), (GradCam(heads="all"), None)])
+def test_grad_cam_equals_the_gradient_through_the_librarys_block(
+    tiny_clip: Clip, method: GradCam, single: int | None
+) -> None:
+    """Catches a replay whose gradient misses a path, and another score than the authors'."""
+    image, target, kept = torch.randn(1, 3, 32, 32), torch.randn(16), []
+    block = SlowLastLayer(tiny_clip, image).block
+    handle = block.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    with written_out(single_head_from=single):
+        embedding = tiny_clip.model.visual(image)
+    handle.remove()
     score = torch.nn.functional.cosine_similarity(embedding, target[None]).sum()
-    (gradient,) = torch.autograd.grad(score, x)
-    expected = (x.detach() @ gradient.mean(1)[0]).relu()[0, 1:].view(4, 4)
-    heat = explain_image(GradCam(), tiny_clip, image, target[None], torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(score, kept[0])
+    expected = (kept[0] @ gradient.mean(1)[0]).relu()[0, 1:].view(4, 4).detach()
+    heat = explain_image(method, tiny_clip, image, target[None], torch.tensor([0]))
     torch.testing.assert_close(heat[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_maskclip_is_the_cosine_of_dense_features(tiny_clip: Clip) -> None:
+    """With the key factor of the authors' script times that of the projected keys."""
     images, target = torch.randn(3, 3, 32, 32), torch.randn(4, 16)
     with torch.no_grad():
         dense = tiny_clip.image.trace(images).dense()
     heat = explain_image(MaskClip(), tiny_clip, images, target, OWNER)
     expected = torch.nn.functional.cosine_similarity(dense[OWNER], target[:, None, None], dim=-1)
     torch.testing.assert_close(heat, expected.relu(), rtol=1e-4, atol=1e-6)
+    for row, owner in enumerate(OWNER.tolist()):
+        layer = SlowLastLayer(tiny_clip, images[owner, None])
+        project = layer.block.attn.out_proj if layer.is_vit else layer.block.attn.proj
+        keys = project(layer.k)[0]
+        factor = torch.nn.functional.cosine_similarity(keys[:1], keys[1:]).view(4, 4)
+        method, one = MaskClip(key_factor=True), torch.tensor([0])
+        heat = explain_image(method, tiny_clip, images[owner, None], target[row, None], one)
+        wanted = (expected[row] * factor).relu()
+        torch.testing.assert_close(heat[0], wanted.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_softmax_map_over_all_tokens_is_complete(tiny_clip: Clip) -> None:
