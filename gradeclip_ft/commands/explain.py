@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def explain(cfg: DictConfig) -> None:
         pixels: list[Tensor] = []
         for question in portion:
             try:
-                pixels.append(pixels_of(loaded, question.file, cfg.geometry, cfg.longest))
+                pixels.append(pixels_of(loaded, question.file, cfg.geometry, cfg.shortest))
                 some.append(question)
             except ValueError as error:
                 if len(asked) == 1:
@@ -134,14 +135,9 @@ def questions(cfg: DictConfig) -> list[Question]:
         raise ValueError("give phrases=[dog,'red car'], or captions=['a dog beside a red car']")
     captions: list[str] = [""]
     if cfg.phrases is not None:
-        phrases = [str(phrase) for phrase in _listed(cfg.phrases)]
-        if not phrases or any(not phrase.strip() for phrase in phrases):
-            raise ValueError(
-                f"phrases are {phrases}, expected texts; write phrases=[dog,'red car']"
-            )
-        found = [phrases]
+        found = [_listed("phrases", cfg.phrases)]
     else:
-        captions = [str(caption) for caption in _listed(cfg.captions)]
+        captions = _listed("captions", cfg.captions)
         found = _phrases_in(captions, len(files))
     if len(captions) == 1:
         captions, found = captions * len(files), found * len(files)
@@ -154,12 +150,11 @@ def questions(cfg: DictConfig) -> list[Question]:
 
 def _files(asked: Any) -> Iterator[Path]:
     """Every picture that is asked for, in order."""
-    for name in _listed(asked):
-        path = Path(name)
-        if path.is_dir():
-            found = images_in(path)
-        elif path.is_file():
-            found = [path]
+    for name in _listed("images", asked):
+        if os.path.isdir(name):  # pathlib raises for a name that is too long
+            found = images_in(Path(name))
+        elif os.path.isfile(name):
+            found = [Path(name)]
         else:
             found = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
         if not found:
@@ -184,8 +179,13 @@ def _phrases_in(captions: Sequence[str], pictures: int) -> list[list[str]]:
     return found
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | ListConfig) else [value]
+def _listed(key: str, value: Any) -> list[str]:
+    """The texts of an option that takes one or several."""
+    found = list(value) if isinstance(value, list | ListConfig) else [value]
+    flat = all(isinstance(text, str | int | float) and str(text).strip() for text in found)
+    if not found or not flat:
+        raise ValueError(f"{key} are {found}, expected texts; write {key}=[dog,'red car']")
+    return [str(text) for text in found]
 
 
 def slugs(texts: Sequence[str]) -> list[str]:
@@ -204,8 +204,9 @@ def slugs(texts: Sequence[str]) -> list[str]:
 
 
 def slug(text: str) -> str:
-    """A file name of a text: letters and digits, the rest as dashes."""
-    return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "phrase"
+    """A file name of a text: letters and digits, the rest as dashes; at most 60 bytes."""
+    name = re.sub(r"[^\w]+", "-", text).strip("-").encode()[:60]
+    return name.decode(errors="ignore") or "phrase"
 
 
 def warn_truncated_texts(asked: Sequence[Question], loaded: LoadedClip) -> None:
@@ -302,7 +303,7 @@ def _page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> 
         "weights": str(cfg.run or loaded.weights or "its own"),
         "hash of weights": loaded.weights_hash[:16],
         "prompt": str(cfg.prompt),
-        "geometry": f"aspect, at most {cfg.longest} pixels"
+        "geometry": f"aspect, shorter side at most {cfg.shortest} pixels"
         if cfg.geometry == "aspect"
         else f"model, {loaded.image_size[1]} x {loaded.image_size[0]} pixels",
     }

@@ -161,7 +161,7 @@ def explain_pictures(
     methods: Mapping[str, Explainer] | Supported,
     *,
     geometry: Geometry = "model",
-    longest: int = 640,
+    shortest: int = 640,
     rows: int = ROWS,
     skip: bool = False,
 ) -> list[Explained]:
@@ -173,7 +173,7 @@ def explain_pictures(
         targets: Embeddings of the phrases of each picture.
         methods: By name; or those that earlier pictures have left.
         geometry: See `pixels_of`.
-        longest: See `pixels_of`.
+        shortest: See `pixels_of`.
         rows: See `heat_maps`.
         skip: Drop, with a warning, what this model does not support.
 
@@ -189,7 +189,7 @@ def explain_pictures(
     supported = methods
     if not isinstance(supported, Supported):
         supported = Supported(supported, loaded, skip=skip)
-    pixels = [pixels_of(loaded, picture, geometry, longest) for picture in pictures]
+    pixels = [pixels_of(loaded, picture, geometry, shortest) for picture in pictures]
     found: list[Explained] = []
     for _, group in groupby(range(len(pixels)), key=lambda row: pixels[row].shape):
         same = list(group)
@@ -224,7 +224,7 @@ def _explain_batch(
 
 
 def pixels_of(
-    loaded: LoadedImageModel, picture: Picture, geometry: Geometry = "model", longest: int = 640
+    loaded: LoadedImageModel, picture: Picture, geometry: Geometry = "model", shortest: int = 640
 ) -> Float[Tensor, "3 H W"]:
     """Normalised pixels of one picture.
 
@@ -232,12 +232,12 @@ def pixels_of(
         loaded: The model.
         picture: The picture.
         geometry: The model's own resize and crop; or `aspect`, as the Grad-ECLIP authors do: each
-            side brought to the nearest multiple of the patch, nothing cropped.
-        longest: Pixels of the longer side under `aspect`, at most.
+            side brought to the nearest multiple of the patch (half a patch up), nothing cropped.
+        shortest: Pixels of the shorter side under `aspect`, at most.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is not a picture, a tensor is not (3, H, W), `longest` is below 1, or
+        ValueError: The file is not a picture, a tensor is not (3, H, W), `shortest` is below 1, or
             the model takes pictures of one size only.
     """
     if isinstance(picture, Tensor):
@@ -247,15 +247,15 @@ def pixels_of(
                 "expected normalised pixels (3, H, W); give a PIL image or a file otherwise"
             )
         return picture
-    if longest < 1:
-        raise ValueError(f"longest is {longest}; give the pixels of the longer side, 1 or more")
+    if shortest < 1:
+        raise ValueError(f"shortest is {shortest}; give the pixels of the shorter side, 1 or more")
     upright, patch = read_image(picture), loaded.image_model.image.patch
     if geometry == "model":
         return loaded.transform()(upright)
     if not patch:
         raise ValueError("this model takes pictures of one size; choose geometry=model")
-    scale = min(1.0, longest / max(upright.size))
-    width, height = (max(1, round(side * scale / patch)) * patch for side in upright.size)
+    scale = min(1.0, shortest / min(upright.size))
+    width, height = (max(1, int(side * scale / patch + 0.5)) * patch for side in upright.size)
     whole = replace(loaded.preprocessing, resize="squash")
     return ImageTransform(size=(height, width), preprocessing=whole)(upright)
 

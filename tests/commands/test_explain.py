@@ -88,12 +88,23 @@ def test_an_option_of_one_method_changes_its_map_alone() -> None:
     assert np.array_equal(before["raw_attention"], after["raw_attention"])
 
 
-def test_the_whole_picture_in_multiples_of_the_patch() -> None:
-    """As published: 96 x 64 pixels stay, on a grid of 8 x 12; a longest side shrinks it."""
-    run("images=photos/a.png", "phrases=[red square]", "geometry=aspect")
-    assert np.load("explanations/a/maps.npz")["grad_eclip"].shape == (1, 8, 12)
-    run("images=photos/a.png", "phrases=[x]", "geometry=aspect", "longest=48", "out=small")
-    assert np.load("small/a/maps.npz")["grad_eclip"].shape == (1, 4, 6)
+@pytest.mark.parametrize(
+    ("size", "shortest", "grid"),
+    [
+        ((96, 64), 640, (8, 12)),  # as it is
+        ((100, 60), 640, (8, 13)),  # 12.5 and 7.5 patches: both up, also to an uneven number
+        ((960, 80), 640, (10, 120)),  # the shorter side counts alone
+        ((96, 64), 32, (4, 6)),
+        ((96, 3), 640, (1, 12)),
+    ],
+)
+def test_the_whole_picture_in_multiples_of_the_patch(
+    size: tuple[int, int], shortest: int, grid: tuple[int, int]
+) -> None:
+    """As published: int(side / patch + 0.5), the shorter side at most 640 pixels."""
+    Image.new("RGB", size, "green").save("a.png")
+    run("images=a.png", "phrases=[x]", "geometry=aspect", f"shortest={shortest}")
+    assert np.load("explanations/a/maps.npz")["grad_eclip"].shape == (1, *grid)
 
 
 def test_phrases_are_found_in_captions() -> None:
@@ -131,6 +142,12 @@ def test_any_script_is_taken(text: str) -> None:
         ("images=photos phrases=[dog] explainer.grad_eclip.hads=all", "did you mean"),
         ("images=photos phrases=[dog] explainer.grad_eclip.heads=two", "expected one of one, all"),
         ("images=photos phrases=['']", "expected texts"),
+        ("images=photos phrases=[]", "expected texts"),
+        ("images=photos phrases=[null]", "phrases are .None., expected texts"),
+        ("images=photos phrases=[dog,[cat]]", "expected texts; write phrases="),
+        ("images=photos captions=[dog,null]", "captions are .'dog', None., expected texts"),
+        ("images=[null] phrases=[dog]", "images are .None., expected texts"),
+        (f"images={'x' * 300}.jpg phrases=[dog]", "no such picture"),
         ("images=photos", "give phrases="),
         ("images=photos phrases=[dog] captions=[dog]", "give phrases="),
         ("images=photos captions=[dog,cat]", "2 captions for 3 pictures"),
@@ -178,7 +195,9 @@ def test_pictures_and_phrases_of_one_name_keep_their_own_files() -> None:
     """Would catch a second cat.png, or a second emoji, that replaces the first."""
     Path("other").mkdir()
     Image.new("RGB", (64, 64), "blue").save("other/a.png")
-    run("images=[photos/a.png,other/a.png]", "phrases=['red-circle','red circle','🐶','🚗']")
+    long = "𠀀" * 90  # four bytes each: names of files hold 255
+    phrases = f"phrases=['red-circle','red circle','🐶','🚗','{long}']"
+    run("images=[photos/a.png,other/a.png]", phrases)
     first, second = (np.load(f"explanations/{name}/maps.npz") for name in ("a", "a-2"))
     assert not np.array_equal(first["grad_eclip"], second["grad_eclip"])
     drawn = sorted(path.name for path in Path("explanations/a").glob("*-grad_eclip.png"))
@@ -187,6 +206,7 @@ def test_pictures_and_phrases_of_one_name_keep_their_own_files() -> None:
         "phrase-grad_eclip.png",
         "red-circle-2-grad_eclip.png",
         "red-circle-grad_eclip.png",
+        "𠀀" * 15 + "-grad_eclip.png",
     ]
 
 
@@ -219,8 +239,8 @@ def test_what_cannot_be_done_is_said_once_for_many_pictures(
 def test_a_dollar_and_a_very_wide_picture_are_drawn() -> None:
     Image.new("RGB", (2000, 10), "green").save("wide.png")
     wide = ("images=wide.png", "geometry=aspect", "picture=s.png")
-    run(*wide, "phrases=['costs $5_{ $']", "longest=2000")
+    run(*wide, "phrases=['costs $5_{ $']")
     assert np.load("explanations/wide/maps.npz")["grad_eclip"].shape == (1, 1, 250)
     assert Path("s.png").is_file()
-    with pytest.raises(ValueError, match="longest is 0"):
-        run("images=wide.png", "phrases=[x]", "geometry=aspect", "longest=0")
+    with pytest.raises(ValueError, match="shortest is 0"):
+        run("images=wide.png", "phrases=[x]", "geometry=aspect", "shortest=0")
