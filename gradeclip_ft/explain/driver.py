@@ -34,12 +34,11 @@ from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
 from gradeclip_ft.report.content import Words
 
-Geometry: TypeAlias = Literal["model", "aspect"]
 Picture: TypeAlias = Image.Image | str | Path | Tensor
 """A picture, its file, or its normalised pixels (3, H, W), which are taken as they are."""
 Answer = TypeVar("Answer")
 
-ROWS = 64  # phrases at a time: records keep several layers of each
+ROWS = 64  # phrases at a time: records keep several layers of each; costs no image pass
 BATCH = 16  # pictures at a time
 log = logging.getLogger(__name__)
 
@@ -98,8 +97,6 @@ def heat_maps(
     shared: SharedPass,
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
-    *,
-    rows: int = ROWS,
 ) -> dict[str, Float[Tensor, "P h w"]]:
     """Maps of every target by every method that the model supports, from one pass.
 
@@ -108,7 +105,6 @@ def heat_maps(
         shared: The pass of the pictures.
         target: Embeddings of the phrases, any length.
         owner: Picture of each.
-        rows: Phrases at a time; bounds memory, not the result, and costs no image pass.
     """
     # Methods with passes of their own go over the phrases themselves: RISE has one set of masked
     # pictures for all. The others share what they read, those with the deepest record first.
@@ -116,7 +112,7 @@ def heat_maps(
     deepest_first = sorted(depth, key=lambda name: -depth[name])
     alone = [name for name in depth if isinstance(supported.methods[name], InputExplainer)]
     sharing = [name for name in deepest_first if name not in alone]
-    parts = list(zip(torch.split(target, rows), torch.split(owner, rows), strict=True))
+    parts = list(zip(torch.split(target, ROWS), torch.split(owner, ROWS), strict=True))
     found: dict[str, list[Tensor]] = {name: [] for name in depth}
     for names, chunks in ((sharing, parts), (alone, [(target, owner)])):
         for some, of in chunks:
@@ -160,21 +156,15 @@ def explain_pictures(
     targets: Sequence[Float[Tensor, "_ D"]],
     methods: Mapping[str, Explainer] | Supported,
     *,
-    geometry: Geometry = "model",
-    shortest: int = 640,
-    rows: int = ROWS,
     skip: bool = False,
 ) -> list[Explained]:
     """Maps of every phrase by every method, neighbours of one size in one pass.
 
     Args:
         loaded: The model, on its device.
-        pictures: Of any size and mode.
+        pictures: Of any size and mode; see `pixels_of`.
         targets: Embeddings of the phrases of each picture.
         methods: By name; or those that earlier pictures have left.
-        geometry: See `pixels_of`.
-        shortest: See `pixels_of`.
-        rows: See `heat_maps`.
         skip: Drop, with a warning, what this model does not support.
 
     Returns:
@@ -189,13 +179,13 @@ def explain_pictures(
     supported = methods
     if not isinstance(supported, Supported):
         supported = Supported(supported, loaded, skip=skip)
-    pixels = [pixels_of(loaded, picture, geometry, shortest) for picture in pictures]
+    pixels = [pixels_of(loaded, picture) for picture in pictures]
     found: list[Explained] = []
     for _, group in groupby(range(len(pixels)), key=lambda row: pixels[row].shape):
         same = list(group)
         for at in range(0, len(same), BATCH):
             some = slice(same[at], same[at] + len(same[at : at + BATCH]))
-            found += _explain_batch(loaded, pixels[some], targets[some], supported, rows)
+            found += _explain_batch(loaded, pixels[some], targets[some], supported)
     return found
 
 
@@ -204,14 +194,13 @@ def _explain_batch(
     pixels: Sequence[Tensor],
     targets: Sequence[Tensor],
     supported: Supported,
-    rows: int,
 ) -> list[Explained]:
     model, counts = loaded.image_model, [len(target) for target in targets]
     tower, device = model.image, model.device
     target = torch.cat(list(targets)).to(device)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
     with shared_pass(model, tower, torch.stack(list(pixels)).to(device)) as shared:
-        maps = heat_maps(supported, shared, target, owner, rows=rows)
+        maps = heat_maps(supported, shared, target, owner)
         embedding = shared.embedding
         score = tower.score(embedding[owner], target.float())
     heat = {name: torch.split(found.cpu(), counts) for name, found in maps.items()}
@@ -224,7 +213,10 @@ def _explain_batch(
 
 
 def pixels_of(
-    loaded: LoadedImageModel, picture: Picture, geometry: Geometry = "model", shortest: int = 640
+    loaded: LoadedImageModel,
+    picture: Picture,
+    geometry: Literal["model", "aspect"] = "model",
+    shortest: int = 640,
 ) -> Float[Tensor, "3 H W"]:
     """Normalised pixels of one picture.
 
@@ -273,34 +265,29 @@ def explain_sentences(
     target: Float[Tensor, "P D"],
     methods: Mapping[str, Explainer],
     *,
-    owner: Int[Tensor, " P"] | None = None,
     skip: bool = False,
 ) -> list[Words]:
     """Relevance of the words of texts for pictures, by all methods from one text pass.
 
     Args:
         loaded: The model, on its device.
-        texts: Sentences.
-        target: Embeddings of pictures, any length.
+        texts: Sentences, one for each picture.
+        target: Embeddings of the pictures, any length.
         methods: By name.
-        owner: Text of each picture; None for one each.
         skip: Leave out, with a warning, what this model does not support.
 
     Returns:
-        One per picture, in the order of `target`. A word has the sum of its tokens' shares (the
+        One per picture. A word has the sum of its tokens' shares (the
         authors merge nothing), so the values of a method sum to 1, less what is on a word that the
         context cuts in two, or are all 0.
 
     Raises:
         UnsupportedTowerError: The text tower cannot do a method and `skip` is false.
-        ValueError: Counts of texts and pictures differ without an `owner`.
+        ValueError: Counts of texts and pictures differ.
     """
-    if owner is None:
-        if len(texts) != len(target):
-            raise ValueError(
-                f"{len(texts)} texts for {len(target)} pictures; give one each, or owner="
-            )
-        owner = torch.arange(len(texts))
+    if len(texts) != len(target):
+        raise ValueError(f"{len(texts)} texts for {len(target)} pictures; give one each")
+    owner = torch.arange(len(texts))
     found: dict[str, Tensor] = {}
     left: dict[str, list[str]] = {}
     first = torch.zeros(len(texts), dtype=torch.long)
@@ -317,11 +304,9 @@ def explain_sentences(
             first = shared.opened.explained.int().argmax(1).cpu()  # position of the first word
     for reason, names in left.items():
         log.warning("words by %s are left out: %s", ", ".join(names), reason)
-    read = [loaded.tokenizer.words(text) for text in texts]
     sentences = []
-    for row, text in enumerate(owner.tolist()):
-        words, cut = read[text]
-        start = int(first[text])
+    for row, (text, start) in enumerate(zip(texts, first.tolist(), strict=True)):
+        words, cut = loaded.tokenizer.words(text)
         ends = [start, *(start + end for end in accumulate(word.pieces for word in words))]
         values = {
             name: [float(shares[row, a:b].sum()) for a, b in pairwise(ends)]

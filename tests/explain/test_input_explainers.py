@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NoReturn
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +17,8 @@ from gradeclip_ft.explain.integrated_gradients import IntegratedGradients
 from gradeclip_ft.explain.m2ib import M2ib, information
 from gradeclip_ft.explain.rise import Rise
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.models.tower import opaque_tower
+from gradeclip_ft.models.tower import Tower, opaque_tower
 from gradeclip_ft.models.trace import UnsupportedTowerError
-from gradeclip_ft.ops.similarity import cosine
 from tests.tiny import images, make_tiny_clip, make_tiny_text
 
 ONE = torch.tensor([0])
@@ -35,25 +34,14 @@ def test_rise_does_not_depend_on_its_batch_size(any_clip: Clip) -> None:
     assert not torch.allclose(first, other)
 
 
-class OnePixel:
-    """A model whose embedding turns by the value of one pixel."""
+def one_pixel(y: int, x: int) -> Tower:
+    """A tower whose embedding turns by the value of one pixel."""
 
-    patch = 8
-    width = heads = depth = 0
-    pooling, unexplained = "none", None
-    score = staticmethod(cosine)
-
-    def __init__(self, y: int, x: int) -> None:
-        self.place = y, x
-
-    def open(self, x: torch.Tensor) -> NoReturn:
-        raise NotImplementedError
-
-    trace = open
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        value = pixels[:, 0, self.place[0], self.place[1]]
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        value = pixels[:, 0, y, x]
         return torch.stack([value, torch.ones_like(value)], dim=1)
+
+    return replace(opaque_tower(encode, "a pixel has no layers"), patch=8)
 
 
 @pytest.mark.parametrize("method", [Rise(masks=400), IntegratedGradients(steps=20)])
@@ -61,7 +49,7 @@ def test_a_score_of_one_pixel_is_found_there(method: Rise | IntegratedGradients)
     """Catches swapped axes and shifted grids: the pixel lies in patch (1, 3)."""
     pixels = torch.ones(1, 3, 32, 48)
     target = torch.tensor([[1.0, 0.0]])
-    heat = method.from_input(OnePixel(12, 28), pixels, target, ONE)
+    heat = method.from_input(one_pixel(12, 28), pixels, target, ONE)
     assert heat.shape == (1, 4, 6)
     assert divmod(int(heat[0].argmax()), 6) == (1, 3)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.explain import base
+from gradeclip_ft.explain import base, driver
 from gradeclip_ft.explain.base import Explainer, explain_image, explain_text
 from gradeclip_ft.explain.clip_surgery import ClipSurgery
-from gradeclip_ft.explain.driver import Supported, explain_pictures
+from gradeclip_ft.explain.driver import Supported, explain_pictures, pixels_of
 from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
@@ -83,7 +83,10 @@ def test_files_pictures_and_tensors_are_the_same(
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
-def test_many_pictures_of_several_sizes_equal_single_ones(tiny: LoadedClip, rows: int) -> None:
+def test_many_pictures_of_several_sizes_equal_single_ones(
+    tiny: LoadedClip, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches maps that a part of the phrases, or a neighbour, gets wrong."""
     generator = np.random.default_rng(0)
     sizes = [(64, 64), (64, 64), (96, 64), (64, 64), (64, 64)]
     pictures = [
@@ -92,11 +95,14 @@ def test_many_pictures_of_several_sizes_equal_single_ones(tiny: LoadedClip, rows
     ]
     texts = ["a red circle", "a blue star", "green"]
     targets = [tiny.encode_texts(texts[: 1 + row % 3]) for row in range(5)]
-    found = explain_pictures(tiny, pictures, targets, METHODS, geometry="aspect", rows=rows)
-    for row, picture in enumerate(pictures):
-        (one,) = explain_pictures(
-            tiny, [picture], targets[row : row + 1], METHODS, geometry="aspect"
-        )
+    pixels = [pixels_of(tiny, picture, "aspect") for picture in pictures]
+    ones = [
+        explain_pictures(tiny, [picture], [target], METHODS)[0]
+        for picture, target in zip(pixels, targets, strict=True)
+    ]
+    monkeypatch.setattr(driver, "ROWS", rows)
+    found = explain_pictures(tiny, pixels, targets, METHODS)
+    for row, one in enumerate(ones):
         for method in METHODS:
             torch.testing.assert_close(found[row].heat[method], one.heat[method])
         torch.testing.assert_close(found[row].score, one.score)
@@ -179,7 +185,8 @@ def test_one_image_pass_serves_all_methods_and_phrases(
     monkeypatch.setattr(base, "record_layers", record)
     handle = tiny.clip.model.visual.conv1.register_forward_hook(lambda *call: passes.append(call))
     target = torch.randn(130, 96, generator=torch.Generator().manual_seed(3))
-    (found,) = explain_pictures(tiny, [photo], [target], methods, rows=65)
+    monkeypatch.setattr(driver, "ROWS", 65)
+    (found,) = explain_pictures(tiny, [photo], [target], methods)
     handle.remove()
     assert len(passes) == 1
     assert len(recorded) == records

@@ -117,16 +117,6 @@ def test_values_of_words_are_those_of_their_tokens(tiny: LoadedClip) -> None:
 ZERO = torch.tensor([0])
 
 
-def test_one_sentence_for_several_pictures(tiny: LoadedClip) -> None:
-    target = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
-    both = explain_sentences(
-        tiny, ["a red circle"], target, METHODS, owner=torch.zeros(3, dtype=torch.long)
-    )
-    alone = explain_sentences(tiny, ["a red circle"], target[2:], METHODS)[0]
-    assert len(both) == 3
-    assert both[2].values["grad_eclip"] == pytest.approx(alone.values["grad_eclip"], abs=1e-5)
-
-
 def test_texts_without_words_have_no_values(tiny: LoadedClip) -> None:
     (sentence,) = explain_sentences(tiny, ["🙂"], torch.randn(1, 96), METHODS)
     assert sentence.words == []
