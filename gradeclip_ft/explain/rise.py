@@ -60,7 +60,7 @@ class Rise:
         for start in range(0, self.masks, self.batch_size):
             numbers = range(start, min(self.masks, start + self.batch_size))
             masks = torch.stack([self.mask(number, height, width) for number in numbers]).to(x)
-            for image in owner.unique():
+            for image in torch.unique(owner):
                 mine = target[owner == image]
                 with torch.no_grad():
                     found = tower.encode(x[image] * masks.unsqueeze(1))  # (n, D)
