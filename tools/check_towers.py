@@ -1,10 +1,10 @@
 """Full-size towers with random weights against their libraries: errors, and the price of a trace.
 
-    python tools/check_towers.py                    # all models and sizes; about ten minutes
-    python tools/check_towers.py ViT-B-16 RN50      # some
+    python -m tools.check_towers                    # all models and sizes; about ten minutes
+    python -m tools.check_towers ViT-B-16 blip      # some
 
 Prints Markdown; docs/towers.md holds what it printed. Errors are relative, |ours - library's| over
-|library's|; times are ratios measured in turns.
+|library's|, and exit code 1 if one is above 1e-5; times are ratios measured in turns.
 """
 
 from __future__ import annotations
@@ -14,79 +14,69 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
-from gradeclip_ft.explain.grad_eclip import channel_weight
+from gradeclip_ft.explain.base import explain_image
+from gradeclip_ft.explain.grad_eclip import GradEclip, channel_weight
 from gradeclip_ft.models.architecture import find_architecture, pair
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.other.blip import Blip
+from gradeclip_ft.models.other.classifier import ImageModel, load_classifier
 from gradeclip_ft.ops.similarity import cosine
 
 MODELS = (
-    "ViT-B-16",
-    "ViT-L-14",
-    "EVA02-B-16",
-    "EVA02-L-14-336",
-    "RN50",
-    "ViT-B-16-SigLIP",
-    "coca_ViT-B-32",
-    "PE-Core-B-16",
+    *("ViT-B-16", "ViT-L-14", "EVA02-B-16", "EVA02-L-14-336"),
+    *("RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "PE-Core-B-16"),
 )
-SIZED = "EVA02-B-16"
-SIZES = ((224, 224), (336, 336), (480, 640), (1024, 1024))
-ROUNDS = 5
-WORDS = 10
+OTHERS = (
+    *("timm:vit_base_patch16_224", "timm:deit3_base_patch16_224"),
+    *("torchvision:vit_b_16", "torchvision:vit_b_32", "blip"),
+)
+SIZED, SIZES = "EVA02-B-16", ((224, 224), (336, 336), (480, 640), (1024, 1024))
+ROUNDS, WORDS, ALLOWED = 5, 10, 1e-5
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str]) -> int:
     """Print one line per model, then the sizes of EVA02-B-16."""
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, timm {timm.__version__}, fp32, ", end="")
-    print(f"{torch.get_num_threads()} threads, batch 2, random weights\n")
-    print("| model | image | text | dense | gradient | trace / library forward |")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, fp32, ", end="")
+    print(f"{torch.get_num_threads()} threads, batch 2, random weights")
+    chosen = names or [*MODELS, SIZED, *OTHERS]
+    errors: list[float] = []
+    print("\n| model | image | text | dense | gradient | trace / library forward |")
     print("|--|--|--|--|--|--|")
-    for name in names or MODELS:
+    for name in (name for name in dict.fromkeys(chosen) if name not in OTHERS):
         clip = Clip(find_architecture(name).build()).eval()
         pixels = torch.randn(2, 3, *pair(clip.model.visual.image_size))
-        errors = [
-            image_error(clip, pixels),
-            text_error(clip),
-            dense_error(clip, pixels),
-            gradient_error(clip, pixels),
-        ]
-        cells = " | ".join(f"{error:.0e}" for error in errors)
-        print(f"| {name} | {cells} | {price(clip, pixels):.2f} |", flush=True)
+        found = [error(clip, pixels) for error in ERRORS]
+        errors += found
+        cost = price(
+            torch.no_grad()(partial(clip.image.trace, pixels)), partial(library, clip, pixels)
+        )
+        cells = " | ".join(f"{error:.0e}" for error in found)
+        print(f"| {name} | {cells} | {cost:.2f} |", flush=True)
+    print("\n| model | pixels | embedding | Grad-ECLIP of 10 targets / library forward |")
+    print("|--|--|--|--|")
+    for name in (name for name in chosen if name in OTHERS):
+        errors.append(check_other(name))
     if not names:
         print_sizes()
+    return 1 if max(errors) > ALLOWED else 0
 
 
-def print_sizes() -> None:
-    """EVA02-B-16 at other sizes; at 224 against timm's own forward pass."""
-    clip = Clip(find_architecture(SIZED).build()).eval()
-    print(f"\n| {SIZED} at | grid | dense features | finite | error against timm |")
-    print("|--|--|--|--|--|")
-    for height, width in SIZES:
-        pixels = torch.randn(1, 3, height, width)
-        with torch.no_grad():
-            trace = clip.image.trace(pixels)
-        dense = trace.dense()
-        finite = bool(dense.isfinite().all() and trace.embedding.isfinite().all())
-        native = (height, width) == pair(clip.model.visual.image_size)
-        error = f"{image_error(clip, pixels):.0e}" if native else "-"
-        print(f"| {height} x {width} | {trace.grid} | {tuple(dense.shape)} | {finite} | {error} |")
-
-
-@torch.no_grad()
 def image_error(clip: Clip, pixels: Tensor) -> float:
     """Embedding of the trace against the library's."""
-    return relative(clip.image.trace(pixels).embedding, library_image(clip, pixels))
+    return relative(clip.image.trace(pixels).embedding, library(clip, pixels))
 
 
-@torch.no_grad()
-def text_error(clip: Clip) -> float:
+def text_error(clip: Clip, pixels: Tensor) -> float:
     """Embedding of short texts, cut where the tower says so, against the library at full length."""
     ids = torch.full((2, clip.text.context_length), clip.text.pad)
     ids[:, : WORDS + 1] = torch.randint(5, 1000, (2, WORDS + 1))
@@ -98,7 +88,6 @@ def text_error(clip: Clip) -> float:
     return relative(clip.text.trace(cut).embedding, expected)
 
 
-@torch.no_grad()
 def dense_error(clip: Clip, pixels: Tensor) -> float:
     """Dense features against the library's last layer with attention forced to the identity.
 
@@ -113,9 +102,12 @@ def dense_error(clip: Clip, pixels: Tensor) -> float:
     pool = getattr(visual, "attn_pool", None) or getattr(trunk, "attn_pool", None)
     first = trace.tokens.shape[1] - dense.shape[1]
     if pool is not None:
-        tail = visual_tail(visual)
         tokens = trace.tokens if trunk is None else trunk.norm(trace.tokens)
-        found = [tail(pool(tokens[:, first + i : first + i + 1])) for i in (0, 7)]
+        pooled = [pool(tokens[:, first + i : first + i + 1]) for i in (0, 7)]
+        if trunk is None:
+            found = [visual.ln_post(each)[:, 0] @ visual.proj for each in pooled]
+        else:
+            found = [visual.head(trunk.head(trunk.fc_norm(each))) for each in pooled]
         return relative(dense[:, [0, 7]], torch.stack(found, dim=1))
     alone = torch.full((trace.tokens.shape[1],) * 2, -torch.inf).fill_diagonal_(0.0)
     if trunk is None:
@@ -127,45 +119,82 @@ def dense_error(clip: Clip, pixels: Tensor) -> float:
     return relative(dense, visual.head(trunk.head(trunk.fc_norm(rows)))[:, first:])
 
 
-def visual_tail(visual: Any) -> Callable[[Tensor], Tensor]:
-    """What the library does behind an attention pool."""
-    trunk = getattr(visual, "trunk", None)
-    if trunk is None:
-        return lambda pooled: visual.ln_post(pooled)[:, 0] @ visual.proj
-    return lambda pooled: visual.head(trunk.head(trunk.fc_norm(pooled)))
-
-
 def gradient_error(clip: Clip, pixels: Tensor) -> float:
     """Channel weight (eq. 15, the model's own heads) against one full backward pass."""
-    with recorded_attention() as outputs:
-        embedding = library_image(clip, pixels)
-    target = nn.functional.normalize(torch.randn_like(embedding), dim=1)
-    (gradient,) = torch.autograd.grad(cosine(embedding, target).sum(), outputs[-1])
-    trace = clip.image.trace(pixels).detach()
-    weight = channel_weight(trace, target, torch.arange(len(pixels)), heads="all")
+    with torch.enable_grad():
+        with recorded_attention() as outputs:
+            embedding = library(clip, pixels)
+        target = nn.functional.normalize(torch.randn_like(embedding), dim=1)
+        (gradient,) = torch.autograd.grad(cosine(embedding, target).sum(), outputs[-1])
+        trace = clip.image.trace(pixels).detach()
+        weight = channel_weight(trace, target, torch.arange(len(pixels)), heads="all")
     return relative(weight, gradient[:, :, 0].flatten(1))
 
 
+ERRORS = tuple(
+    torch.no_grad()(error) for error in (image_error, text_error, dense_error, gradient_error)
+)
+
+
+def check_other(name: str) -> float:
+    """A classifier, or BLIP: one line, and the error of its embedding."""
+    model, embed, side = other(name)
+    pixels = torch.randn(2, 3, side, side)
+    for parameter in model.parameters():  # some start at zero, or at 1e-10
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    with torch.no_grad():
+        expected = embed(pixels)
+        error = relative(model.image.encode(pixels), expected)
+    targets, owner = torch.randn(10, expected.shape[1]), torch.arange(10) % len(pixels)
+    maps = partial(explain_image, GradEclip(), model, pixels, targets, owner)
+    cost = price(maps, partial(embed, pixels))
+    print(f"| {name} | {side} | {error:.0e} | {cost:.2f} |", flush=True)
+    return error
+
+
+def other(name: str) -> tuple[ImageModel, Callable[[Tensor], Tensor], int]:
+    """The model, the library's own embedding, and side of its pictures."""
+    if name != "blip":
+        loaded = load_classifier(name, "random")
+        return loaded.classifier, loaded.classifier.model, loaded.image_size[0]
+    config = transformers.BlipConfig(vision_config={"image_size": 384})
+    blip = Blip(transformers.BlipForImageTextRetrieval(config)).eval()
+
+    def embed(pixels: Tensor) -> Tensor:
+        rows: Tensor = blip.model.vision_model(pixel_values=pixels).last_hidden_state
+        embedding: Tensor = blip.model.vision_proj(rows[:, 0])
+        return embedding
+
+    return blip, embed, 384
+
+
 @torch.no_grad()
-def price(clip: Clip, pixels: Tensor) -> float:
-    """Time of a trace over that of the library's forward pass, medians of turns."""
+def print_sizes() -> None:
+    """EVA02-B-16 at other sizes: grids, and whether all is finite."""
+    clip = Clip(find_architecture(SIZED).build()).eval()
+    print(f"\n| {SIZED} at | grid | dense features | finite |\n|--|--|--|--|")
+    for height, width in SIZES:
+        trace = clip.image.trace(torch.randn(1, 3, height, width))
+        dense = trace.dense()
+        finite = bool(dense.isfinite().all() and trace.embedding.isfinite().all())
+        print(f"| {height} x {width} | {trace.grid} | {tuple(dense.shape)} | {finite} |")
 
-    def seconds(call: Callable[[], object]) -> float:
+
+def price(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
+    """Time of ours over that of the library's forward pass, medians of turns."""
+    seconds: list[tuple[float, float]] = []
+    for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    ours, theirs = [], []
-    for turn in range(ROUNDS + 1):
-        one = seconds(lambda: clip.image.trace(pixels).embedding)
-        other = seconds(lambda: library_image(clip, pixels))
-        if turn:  # the first is a warm-up
-            ours.append(one)
-            theirs.append(other)
-    return statistics.median(ours) / statistics.median(theirs)
+        ours()
+        middle = time.perf_counter()
+        with torch.no_grad():
+            theirs()
+        seconds.append((middle - start, time.perf_counter() - middle))
+    mine = statistics.median(one for one, _ in seconds[1:])  # the first turn is a warm-up
+    return mine / statistics.median(other for _, other in seconds[1:])
 
 
-def library_image(clip: Clip, pixels: Tensor) -> Tensor:
+def library(clip: Clip, pixels: Tensor) -> Tensor:
     """The library's own embedding."""
     result = clip.model.visual(pixels)
     embedding: Tensor = result[0] if isinstance(result, tuple) else result
@@ -195,4 +224,4 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -6,50 +6,165 @@
 
 The first part trains `+exp=smoke` with a checkpoint every 2 steps, once undisturbed and once under
 SIGKILL: while starting, between two steps, or while a checkpoint is being written. `resume=auto`
-goes on each time; the losses and the weights must be those of the first run, to the last bit.
+continues each time; the losses and the weights must be those of the first run, to the last bit.
+
+The runs are forks of this process, which imports the program once and computes nothing: every life
+starts in a second, and no kill falls into the start of Python, where there is nothing to lose.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradeclip_ft.commands.cli import call
-from gradeclip_ft.training.ledger import CHECKPOINT, WEIGHTS
-from tools.kill_ranks import kill_ranks
-from tools.lives import SMOKE, live, losses, saved_step, until
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands.cli import call, run
+from gradeclip_ft.training.ledger import CHECKPOINT, WEIGHTS, newest_good
 
+PATIENCE = 900.0  # seconds that anything may take
+# What `train` imports late, and we before the first fork only: workers that are spawned to draw
+# shapes import this file as well.
+LATE = ("commands.build", "training.trainer", "models.load", "data.captions", "data.shapes")
+QUIET = ("evaluation.before=false", "evaluation.after=false", "trainer.log_every=1")
+SMOKE = ("train", "+exp=smoke", *QUIET, "trainer.checkpoint_every=2")
 MOMENTS = ("start", "step", "write", "write", "step")
+JOB = (*SMOKE, "trainer=ddp_sim", "trainer.max_steps=24")
+# Process, signal, and whether SLURM has started both instead of torchrun.
+ACTS = (
+    (1, signal.SIGKILL, False),
+    (0, signal.SIGKILL, False),
+    (1, signal.SIGTERM, False),
+    (0, signal.SIGUSR1, True),
+)
 
 
-@dataclass(frozen=True)
-class Kill:
-    """One life that was ended.
+@dataclass
+class Life:
+    """A forked run of the program.
 
     Attributes:
-        aim: When the kill was meant to fall.
-        hit: Where it fell: "write" if a file was left half-written, "start" if no step was logged.
-        logged: Last step in the metrics afterwards.
-        saved: Step of the newest good checkpoint; 0 without one.
-        start: Seconds up to its first step; None where that was not waited for.
+        process: Its number.
+        log: What it prints.
+        code: Exit code once it has ended; negative for a signal.
     """
 
-    aim: str
-    hit: str
-    logged: int
-    saved: int
-    start: float | None
+    process: int
+    log: Path
+    code: int | None = None
+
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        if self.code is None:
+            ended, status = os.waitpid(self.process, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code is None
+
+    def wait(self) -> int:
+        """Its exit code."""
+        until(lambda: not self.alive(), self)
+        assert self.code is not None
+        return self.code
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal, if it can still get one."""
+        if self.alive():
+            os.kill(self.process, number)
+
+    def said(self) -> str:
+        """Its last line."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def live(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Life:
+    """Start `python -m gradeclip_ft` with these arguments in a process of its own."""
+    for name in LATE:
+        importlib.import_module(f"gradeclip_ft.{name}")
+    log = Path(f"life-{time.monotonic_ns()}.log")
+    process = os.fork()
+    if process:
+        return Life(process, log)
+    code = 1
+    try:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.update(environment or {})
+        sys.argv = ["gradeclip_ft"]
+        code = run(COMMANDS, arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def two_ranks(arguments: Sequence[str], *, slurm: bool = False) -> list[Life]:
+    """The two processes of one job, as torchrun or srun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if slurm:
+        common |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "b16", "SLURM_NODEID": "0"}
+        common |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+        common |= {"SLURM_NODELIST": "localhost"}
+    else:
+        common |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "lives"}
+    names = ("SLURM_PROCID", "SLURM_LOCALID") if slurm else ("RANK", "LOCAL_RANK")
+    ranks = (common | dict.fromkeys(names, str(rank)) for rank in range(2))
+    return [live(arguments, environment) for environment in ranks]
+
+
+def until(condition: Callable[[], bool], *lives: Life, every: float = 0.005) -> None:
+    """Wait for something.
+
+    Raises:
+        TimeoutError: It does not happen; the lives are killed.
+    """
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > limit:
+            for one in lives:
+                one.send(signal.SIGKILL)
+            raise TimeoutError(f"nothing happened for {PATIENCE} s; see {[x.log for x in lives]}")
+        time.sleep(every)
+
+
+def losses(name: str) -> dict[int, float]:
+    """Loss of each logged step of a run."""
+    path = Path("runs") / name / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def last_step(name: str) -> int:
+    """The last logged one."""
+    return max(losses(name), default=0)
+
+
+def saved_step(name: str) -> int:
+    """Step of the newest good checkpoint; 0 without one."""
+    import torch  # not before the first fork
+
+    path = newest_good(Path("runs") / name)
+    return int(torch.load(path, weights_only=True)["global_step"]) if path else 0
 
 
 def kill_test(*, kills: int = 20, steps: int = 120, seed: int = 0, ranks: bool = False) -> int:
@@ -64,7 +179,7 @@ def kill_test(*, kills: int = 20, steps: int = 120, seed: int = 0, ranks: bool =
     Returns:
         0 if nothing was lost.
     """
-    with tempfile.TemporaryDirectory() as home, inside(Path(home)):
+    with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
         return kill_ranks() if ranks else kill_one(kills, steps, random.Random(seed))
 
 
@@ -74,27 +189,32 @@ def kill_one(kills: int, steps: int, draw: random.Random) -> int:
     if code := live([*line, "name=whole"]).wait():
         return code
     again = [*line, "name=killed", "resume=auto"]
-    print("| kill | aimed at | fell into | last step logged | goes on from |\n|--|--|--|--|--|")
-    inside_writes, start = 0, 1.0
+    print("| kill | aimed at | fell into | last step logged | continues from |\n|--|--|--|--|--|")
+    inside, start = 0, 1.0
     for number in range(1, kills + 1):
-        done = kill(again, MOMENTS[number % len(MOMENTS)], draw, start)
-        start = done.start or start
-        inside_writes += done.hit == "write"
-        print(f"| {number} | {done.aim} | {done.hit} | {done.logged} | {done.saved} |", flush=True)
+        aim = MOMENTS[number % len(MOMENTS)]
+        hit, start = kill(again, aim, draw, start)
+        inside += hit == "write"
+        row = (number, aim, hit, last_step("killed"), saved_step("killed"))
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
     code = live(again).wait()
     whole, killed = losses("whole"), losses("killed")
     apart = [step for step in whole if whole[step] != killed.get(step)]
-    print(
-        f"\n{kills} kills, {inside_writes} of them inside a write. The last life ended with code "
-        f"{code}. Against the undisturbed run: {len(killed)} of {steps} losses logged, "
-        f"{len(apart)} differ{f' from step {apart[0]} on' if apart else ''}; largest difference of "
-        f"a loss {furthest(whole, killed):.1e}, weights "
-        f"{'equal to the last bit' if same_weights('whole', 'killed') else 'not equal'}"
+    furthest = max(abs(killed.get(step, float("inf")) / loss - 1) for step, loss in whole.items())
+    first, second = (load_file(Path("runs") / name / WEIGHTS) for name in ("whole", "killed"))
+    equal = first.keys() == second.keys() and all(
+        np.array_equal(value, second[name]) for name, value in first.items()
     )
-    return 0 if code == 0 and whole.keys() == killed.keys() and not apart else 1
+    print(
+        f"\n{kills} kills, {inside} of them inside a write. The last life ended with code {code}. "
+        f"Against the undisturbed run: {len(killed)} of {steps} losses logged, {len(apart)} differ"
+        f"{f' from step {apart[0]} on' if apart else ''}; largest difference of a loss "
+        f"{furthest:.1e}, weights {'equal to the last bit' if equal else 'not equal'}"
+    )
+    return 0 if code == 0 and whole.keys() == killed.keys() and not apart and equal else 1
 
 
-def kill(line: list[str], aim: str, draw: random.Random, start: float) -> Kill:
+def kill(line: list[str], aim: str, draw: random.Random, start: float) -> tuple[str, float]:
     """One life and its end; a run that finishes before leaves nothing to kill.
 
     Args:
@@ -102,59 +222,92 @@ def kill(line: list[str], aim: str, draw: random.Random, start: float) -> Kill:
         aim: When to kill: while it starts, between two steps, or while it writes.
         draw: Of the moment.
         start: Seconds that an earlier life took up to its first step.
+
+    Returns:
+        Where it fell: "start" if no step was logged, "write" if a file was left half-written; and
+        the seconds up to the first step of this life, if it got that far.
     """
-    folder = Path("runs/killed")
-    before, begun = max(losses("killed"), default=0), time.monotonic()
-    one, started = live(line), None
+
+    def writing() -> bool:
+        """Whether a checkpoint is half-written, or between its names."""
+        folder = Path("runs/killed")
+        return any(next(folder.glob(f".{name}.*"), None) for name in (CHECKPOINT, WEIGHTS))
+
+    before, begun = last_step("killed"), time.monotonic()
+    one = live(line)
     if aim == "start":
         time.sleep(draw.uniform(0, start))
     else:
-        until(lambda: not one.alive() or max(losses("killed"), default=0) > before, one)
-        started = time.monotonic() - begun
+        until(lambda: not one.alive() or last_step("killed") > before, one)
+        start = time.monotonic() - begun
         goal = before + draw.randint(1, 4)
-        until(lambda: not one.alive() or max(losses("killed"), default=0) >= goal, one)
+        until(lambda: not one.alive() or last_step("killed") >= goal, one)
         if aim == "write":
-            until(lambda: not one.alive() or writing(folder), one, every=0.0)
-            time.sleep(draw.uniform(0, 0.03))
-        else:
-            time.sleep(draw.uniform(0, 0.1))
+            until(lambda: not one.alive() or writing(), one, every=0.0)
+        time.sleep(draw.uniform(0, 0.03 if aim == "write" else 0.1))
     one.send(signal.SIGKILL)
     if one.wait() != -signal.SIGKILL:
         raise SystemExit(f"ended by itself with {one.code}: {one.said()}; give more steps")
-    logged = max(losses("killed"), default=0)
-    early = logged <= before  # a file left by the life before may still lie there
-    hit = "start" if early else "write" if writing(folder) else "step"
-    return Kill(aim, hit, logged, saved_step("killed"), started)
+    early = last_step("killed") <= before  # a file left by the life before may still be there
+    return ("start" if early else "write" if writing() else "step"), start
 
 
-def writing(folder: Path) -> bool:
-    """Whether a checkpoint is half-written, or between its names."""
-    aside = next(folder.glob(f".{CHECKPOINT}.*"), None) or next(folder.glob(f".{WEIGHTS}.*"), None)
-    return aside is not None
+def kill_ranks() -> int:
+    """Each act on a job of its own, then `resume=auto`; prints a table.
+
+    Returns:
+        0 if every job ended and went on to the losses of an undisturbed one.
+    """
+    if any(one.wait() for one in two_ranks([*JOB, "name=whole"])):
+        return 1
+    lost = 0
+    print("| sent to | started by | ended | codes | step then, saved | resume=auto | said |")
+    print("|--|--|--|--|--|--|--|")
+    for rank, number, slurm in ACTS:
+        name = f"{number.name}_{rank}"
+        end = act(rank, number, name, slurm=slurm)
+        codes = [
+            one.wait() for one in two_ranks([*JOB, f"name={name}", "resume=auto"], slurm=slurm)
+        ]
+        same = codes == [0, 0] and losses(name) == losses("whole")
+        lost += not same
+        print(
+            f"| {rank}: {number.name} | {'srun' if slurm else 'torchrun'} | {end.seconds:.1f} s | "
+            f"{', '.join(map(str, end.codes))} | {end.at}, {end.saved} | "
+            f"{'the same losses' if same else 'OTHER LOSSES'} | {end.said} |",
+            flush=True,
+        )
+    return 1 if lost else 0
 
 
-def furthest(whole: dict[int, float], killed: dict[int, float]) -> float:
-    """Largest relative difference of two losses of one step."""
-    return max(abs(killed.get(step, float("inf")) / loss - 1) for step, loss in whole.items())
+@dataclass(frozen=True)
+class End:
+    """What became of a job.
+
+    Attributes:
+        codes: Exit code of each process.
+        seconds: From the signal to the end of the last process.
+        at: Step in the metrics when the signal was sent.
+        saved: Step of the newest good checkpoint afterwards.
+        said: Last line of a process that was not killed.
+    """
+
+    codes: tuple[int, ...]
+    seconds: float
+    at: int
+    saved: int
+    said: str
 
 
-def same_weights(*names: str) -> bool:
-    """Whether two runs ended with equal weights; the files may name their metadata in any order."""
-    first, second = (load_file(Path("runs") / name / WEIGHTS) for name in names)
-    return first.keys() == second.keys() and all(
-        np.array_equal(value, second[name]) for name, value in first.items()
-    )
-
-
-@contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+def act(rank: int, number: signal.Signals, name: str, *, slurm: bool) -> End:
+    """A job that loses a process, or gets a signal in one, after some step."""
+    job = two_ranks([*JOB, f"name={name}"], slurm=slurm)
+    until(lambda: last_step(name) >= 5 or not all(map(Life.alive, job)), *job)
+    at, begun = last_step(name), time.monotonic()
+    job[rank].send(number)
+    codes = tuple(one.wait() for one in job)
+    witness = job[0] if codes[0] != -number else job[1]
+    return End(codes, time.monotonic() - begun, at, saved_step(name), witness.said())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ddp, pytest.mark.timeout(500)]
 # SLURM in the second part, only task 1 gets a signal.
 BOTH = """
 import dataclasses, json, random, signal
-from tools.kill_ranks import act
-from tools.kill_test import kill_one
+from tools.kill_test import act, kill_one
 kill_one(2, 12, random.Random(1))
 print(json.dumps(dataclasses.asdict(act(1, signal.SIGUSR1, "signalled", slurm=True))))
 """

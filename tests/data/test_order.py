@@ -86,16 +86,16 @@ def test_a_short_slice_is_repeated_only_when_it_is_used_up(
 def test_resampled_draws_are_even_endless_and_repeatable(tmp_path: Path, make_shards: Make) -> None:
     urls = [str(path) for path in make_shards(tmp_path, sizes=[2] * 5)]
 
-    def draw(where: LoaderWorker) -> list[str]:
-        return names(itertools.islice(resampled(urls, where, shuffle=4, skips=Skips()), 1000))
+    def draw(where: LoaderWorker, count: int = 1000) -> list[str]:
+        return names(itertools.islice(resampled(urls, where, shuffle=4, skips=Skips()), count))
 
     seen = draw(place())
-    assert seen == draw(place())
+    assert seen[:200] == draw(place(), 200)
     counts = Counter(seen)
     assert len(counts) == 10
     assert min(counts.values()) > 60  # of 100 expected; 4.5 standard deviations of 9
     others = [place(rank=1, world=2), place(worker=1, workers=2), place(epoch=1)]
-    assert all(draw(other)[:20] != seen[:20] for other in others)
+    assert all(draw(other, 20) != seen[:20] for other in others)
 
 
 def test_one_good_shard_among_broken_ones_is_enough(tmp_path: Path, make_shards: Make) -> None:

@@ -46,8 +46,15 @@ def six(world: Any, tmp_path: Path) -> dict[str, str]:
     return {**world.panoptic, "annotations": str(tmp_path / "panoptic.json")}
 
 
-@pytest.mark.parametrize(("size", "patch"), [(1024, 16), (896, 14)])
-@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+@pytest.mark.parametrize(
+    ("fit", "size", "patch"),
+    [
+        ("letterbox", 1024, 16),
+        ("stretch", 896, 14),
+        pytest.param("letterbox", 896, 14, marks=pytest.mark.slow),
+        pytest.param("stretch", 1024, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_perfect_and_worst_at_the_sizes_of_the_literature(
     six: dict[str, str], load: Load, size: int, patch: int, fit: Any
 ) -> None:
