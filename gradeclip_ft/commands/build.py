@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.config import NODE_KEYS, check_node, recorded
+from gradeclip_ft.commands.config import (
+    NODE_KEYS,
+    ConfigurationError,
+    check_node,
+    recorded,
+    suggest,
+)
 from gradeclip_ft.commands.runs import resolve_weights
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Train
 
     from gradeclip_ft.training.data_module import CaptionDataModule
 
+    require_evaluator(cfg)
     torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
     loaded = build_clip(cfg)
     objective = build_objective(cfg)
@@ -101,6 +108,19 @@ def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Evaluators by their key below `evaluator`."""
     return {str(key): make(node, "evaluator") for key, node in (cfg.get("evaluator") or {}).items()}
+
+
+def require_evaluator(cfg: DictConfig) -> None:
+    """Refuse `evaluation.best` of an evaluator that does not run.
+
+    Raises:
+        ConfigurationError: Naming the closest one.
+    """
+    best, names = cfg.evaluation.best, list(cfg.get("evaluator") or {})
+    if best is not None and (name := str(best).split("/")[0]) not in names:
+        raise ConfigurationError(
+            f"evaluation.best={best}: evaluator {name} does not run; {suggest(name, names)}"
+        )
 
 
 def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:

@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ValidationError
@@ -39,7 +42,6 @@ from gradeclip_ft.commands.config import (
     describe,
     docstring,
     options,
-    parse_overrides,
     perform,
     primary_groups,
     run_name,
@@ -349,11 +351,12 @@ SHARED_PROCESS = ("basic", "joblib")
 
 def jobs(config: str, overrides: Sequence[str]) -> list[list[str]]:
     """Overrides of each job: the product of all listed and ranged values."""
-    parsed = parse_overrides(config, overrides)
-    try:
-        return BasicSweeper.split_arguments(parsed, None)[0]
-    except HydraException:  # an interval, from which another sweeper draws
-        return []
+    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        try:
+            return BasicSweeper.split_arguments(parser.parse_overrides(list(overrides)), None)[0]
+        except HydraException as error:
+            raise ConfigurationError(describe(error, config, overrides)) from error
 
 
 def sweep(command: Command, overrides: Sequence[str]) -> int:
@@ -364,10 +367,11 @@ def sweep(command: Command, overrides: Sequence[str]) -> int:
             several processes from a launcher that cannot give them.
     """
     assert command.config is not None
-    swept = [o for o in parse_overrides(command.config, overrides) if o.is_sweep_override()]
-    varied = tuple(o.get_key_element() for o in swept if o.key_or_group.split("/")[0] != "exp")
-    _check_jobs(command.config, overrides, varied)
-    full = wants_traceback()
+    wanted, full = jobs(command.config, overrides), wants_traceback()
+    columns = [column for column in zip(*wanted, strict=True) if len(set(column)) > 1]
+    varied = [column[0].partition("=")[0] for column in columns]
+    varied = [key for key in varied if key.lstrip("+").split("/")[0] != "exp"]
+    _check_jobs(command.config, wanted, varied)
     try:
         _hydra(
             command.config,
@@ -379,9 +383,9 @@ def sweep(command: Command, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _check_jobs(config: str, overrides: Sequence[str], varied: Sequence[str]) -> None:
+def _check_jobs(config: str, wanted: Sequence[Sequence[str]], varied: Sequence[str]) -> None:
     names: Counter[str] = Counter()
-    for place, job in enumerate(jobs(config, overrides)):
+    for place, job in enumerate(wanted):
         try:
             cfg = compose(config, job, with_hydra=True, suffix=_suffix(job, varied))
             launcher = str(cfg.hydra.runtime.choices["hydra/launcher"])
@@ -395,12 +399,12 @@ def _check_jobs(config: str, overrides: Sequence[str], varied: Sequence[str]) ->
             line = " ".join(job)
             raise ConfigurationError(f"job {place} of the sweep ({line}): {error}") from None
         names.update([str(cfg.name)] if "name" in cfg else [])
-    for name, count in names.items():
-        if count > 1:
-            raise ConfigurationError(
-                f"{count} jobs of the sweep are called {name}; leave name= out, or give each a "
-                f"name of its own, such as 'name={name}_${{seed}}'"
-            )
+    name, count = max(names.items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise ConfigurationError(
+            f"{count} jobs of the sweep are called {name}; leave name= out, or give each a name of "
+            f"its own, such as 'name={name}_${{seed}}'"
+        )
 
 
 def _suffix(job: Sequence[str], varied: Sequence[str]) -> str:

@@ -16,10 +16,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -162,21 +159,6 @@ def compose(
 def _composed(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
         return hydra_compose(command, list(overrides), return_hydra_config=True)
-
-
-def parse_overrides(command: str, overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra understands them, with the globs of sweeps.
-
-    Raises:
-        ConfigurationError: One cannot be read.
-    """
-    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        try:
-            parsed: list[Override] = parser.parse_overrides(list(overrides))
-        except HydraException as error:
-            raise ConfigurationError(describe(error, command, overrides)) from error
-    return parsed
 
 
 def run_name(choices: Node, suffix: str = "") -> str:

@@ -6,12 +6,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,35 +20,37 @@ if TYPE_CHECKING:
     from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.models.clip import LoadedClip
 
-
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+Finding = tuple[str, str]  # one of these, and a text
 GIGABYTE = 1e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    kind: Literal["ok", "note", "problem"]
-    text: str
 
 
 def doctor(cfg: DictConfig) -> int:
     """Say whether a run could start here, without starting it.
 
-    Takes the overrides of `train`: versions, device, tagger, training data (one small batch is
-    read), evaluation data, model, disk space, name. Nothing is written, no data are made and no
-    weights are fetched; a missing tagger is fetched, as `train` would. The exit code is 1 if there
-    is a problem.
+    Takes the overrides of `train`: versions, name, device, trainer, model, optimiser, disk space,
+    tagger, training data (one small batch is read) and evaluation data. Nothing is written, no data
+    are made and no weights are fetched; a missing tagger is fetched, as `train` would. The exit
+    code is 1 if there is a problem.
 
     python -m gradeclip_ft doctor                           the shapes world
     python -m gradeclip_ft doctor +exp=cc3m_vitb16            an experiment
     """
-    checks = (packages, device, model, tagger, training_data, evaluation_data, run_folder)
+    checks: tuple[Callable[[DictConfig], Iterator[Finding]], ...] = (
+        packages,
+        run_folder,
+        device,
+        evaluation_data,
+        trainer,
+        model,
+        tagger,
+        training_data,
+    )
     problems = 0
     for check in checks:
-        for finding in _findings(check, cfg):
-            problems += finding.kind == "problem"
-            print(f"{finding.kind:<9}{check.__name__.replace('_', ' '):<17}{finding.text}")
+        for kind, text in _findings(check, cfg):
+            problems += kind == PROBLEM
+            print(f"{kind:<9}{check.__name__.replace('_', ' '):<17}{text}")
     print(f"{problems} problems" if problems else "this run could start")
     return 1 if problems else 0
 
@@ -67,17 +67,24 @@ def packages(cfg: DictConfig) -> Iterator[Finding]:
         try:
             found = version(wanted.name)
         except PackageNotFoundError:
-            yield Finding("problem", f"{wanted.name} is not installed; pip install '{wanted}'")
+            yield PROBLEM, f"{wanted.name} is not installed; pip install '{wanted}'"
             continue
         if not wanted.specifier.contains(found, prereleases=True):
-            yield Finding("problem", f"{wanted.name} is {found}; pip install '{wanted}'")
+            yield PROBLEM, f"{wanted.name} is {found}; pip install '{wanted}'"
         shown.append(f"{wanted.name} {found}")
-    yield Finding("ok", ", ".join(shown))
+    yield OK, ", ".join(shown)
     import torchvision
 
-    yield Finding("ok", f"torchvision {torchvision.__version__} loads with this torch")
-    if "wandb" in str(OmegaConf.select(cfg, "logger._target_")) and find_spec("wandb") is None:
-        yield Finding("problem", "wandb is not installed; pip install wandb, or logger=files")
+    yield OK, f"torchvision {torchvision.__version__} loads with this torch"
+
+
+def run_folder(cfg: DictConfig) -> Iterator[Finding]:
+    """Whether the name is free, or the run can be continued, and whether one can write there."""
+    folder = runs.run_dir(cfg.name, cfg.runs_dir)
+    yield OK, f"{folder}: the run {runs.would_begin_or_continue(folder, cfg, resume=cfg.resume)}"
+    above = _existing(folder)
+    if not os.access(above, os.W_OK):
+        yield PROBLEM, f"{above} is not writable; choose another runs_dir="
 
 
 def device(cfg: DictConfig) -> Iterator[Finding]:
@@ -87,50 +94,76 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
     wanted, count = str(cfg.trainer.accelerator), _devices(cfg)
     found = torch.cuda.device_count()
     if wanted in ("gpu", "cuda") and found < count:
-        yield Finding("problem", f"{count} GPUs wanted, {found} found; choose trainer=cpu or gpu")
+        yield PROBLEM, f"{count} GPUs wanted, {found} found; choose trainer=cpu or gpu"
     elif wanted in ("gpu", "cuda"):
         names = {torch.cuda.get_device_name(place) for place in range(count)}
-        yield Finding("ok", f"{count} of {found} GPUs: {', '.join(sorted(names))}")
+        yield OK, f"{count} of {found} GPUs: {', '.join(sorted(names))}"
         if str(cfg.trainer.precision).startswith("bf16") and not torch.cuda.is_bf16_supported():
-            yield Finding("problem", "the GPU has no bf16; set trainer.precision=16-mixed")
+            yield PROBLEM, "the GPU has no bf16; set trainer.precision=16-mixed"
     else:
-        yield Finding("ok", f"{wanted}, {count} process{'es' if count > 1 else ''}")
+        yield OK, f"{wanted}, {count} process{'es' if count > 1 else ''}"
     cores, workers = os.cpu_count() or 1, count * int(cfg.data.get("workers", 0))
-    yield Finding("note" if workers > cores else "ok", f"{workers} loader workers, {cores} cores")
+    yield NOTE if workers > cores else OK, f"{workers} loader workers, {cores} cores"
+
+
+def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
+    """Files of the evaluators, and the one whose best weights are kept."""
+    from gradeclip_ft.commands.build import build_evaluators, require_evaluator
+
+    require_evaluator(cfg)
+    for key, evaluator in build_evaluators(cfg).items():
+        if OmegaConf.select(cfg, f"evaluator.{key}.data.make") is not None:
+            yield OK, f"{key}: its data are made when training starts"
+            continue
+        try:
+            evaluator.prepare()
+        except Exception as error:
+            yield PROBLEM, f"{key}: {_words(error)}"
+        else:
+            yield OK, f"{key}: its data are there"
+
+
+def trainer(cfg: DictConfig) -> Iterator[Finding]:
+    """Whether Lightning takes the settings on this machine."""
+    from gradeclip_ft.commands.build import make
+
+    make(cfg.trainer, "trainer")(runs.run_dir(cfg.name, cfg.runs_dir), [], [])
+    yield OK, f"{cfg.trainer.max_steps} steps, precision {cfg.trainer.precision}"
 
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
-    """Structure of the model; its weights are looked for, not read."""
-    from gradeclip_ft.commands.build import build_objective
+    """Structure of the model, what trains it, and disk space; its weights are not read."""
+    from gradeclip_ft.commands.build import build_objective, make
     from gradeclip_ft.models.clip import image_sentence, text_sentence
 
     loaded = structure(cfg)
-    yield Finding("ok", f"image tower: {image_sentence(loaded)}")
-    yield Finding("ok", f"text tower: {text_sentence(loaded)}")
-    build_objective(cfg).check(loaded.require_clip("trained"))
-    size = sum(parameter.numel() for parameter in loaded.clip.parameters())
+    yield OK, f"image tower: {image_sentence(loaded)}"
+    yield OK, f"text tower: {text_sentence(loaded)}"
+    clip = loaded.require_clip("trained")
+    make(cfg.optim, "optim")(clip, build_objective(cfg), seed=cfg.seed).configure_optimizers()
+    size = sum(parameter.numel() for parameter in clip.parameters())
     height, width = loaded.image_size
-    yield Finding("ok", f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels")
+    yield OK, f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels"
     if cfg.init_from is not None:
-        yield Finding("ok", f"weights from {runs.resolve_weights(cfg.init_from, cfg.runs_dir)}")
+        yield OK, f"weights from {runs.resolve_weights(cfg.init_from, cfg.runs_dir)}"
     elif cfg.model.weights is not None:
         weights = Path(str(cfg.model.weights))
         if weights.suffix and not weights.is_file():
-            yield Finding("problem", f"no weights file {weights}; give another model.weights")
+            yield PROBLEM, f"no weights file {weights}; give another model.weights"
         elif not weights.suffix and str(weights) != "random":
-            yield Finding("note", f"weights {weights}; published ones are fetched at the first use")
+            yield NOTE, f"weights {weights}; published ones are fetched at the first use"
     # Weights and two moments in fp32, twice while one file replaces the other, and the export.
     needed = size * 4 * (2 * 3 + 1)
-    folder = next(path for path in Path(cfg.runs_dir).absolute().parents if path.is_dir())
+    folder = _existing(Path(cfg.runs_dir))
     free = shutil.disk_usage(folder).free
     text = f"{needed / GIGABYTE:.1f} GB for checkpoints, {free / GIGABYTE:.1f} GB free in {folder}"
-    yield Finding("ok" if free > needed else "problem", text)
+    yield OK if free > needed else PROBLEM, text
 
 
 def tagger(cfg: DictConfig) -> Iterator[Finding]:
     """Which tagger finds the phrases."""
     if not cfg.data.get("max_phrases", 1):
-        yield Finding("ok", "none needed: max_phrases is 0")
+        yield OK, "none needed: max_phrases is 0"
         return
     from gradeclip_ft.text.phrases import prepare_tagger
 
@@ -138,11 +171,13 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
     used = prepare_tagger(asked)
     fallback = asked == "auto" and used != "nltk"
     note = "; NLTK's data cannot be had, see the warning above" if fallback else ""
-    yield Finding("note" if fallback else "ok", f"{used}{note}")
+    yield NOTE if fallback else OK, f"{used}{note}"
 
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
     """Shards, and one small batch of them."""
+    from dataclasses import replace
+
     from gradeclip_ft.commands.build import make
 
     loaded = structure(cfg)
@@ -154,40 +189,20 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
     except FileNotFoundError:
         if source.make is None:
             raise
-        yield Finding("ok", f"{cfg.data.shards} is made when training starts")
+        made = Path(str(cfg.data.make.folder))
+        if not Path(str(cfg.data.shards)).is_relative_to(made):
+            yield PROBLEM, f"{cfg.data.shards} is not in {made}, where data.make makes shards"
+            return
+        yield OK, f"{cfg.data.shards} is made when training starts"
         return
     world = _devices(cfg) * int(cfg.trainer.num_nodes)
     steps = len(source.loader(seed=0, epoch=0, rank=0, world_size=world))
-    yield Finding(
-        "ok", f"{len(urls)} shards, {steps} steps of {source.batch_size * world} an epoch"
-    )
+    yield OK, f"{len(urls)} shards, {steps} steps of {source.batch_size * world} an epoch"
     few = replace(source, workers=0, batch_size=2, shuffle=0, samples_per_epoch=2, resampled=True)
     batch = next(iter(few.loader(seed=0, epoch=0, rank=0, world_size=1)))
     phrases = f"{len(batch.phrase)} phrases" if source.max_phrases else "no phrases wanted"
     skipped = f", skipped {dict(batch.skipped)}" if batch.skipped else ""
-    yield Finding("ok", f"read {' and '.join(batch.keys)}: {phrases}{skipped}")
-
-
-def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
-    """Files of the evaluators."""
-    from gradeclip_ft.commands.build import build_evaluators
-
-    for key, evaluator in build_evaluators(cfg).items():
-        if OmegaConf.select(cfg, f"evaluator.{key}.data.make") is not None:
-            yield Finding("ok", f"{key}: its data are made when training starts")
-            continue
-        try:
-            evaluator.prepare()
-        except Exception as error:
-            yield _problem(error, f"{key}: ")
-        else:
-            yield Finding("ok", f"{key}: its data are there")
-
-
-def run_folder(cfg: DictConfig) -> Iterator[Finding]:
-    """Whether the name is free, or the run can be continued."""
-    folder = runs.run_dir(cfg.name, cfg.runs_dir)
-    yield Finding("ok", f"{folder}: the run {runs.prospect(folder, cfg, resume=cfg.resume)}")
+    yield OK, f"read {' and '.join(batch.keys)}: {phrases}{skipped}"
 
 
 def structure(cfg: DictConfig) -> LoadedClip:
@@ -199,7 +214,7 @@ def structure(cfg: DictConfig) -> LoadedClip:
 def _structure(settings: str) -> LoadedClip:
     from gradeclip_ft.commands.build import make
 
-    logging.disable(logging.WARNING)  # that weights are random is no news here
+    logging.disable(logging.WARNING)  # that weights are random is not news here
     try:
         loaded: LoadedClip = make(OmegaConf.create(settings), "model", weights="random")
     finally:
@@ -214,12 +229,17 @@ def _findings(
     try:
         yield from check(cfg)
     except Exception as error:
-        yield _problem(error)
+        yield PROBLEM, _words(error)
 
 
-def _problem(error: Exception, what: str = "") -> Finding:
-    kind = "" if is_meant(error) else f"{type(error).__name__}: "
-    return Finding("problem", f"{what}{kind}{error}")
+def _words(error: Exception) -> str:
+    return f"{'' if is_meant(error) else f'{type(error).__name__}: '}{error}"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _devices(cfg: DictConfig) -> int:

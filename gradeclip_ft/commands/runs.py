@@ -101,7 +101,7 @@ def claim(
     return newest_good(folder) if resume == "auto" else None
 
 
-def prospect(
+def would_begin_or_continue(
     folder: Path, cfg: DictConfig | Mapping[str, Json], *, resume: Literal["auto"] | None = None
 ) -> Literal["begins", "continues"]:
     """What `claim` would do with this folder; raises as it does, and writes nothing."""
@@ -114,7 +114,7 @@ def prospect(
 
 
 def _claim(folder: Path, settings: dict[str, Json], resume: Literal["auto"] | None) -> None:
-    if prospect(folder, settings, resume=resume) == "begins":
+    if would_begin_or_continue(folder, settings, resume=resume) == "begins":
         folder.mkdir(parents=True, exist_ok=True)
         _write_new(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(settings)))
     start = {
