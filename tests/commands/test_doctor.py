@@ -68,6 +68,12 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
         ("init_from=nothing", "model", "neither a weights file nor a run"),
         ("name=a/b", "run folder", "not a valid run name"),
+        ("runs_dir=/proc/nowhere", "run folder", "is not writable"),
+        ("evaluation.best=shapes_regoins/boxes/top1", "evaluation data", "mean shapes_regions?"),
+        ("trainer.stop_at=0", "trainer", "training needs 1 step"),
+        ("optim.schedule.warmup=4", "model", "the warm-up takes 4 of 4 steps"),
+        ("optim.image_blocks=9", "model", "image_blocks is 9 of"),
+        ("data.shards=elsewhere/train", "training data", "is not in data/shapes_smoke"),
     ],
 )
 def test_what_would_stop_the_run_is_found(
