@@ -319,6 +319,44 @@ def throughput(device: str) -> list[Row]:
     return rows
 
 
+def loop(device: str) -> list[Row]:
+    """The command on real shards: images/s with loader, varying texts and everything around.
+
+    Reads the shards of captioned photos beside the checkout, or those in $GPU_CHECK_SHARDS.
+    """
+    shards = os.environ.get("GPU_CHECK_SHARDS", "../shared/data/flickr_photos")
+    if not Path(shards).is_dir():
+        return [{"skipped": f"no shards in {shards}"}]
+    cuda = device == "cuda"
+    steps, workers = (80, max((os.cpu_count() or 2) - 2, 1)) if cuda else (4, 1)
+    model = ["+exp=cc3m_vitb16"] if cuda else ["model=open_clip", "model.name=ViT-B-32"]
+    base = [*model, "model.weights=random", "data=cc3m", f"data.shards={shards}", "evaluator=[]"]
+    base += ["data.samples_per_epoch=100000", f"data.workers={workers}", "++data.tagger=textblob"]
+    base += ["trainer=gpu" if cuda else "trainer=cpu", f"trainer.max_steps={steps}"]
+    base += ["trainer.log_every=1", "++data.shuffle=100", "optim.schedule.warmup=1"]
+    rows = []
+    for size, compiled in ((64, False), (64, True)) if cuda else ((2, False),):
+        folder = Path(tempfile.mkdtemp())
+        command = [sys.executable, "-m", "gradeclip_ft", "train", *base, f"data.batch_size={size}"]
+        command += ["name=loop", f"runs_dir={folder}", "optim.compile=inductor"][
+            : 3 if compiled else 2
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        row: Row = {"batch": size, "compiled": compiled, "code": done.returncode}
+        if done.returncode:
+            row["said"] = (done.stdout + done.stderr)[-600:]
+        else:
+            lines = map(json.loads, (folder / "loop/metrics.jsonl").read_text().splitlines())
+            rates = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
+            late = rates[len(rates) // 2 :]  # the first half compiles, and fills the buffers
+            row["images/s"] = round(statistics.median(late))
+            row["hours for CC3M"] = CC3M / statistics.median(late) / 3600
+            row["gave up compiling"] = "recompile_limit" in done.stderr
+        rows.append(row)
+        shutil.rmtree(folder)
+    return rows
+
+
 def loading(device: str) -> list[Row]:
     """Images per second and core: decode a 640 x 480 JPEG, then the training transform."""
     loaded = _load("ViT-B-32")
@@ -405,6 +443,7 @@ PARTS: dict[str, Callable[[str], list[Row]]] = {
     "variants": variants,
     "throughput": throughput,
     "loading": loading,
+    "loop": loop,
 }
 
 if __name__ == "__main__":
