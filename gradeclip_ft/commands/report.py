@@ -55,31 +55,12 @@ METRICS = {
     "text_retrieval_recall@1": "Image to text, R@1",
 }
 LABEL = "per cent"
-SETTINGS = {
-    "model": "model.name",
-    "seed": "seed",
-    "steps": "trainer.max_steps",
-    "images per step and process": "data.batch_size",
-    "learning rate": "optim.optimizer.lr",
-    "weight decay": "optim.optimizer.weight_decay",
-    "warm-up steps": "optim.schedule.warmup",
-    "precision": "trainer.precision",
-    "weight of the local loss": "objective.local_weight",
-    "local loss": "objective.alignment.kind",
-    "phrases per caption, at most": "data.max_phrases",
-    "phrase prompt": "data.prompt",
-}
-WHAT = {
-    "untouched": "Untouched is the model before training.",
-    "ordinary": "Ordinary is fine-tuned with the contrastive loss of whole images and captions.",
-    "mapped": (
-        "{} is fine-tuned with the contrastive loss and a local one: each phrase of a caption is "
-        "aligned with the part of the image that its heat map marks."
-    ),
-    "same": "Data, steps, seed and optimiser are the same.",
-    "boxes": "No box and no mask was used in training.",
-    "differ": "The runs differ in more than the loss: see the settings below.",
-}
+# Keys of a run's configuration that the page lists.
+SETTINGS = (
+    *("model.name", "seed", "trainer.max_steps", "trainer.precision", "data.batch_size"),
+    *("data.max_phrases", "data.prompt", "optim.optimizer.lr", "optim.optimizer.weight_decay"),
+    *("optim.schedule.warmup", "objective.local_weight", "objective.alignment.kind"),
+)
 SHAPES = Path("data/shapes")
 STILL = 3  # pictures in the still figure
 GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
@@ -90,23 +71,14 @@ LEAST = 2  # phrases with a true box
 
 @dataclass(frozen=True)
 class Finished:
-    """A run as it is on disk.
+    """A run as it is on disk."""
 
-    Attributes:
-        label: Name on the page.
-        folder: Of the run.
-        config: As it was composed.
-        environment: Command line, commit, versions, facts about the data.
-        results: Evaluations by step, without the weights before training.
-        lines: Of `metrics.jsonl`.
-    """
-
-    label: str
+    label: str  # on the page
     folder: Path
     config: DictConfig
     environment: Mapping[str, Any]
-    results: Mapping[int, Entry]
-    lines: Sequence[Mapping[str, Any]]
+    results: Mapping[int, Entry]  # by step, without the weights before training
+    lines: Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
     @property
     def end(self) -> Entry:
@@ -234,15 +206,10 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
 
 
 def same_settings(comparison: Comparison) -> bool:
-    """Whether the runs differ in their objective alone: same data, steps, seed and optimiser.
-
-    A run that stopped early counts as different.
-    """
-    plain = [OmegaConf.to_container(run.config, resolve=True) for run in comparison.runs]
+    """Whether the runs differ in their objective alone; one that stopped early is different."""
     kept = [
-        {key: value for key, value in config.items() if key not in OWN}
-        for config in plain
-        if isinstance(config, dict)
+        {key: OmegaConf.select(run.config, str(key)) for key in run.config if key not in OWN}
+        for run in comparison.runs
     ]
     ends = {run.end.step for run in comparison.runs}
     return len(ends) == 1 and all(config == kept[0] for config in kept)
@@ -255,13 +222,22 @@ def weights_hash(entry: Entry) -> Json:
 
 def introduction(comparison: Comparison) -> str:
     """What the columns are, and whether the runs differ in the objective alone."""
-    parts = [WHAT["untouched"]]
+    parts = ["Untouched is the model before training."]
     for run in comparison.runs:
-        ordinary = OmegaConf.select(run.config, "objective.explainer") is None
-        parts.append(WHAT["ordinary"] if ordinary else WHAT["mapped"].format(run.label))
+        text = f"{run.label} is fine-tuned with the contrastive loss of whole images and captions"
+        if OmegaConf.select(run.config, "objective.explainer") is not None:
+            text += (
+                " and a local one: each phrase of a caption is aligned with the part of the image "
+                "that its heat map marks"
+            )
+        parts.append(f"{text}.")
     if len(comparison.runs) > 1:
-        parts.append(WHAT["same" if same_settings(comparison) else "differ"])
-    return " ".join(dict.fromkeys([*parts, WHAT["boxes"]]))
+        parts.append(
+            "Data, steps, seed and optimiser are the same."
+            if same_settings(comparison)
+            else "The runs differ in more than the loss: see the settings below."
+        )
+    return " ".join([*parts, "No box and no mask was used in training."])
 
 
 def results_table(comparison: Comparison) -> Table:
@@ -338,7 +314,7 @@ def environment_facts(comparison: Comparison) -> dict[str, dict[str, str]]:
     """Settings of every run, and versions."""
     facts = {}
     for run in comparison.runs:
-        found = {name: OmegaConf.select(run.config, key) for name, key in SETTINGS.items()} | {
+        found = {key: OmegaConf.select(run.config, key) for key in SETTINGS} | {
             "tagger": (run.environment.get("data") or {}).get("tagger"),
             "step of the weights": run.end.step,
             "weights": weights_hash(run.end),

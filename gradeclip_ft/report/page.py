@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
@@ -50,46 +49,34 @@ def render(page: Page, path: Path) -> Path:
     return aside.replace(path)
 
 
-def check_case(case: Case, methods: Sequence[str]) -> None:
-    """Refuse a case whose parts do not fit together.
-
-    Raises:
-        ValueError: Which part, got and expected.
-    """
-    expected = len(case.phrases)
-    if not expected:
-        raise ValueError(f"case {case.caption!r} has no phrase; leave it out")
-    for method in methods:
-        if method not in case.heat:
-            raise ValueError(f"case {case.caption!r} has no maps of {method!r}; got {[*case.heat]}")
-        if len(case.heat[method]) != expected:
-            got = len(case.heat[method])
-            raise ValueError(f"{method!r} has {got} maps for {expected} phrases; expected one each")
-    if case.scores and len(case.scores) != expected:
-        raise ValueError(f"scores for {len(case.scores)} of {expected} phrases; expected one each")
-    if case.boxes and len(case.boxes) != expected:
-        raise ValueError(f"boxes for {len(case.boxes)} of {expected} phrases; use () for unknown")
-
-
 def _drawn(case: Case, methods: Sequence[str]) -> dict[str, Any]:
-    """What the template needs of a case and cannot compute: pictures and map values."""
-    check_case(case, methods)
+    """What the template needs of a case and cannot compute: pictures and values of the maps."""
+    count = len(case.phrases)
+    if not count:
+        raise ValueError(f"case {case.caption!r} has no phrase; leave it out")
+    if missing := [method for method in methods if method not in case.heat]:
+        raise ValueError(f"case {case.caption!r} has no maps of {missing}; got {[*case.heat]}")
+    parts = {f"maps of {method!r}": case.heat[method] for method in methods}
+    for name, part in {**parts, "scores": case.scores or None, "boxes": case.boxes or None}.items():
+        if part is not None and len(part) != count:
+            raise ValueError(f"{len(part)} {name} for {count} phrases; expected one for each")
     height, width = case.image.shape[:2]
     return {
         "photo": figures.png(Image.fromarray(case.image)),
         "ratio": f"{width} / {height}",
         "small": max(height, width) <= SMALL,
-        "boxes": case.boxes or [()] * len(case.phrases),
-        "maps": {method: [_map(heat) for heat in case.heat[method]] for method in methods},
-    }
-
-
-def _map(heat: Float[np.ndarray, "h w"]) -> dict[str, Any]:
-    """The picture of a map, and its values in per cent for reading them off."""
-    scaled = figures.scale_heat(heat)
-    return {
-        "uri": figures.heat_png(heat),
-        "grid": f"{heat.shape[0]} {heat.shape[1]}",
-        "shares": " ".join(str(value) for value in np.rint(100 * scaled).astype(int).ravel()),
-        "empty": not scaled.any(),
+        "boxes": case.boxes or [()] * count,
+        "maps": {
+            method: [
+                {
+                    "uri": figures.heat_png(heat),
+                    "grid": f"{heat.shape[0]} {heat.shape[1]}",
+                    "shares": " ".join(map(str, np.rint(100 * scaled).astype(int).ravel())),
+                    "empty": not scaled.any(),
+                }
+                for heat in case.heat[method]
+                for scaled in [figures.scale_heat(heat)]
+            ]
+            for method in methods
+        },
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -55,12 +54,6 @@ def test_a_score_stands_once_behind_each_phrase(page: Path) -> None:
     assert page.read_text().count("cosine 0.312") == 1
 
 
-def test_scores_that_do_not_fit_are_refused(case: Case, tmp_path: Path) -> None:
-    wrong = dataclasses.replace(case, scores=["cosine 0.1"])
-    with pytest.raises(ValueError, match="scores for 1 of 2 phrases"):
-        render(Page("a", "b", METHODS, cases=[wrong]), tmp_path / "x.html")
-
-
 @pytest.mark.browser
 def test_the_page_opens_on_the_first_method_and_keys_reach_all(
     browser: str, page: Path, tmp_path: Path
@@ -90,14 +83,3 @@ def test_many_methods_fit_a_screen_and_a_phone(browser: str, page: Path, tmp_pat
             f'<iframe style="width: {width}px; border: 0" src="{name}"></iframe>'
         )
         assert told(open_page(browser, frame, "", tmp_path / str(width))) == "0 0 28"
-
-
-@pytest.mark.browser
-def test_nothing_is_fetched(browser: str, page: Path, tmp_path: Path) -> None:
-    """The browser's own list of what the page loaded from elsewhere is empty."""
-    action = (
-        "const all = performance.getEntriesByType('resource');"
-        "tell(`fetched ${all.filter((one) => !one.name.startsWith('data:')).length}`)"
-    )
-    acted = with_script(page, tmp_path, action)
-    assert told(open_page(browser, acted, "", tmp_path / "p")) == "fetched 0"

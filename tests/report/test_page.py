@@ -121,9 +121,10 @@ def test_an_empty_map_is_named_so(page: Page, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"phrases": ()}, "no phrase"),
-        ({"heat": {}}, "no maps of 'Untouched'"),
-        ({"phrases": ("a", "b", "c", "d"), "boxes": ()}, "3 maps for 4 phrases"),
-        ({"boxes": [()]}, "boxes for 1 of 3"),
+        ({"heat": {}}, r"no maps of \['Untouched'"),
+        ({"phrases": ("a", "b", "c", "d"), "boxes": ()}, "3 maps of 'Untouched' for 4 phrases"),
+        ({"boxes": [()]}, "1 boxes for 3 phrases"),
+        ({"scores": ["cosine 0.1"]}, "1 scores for 3 phrases"),
     ],
 )
 def test_a_case_that_does_not_fit_together_is_refused(

@@ -138,24 +138,13 @@ def test_rows_of_another_protocol_are_marked(write: Write) -> None:
 
 
 def test_metrics_of_two_evaluators_with_one_name_stay_apart(write: Write) -> None:
-    folder = write("a", 0.5)
+    folder = write("a", 0.5, steps=(0, 100, 300))
+    assert [len(collect(["runs/a"], steps=s)) for s in ("last", "ends", "all")] == [1, 2, 3]
     _result("a", "other", {"boxes/top1": 0.9}, 64, 300).write(folder / "evaluations")
     table = tabulate(collect(["runs/a"], steps="last"))
-    assert table.rows[0]["regions:boxes/top1"] == 0.5
-    assert table.rows[0]["other:boxes/top1"] == 0.9
-
-
-def test_steps_choose_rows(write: Write) -> None:
-    write("a", 0.5, steps=(0, 100, 300))
-    counts = {steps: len(collect(["runs/a"], steps=steps)) for steps in ("last", "ends", "all")}
-    assert counts == {"last": 1, "ends": 2, "all": 3}
-
-
-def test_csv_holds_fractions_and_every_column(write: Write) -> None:
-    write("a", 0.123456)
-    rows = list(csv.DictReader(io.StringIO(render(tabulate(collect(["runs/a"])), "csv"))))
-    assert rows[1]["boxes/top1"] == "0.123456"
-    assert rows[1]["map"] == "ordinary"
+    (row,) = csv.DictReader(io.StringIO(render(table, "csv")))
+    assert row["regions:boxes/top1"] == "0.5"
+    assert row["other:boxes/top1"] == "0.9"
 
 
 def test_compare_writes_markdown_and_one_json_row_per_run(
@@ -194,13 +183,6 @@ def test_wrong_words_are_named(write: Write) -> None:
         compare("runs/a", metrics=("nothing",))
     with pytest.raises(ValueError, match="write column=key"):
         compare("runs/a", fields=("lr",))
-
-
-def test_a_damaged_result_is_named(write: Write) -> None:
-    folder = write("a", 0.5)
-    (folder / "evaluations" / "regions@300.json").write_text('{"metrics": {"boxes')
-    with pytest.raises(ValueError, match=r"regions@300.json is not complete JSON"):
-        compare("runs/a")
 
 
 def test_a_folder_of_results_without_a_run_can_be_compared(write: Write) -> None:
