@@ -375,14 +375,8 @@ class _Header(tarfile.TarInfo):
         cls.found, cls.damaged, cls.gap = True, False, 0
 
 
-LASTING = (
-    PermanentError,
-    FileNotFoundError,
-    PermissionError,
-    ImportError,
-    ValueError,
-    NonHttpUrlClientError,
-)
+LASTING = (PermanentError, FileNotFoundError, PermissionError, ImportError, ValueError)
+"""Errors that another attempt would meet again."""
 
 
 @dataclass(frozen=True)
@@ -516,7 +510,7 @@ class _Resumed(RawIOBase):
         while True:
             try:
                 self._file = self._file or self._connect()
-                data = self._file.read(len(buffer))
+                data = self._file.read(min(len(buffer), BUFFER))  # each within the time limit
             except Exception as error:  # each library has its own
                 self._wait_or_give_up(error)
                 continue
@@ -564,7 +558,7 @@ class _Resumed(RawIOBase):
         answer = getattr(error, "response", None)  # of huggingface_hub; aiohttp has the number
         status = getattr(error, "status", None) or getattr(answer, "status_code", None)
         if status is None:
-            is_permanent = isinstance(error, LASTING)
+            is_permanent = isinstance(error, (*LASTING, NonHttpUrlClientError))
             reason = masked(str(error)) or type(error).__name__
         else:
             is_permanent = status < 500 and status not in (408, 425, 429)

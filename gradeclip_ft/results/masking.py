@@ -21,7 +21,7 @@ ASSIGNED = re.compile(
     rf"((?:^|[\s'\"+._-]){SECRET_NAME}['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*)[^\s,'\"}}]+", re.IGNORECASE
 )
 BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
-USER = re.compile(r"([a-z][\w+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+USER = re.compile(r"([a-z][\w+.-]*://)[^/\s'\"]+@", re.IGNORECASE)  # to the last @ of the host
 QUERY = re.compile(r"([a-z][\w+.-]*://[^\s?'\"]+\?)[^\s'\"#]+", re.IGNORECASE)
 IN_ENVIRONMENT = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 SHORTEST = 8  # shorter values of such variables occur in ordinary words

@@ -15,6 +15,7 @@ from gradeclip_ft.data.samples import (
     read_record,
 )
 from gradeclip_ft.data.shards import BadSampleError
+from gradeclip_ft.images import IMAGE_SUFFIXES
 
 
 def cause(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -121,3 +122,11 @@ def test_check_and_decoding_agree_wherever_a_jpeg_breaks(jpeg: Callable[[int], b
             except BadSampleError as error:
                 outcomes.append(str(error.args[0]))
         assert outcomes[0] == outcomes[1], place
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_documented_format_is_read(suffix: str) -> None:
+    """A sample with a .gif or a .bmp was dropped as one without an image."""
+    names = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff", "jp2": "jpeg2000", "pgm": "ppm"}
+    content = picture(30, 20, names.get(suffix, suffix))
+    assert image_of({suffix: content}).size == (30, 20)

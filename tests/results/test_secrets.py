@@ -17,6 +17,7 @@ from gradeclip_ft.results.masking import (
     ("text", "expected"),
     [
         ("https://me:pw@host/a.tar", "https://***@host/a.tar"),
+        ("https://me:p@ss@host/ by http://host/a@b", "https://***@host/ by http://host/a@b"),
         ("s3://b/a.tar?X-Amz-Signature=1&Expires=2 gave 403", "s3://b/a.tar?*** gave 403"),
         ("pipe:curl -H 'Authorization: Bearer abcdefgh' https://h/x", None),
         ("logger.extra.api_key=0123456789", "logger.extra.api_key=***"),
