@@ -97,7 +97,7 @@ class PhraseFinder:
         """The distinct phrases of a caption, lower-cased, in the order they first occur."""
         if self.max_phrases == 0:
             return []
-        text = SENTENCE_END.sub(" .", without_markup(caption[:LONGEST_CAPTION]))
+        text = SENTENCE_END.sub(" . ", without_markup(caption[:LONGEST_CAPTION]))
         tagged = self.tagger.tag(self._tokens(text.lower()))
         return list(dict.fromkeys(chunks(tagged)))[: self.max_phrases]
 
