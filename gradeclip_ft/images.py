@@ -29,6 +29,9 @@ IMAGE_SUFFIXES = (
 MOST_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs: half a gigabyte of pixels."""
 
+DEEP = ("I", "F")
+"""How PIL's names of modes of more than 8 bits begin: I, I;16, F and others."""
+
 Source = Image.Image | Path | str | bytes
 
 
@@ -81,15 +84,20 @@ def check_image(
         return size
 
 
-def is_turned(source: Source) -> bool:
-    """Whether EXIF asks to turn the picture, so that stored and shown pixels differ.
+def peculiarity(source: Source) -> list[str]:
+    """Why other programs may show the picture differently; empty for most pictures.
 
     Raises:
         FileNotFoundError: No such file.
         ImageError: It is not an image of an accepted format.
     """
     with _opened(source, None, MOST_PIXELS) as image:
-        return _is_turned(image)
+        found = {
+            "turned by EXIF": _is_turned(image),
+            "transparent": _has_alpha(image),
+            "more than 8 bits": image.mode.startswith(DEEP),
+        }
+    return [what for what, is_so in found.items() if is_so]
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -147,10 +155,14 @@ def _is_turned(image: Image.Image) -> bool:
         return False
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith(DEEP):
         image = _in_eight_bits(image)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if _has_alpha(image):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Accuracy as the plain mean over classes, so that frequent classes do not decide it."""
+"""Accuracy over classes, recall of retrieval, and where heat maps point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from gradeclip_ft.ops.similarity import unit
 
@@ -53,7 +52,7 @@ def require_finite(scores: Float[Tensor, "R K"]) -> None:
         )
 
 
-class ClassMeanAccuracy(Metric):
+class ClassMeanAccuracy:
     """Top-k accuracy as mean over the classes that occur; sums as state, so batches do not matter.
 
     Attributes:
@@ -63,21 +62,12 @@ class ClassMeanAccuracy(Metric):
         confusion: Answers by true class and by the class that came first.
     """
 
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-    tied: Tensor
-    confusion: Tensor
-
     def __init__(self, classes: int, topk: Sequence[int] = (1, 5)) -> None:
-        # One process evaluates while the others wait: a sum over processes would wait for ever.
-        super().__init__(sync_on_compute=False)
         self.topk = tuple(topk)
-        zeros = torch.zeros(len(self.topk), classes, dtype=torch.float64)
-        self.add_state("correct", zeros, dist_reduce_fx="sum")
-        self.add_state("total", zeros[0].clone(), dist_reduce_fx="sum")
-        self.add_state("tied", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("confusion", torch.zeros(classes, classes).long(), dist_reduce_fx="sum")
+        self.correct = torch.zeros(len(self.topk), classes, dtype=torch.float64)
+        self.total = torch.zeros(classes, dtype=torch.float64)
+        self.tied = 0
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long)
 
     def update(self, scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> None:
         """Count one batch, which may be empty.
@@ -90,23 +80,54 @@ class ClassMeanAccuracy(Metric):
         self.total.index_add_(0, labels, ones)
         for row, k in zip(self.correct, self.topk, strict=True):
             row.index_add_(0, labels, ones * (ranks < k))
-        self.tied += label_ties(scores, labels).sum()
+        self.tied += int(label_ties(scores, labels).sum())
         first = scores.argmax(1)  # of equal scores the first
         self.confusion.index_put_((labels, first), torch.ones_like(labels), accumulate=True)
 
-    def compute(self) -> dict[str, Tensor]:
+    def mean(self) -> dict[str, float]:
         """Accuracy by name, "top1"; NaN where nothing was counted."""
+        rows = zip(self.topk, self.correct, strict=True)
+        return {f"top{k}": float(class_mean(row, self.total)) for k, row in rows}
+
+    def micro(self) -> dict[str, float]:
+        """Share of correct answers, every answer alike, under the same names."""
+        rows = zip(self.topk, self.correct, strict=True)
+        return {f"top{k}": float(row.sum() / self.total.sum()) for k, row in rows}
+
+    @property
+    def share_of_ties(self) -> float:
+        """Share of answers where another class scores exactly as the true one."""
+        return self.tied / max(1.0, float(self.total.sum()))
+
+    def by_class(self, names: Sequence[str]) -> dict[str, dict[str, float | int]]:
+        """Number of answers and share of correct ones for each class that occurs."""
+        total, correct = self.total.tolist(), self.correct.tolist()
         return {
-            f"top{k}": class_mean(row, self.total)
-            for k, row in zip(self.topk, self.correct, strict=True)
+            name: {
+                "samples": int(total[row]),
+                **{
+                    f"top{k}": round(right[row] / total[row], 4)
+                    for k, right in zip(self.topk, correct, strict=True)
+                },
+            }
+            for row, name in enumerate(names)
+            if total[row]
         }
 
-    def micro(self) -> dict[str, Tensor]:
-        """Share of correct answers, every answer alike, under the same names."""
-        return {
-            f"top{k}": row.sum() / self.total.sum()
-            for k, row in zip(self.topk, self.correct, strict=True)
-        }
+    def most_confused(self, names: Sequence[str], limit: int = 20) -> list[dict[str, str | int]]:
+        """Pairs of true class and class that came first instead, with their number."""
+        mistakes = self.confusion.clone().fill_diagonal_(0).flatten()
+        most = mistakes.sort(descending=True, stable=True)
+        pairs = zip(most.values[:limit].tolist(), most.indices.tolist(), strict=False)
+        return [
+            {
+                "is": names[place // len(names)],
+                "taken for": names[place % len(names)],
+                "samples": count,
+            }
+            for count, place in pairs
+            if count
+        ]
 
 
 def first_hits(
@@ -194,7 +215,7 @@ def energy_pointing_game(
 
 
 def chance(mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
-    """Share of the picture that is object: what a random pixel scores, and an even map."""
+    """Share of the picture that is object: the expected score of a random pixel."""
     return mask.float().mean((1, 2))
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradeclip_ft.data.files import index_shards, read_image_at
+from gradeclip_ft.data.files import ImageSet, index_shards
 from gradeclip_ft.data.samples import image_of
 from gradeclip_ft.export.verify import photos
-from gradeclip_ft.images import ImageError, check_image, images_in, is_turned, read_image
+from gradeclip_ft.images import ImageError, check_image, images_in, peculiarity, read_image
 
 RAMP = np.tile(np.linspace(0, 1, 256), (4, 1))
 
@@ -60,8 +60,8 @@ def test_pictures_are_turned_as_their_exif_says(photo: Image.Image, orientation:
     stored = Image.open(io.BytesIO(content)).convert("RGB")
     assert np.array_equal(upright, stored.transpose(way))
     assert np.array_equal(read_image(content, exif=False), stored)
-    assert is_turned(content)
-    assert not is_turned(encoded(photo, "jpeg"))
+    assert peculiarity(content) == ["turned by EXIF"]
+    assert peculiarity(encoded(photo, "jpeg")) == []
 
 
 def test_damaged_exif_does_not_cost_the_picture(photo: Image.Image) -> None:
@@ -113,14 +113,14 @@ def test_every_part_of_the_program_sees_the_same_picture(tmp_path: Path) -> None
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / f"0.{suffix}").write_bytes(content)
+        path = folder / f"0.{suffix}"
+        path.write_bytes(content)
         shutil.make_archive(str(folder / "part"), "tar", folder, ".")
         (sample,) = index_shards([folder / "part.tar"])
-        explained = np.asarray(read_image(folder / f"0.{suffix}"))
+        explained = np.asarray(read_image(path))
         for other in (
             image_of({suffix: content}),
-            read_image_at([folder / f"0.{suffix}"], 0),
-            sample.image(),
+            *(ImageSet([image], ["0"], [], labels=[0])[0][0] for image in (path, sample)),
             photos(folder)[0],
         ):
             assert np.array_equal(other, explained), suffix

@@ -214,7 +214,7 @@ def check(
 def _check(name: str, given: dict[str, str], seen: set[str] | None, *, read: bool) -> bool:
     """Print what one evaluator's data hold; whether all is well."""
     from gradeclip_ft.commands.build import make
-    from gradeclip_ft.data.check import image_key, inspect
+    from gradeclip_ft.data.check import check_data, image_key
 
     node = compose("evaluate", [f"evaluator={name}"]).evaluator[name].get("data")
     if node is None:
@@ -226,7 +226,7 @@ def _check(name: str, given: dict[str, str], seen: set[str] | None, *, read: boo
             raise ConfigurationError(f"{name} has no {key}=; its data take {', '.join(known)}")
         node[key] = value
     try:
-        found = inspect(make(node, "data"), read=read, track=progress_bar)
+        found = check_data(make(node, "data"), read=read, track=progress_bar)
     except (FileNotFoundError, ValueError) as error:
         print(f"{name}: {error}")
         return False
@@ -250,6 +250,8 @@ def _print_findings(name: str, found: Findings, *, read: bool) -> None:
         print(f"  images by number of captions: {by_number}")
     if read:
         print(f"  not readable: {_some(found.unreadable, len(found.images))}")
+        for what, number in found.peculiar.items():
+            print(f"  {what}: {number:,} (other programs may show them differently)")
 
 
 def _some(names: Sequence[str], total: int) -> str:

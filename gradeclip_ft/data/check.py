@@ -1,7 +1,8 @@
-"""What an evaluation's data hold, without a model: for `data check`."""
+"""What data hold, without a model: for `data check` and `data verify`."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,35 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, UInt8
 from numpy import ndarray
-from PIL import Image
-from torch import Tensor
 
-from gradeclip_ft.data.files import TarSample, index_shards, load_json
-from gradeclip_ft.data.labelled import ClassFolders, ClassShards, LabelledImages
-from gradeclip_ft.data.pairs import CaptionChoices, CaptionedImages, CaptionFile, CaptionShards
-from gradeclip_ft.data.regions import CocoRegions, RegionImages
+from gradeclip_ft.data.files import ImageSet, Source, TarSample, index_shards, load_json
+from gradeclip_ft.data.regions import RegionImages
 from gradeclip_ft.data.samples import image_of, read_caption, read_record, sample_name
 from gradeclip_ft.data.shards import (
     BadSampleError,
-    RawSample,
     Skips,
     expand_shards,
     is_local,
     local_path,
     read_shard,
 )
+from gradeclip_ft.images import peculiarity
 
-Source = CocoRegions | CaptionFile | CaptionShards | ClassFolders | ClassShards | CaptionChoices
-Opened = RegionImages | CaptionedImages | LabelledImages
 TRAINING_PARTS = ("train", "restval")
+ORIGINS = ("source", "file_name", "image_id", "url")
 
-
-def _silent(items: range, what: str, total: int) -> Iterable[int]:
-    del what, total
-    return items
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,7 @@ class Findings:
         captions: Number of images by their number of captions.
         images: Names of the images.
         unreadable: Messages of images that could not be read; empty if none was tried.
+        peculiar: Numbers of images that other programs may show differently, by what they are.
     """
 
     counts: Mapping[str, Any]
@@ -60,10 +53,19 @@ class Findings:
     captions: Mapping[int, int]
     images: Sequence[str]
     unreadable: Sequence[str]
+    peculiar: Mapping[str, int]
 
 
-def inspect(
-    source: Source, *, read: bool, track: Callable[[range, str, int], Iterable[int]] = _silent
+def _silent(items: range, what: str, total: int) -> Iterable[int]:
+    del what, total
+    return items
+
+
+def check_data(
+    source: Source[ImageSet | RegionImages],
+    *,
+    read: bool,
+    track: Callable[[range, str, int], Iterable[int]] = _silent,
 ) -> Findings:
     """Open the data as an evaluator does, and look.
 
@@ -76,16 +78,27 @@ def inspect(
         FileNotFoundError: Files are missing.
         ValueError: Files are damaged or do not fit each other.
     """
-    opened = _open(source)
-    classes = [] if isinstance(opened, CaptionedImages) else list(opened.names)
-    present = _labels(opened)
+    opened = source()
+    present = set(opened.labels)
+    captions = opened.captions if isinstance(opened, ImageSet) else ()
+    unreadable: list[str] = []
+    peculiar: Counter[str] = Counter()
+    for number in track(range(len(opened)), "reading images", len(opened)) if read else ():
+        try:
+            opened[number]
+            image = opened.images[number]
+            content = image.image_bytes() if isinstance(image, TarSample) else image
+            peculiar.update(peculiarity(content))
+        except (ValueError, FileNotFoundError) as error:
+            unreadable.append(str(error))
     return Findings(
         counts=opened.counts,
-        classes=classes,
-        absent=[name for label, name in enumerate(classes) if label not in present],
-        captions=Counter(map(len, opened.captions)) if isinstance(opened, CaptionedImages) else {},
-        images=_image_names(opened),
-        unreadable=list(_unreadable(opened, track)) if read else [],
+        classes=opened.classes,
+        absent=[name for label, name in enumerate(opened.classes) if label not in present],
+        captions=Counter(map(len, captions)),
+        images=opened.names,
+        unreadable=unreadable,
+        peculiar=peculiar,
     )
 
 
@@ -94,23 +107,36 @@ def training_images(where: str) -> set[str]:
 
     Raises:
         FileNotFoundError: No such file or shard.
-        ValueError: A file is damaged or of another kind, or shards are not on this machine.
+        ValueError: A file is damaged or of another kind, shards are not on this machine, or no
+            sample of them says which photo it is.
     """
     if where.endswith(".json"):
         content = load_json(Path(where))
         images = content.get("images") if isinstance(content, Mapping) else None
         if not isinstance(images, list):
             raise ValueError(f"{where} has no images; give a COCO or Karpathy file, or shards")
-        names = [
-            str(entry.get("file_name", entry.get("filename")))
-            for entry in images
-            if entry.get("split", "train") in TRAINING_PARTS
-        ]
-        return set(map(image_key, names))
+        return {
+            image_key(str(image.get("file_name", image.get("filename"))))
+            for image in images
+            if image.get("split", "train") in TRAINING_PARTS
+        }
     urls = expand_shards(where)
     if not all(map(is_local, urls)):
         raise ValueError(f"{where}: shards of training data must be on this machine to be compared")
-    return {image_key(_origin(sample)) for sample in index_shards([local_path(u) for u in urls])}
+    samples = index_shards([local_path(url) for url in urls])
+    origins = []
+    for sample in samples:  # a key is a running number as a rule, which says nothing
+        record = sample.record()
+        origins += [str(record[key]) for key in ORIGINS if record.get(key)][:1]
+    if not origins:
+        raise ValueError(
+            f"{where}: no sample says which photo it is ({', '.join(ORIGINS)} in its .json), so "
+            "overlap cannot be found; give the annotation file that the shards were made from"
+        )
+    if len(origins) < len(samples):
+        unknown = len(samples) - len(origins)
+        log.warning("%s: %d of %d samples do not name their photo", where, unknown, len(samples))
+    return {image_key(origin.rsplit("/", 1)[-1]) for origin in origins}
 
 
 def image_key(name: str) -> str:
@@ -121,58 +147,6 @@ def image_key(name: str) -> str:
     """
     stem = re.sub(r"^COCO_\w+?_(?=\d+$)", "", Path(name).stem)
     return stem.lstrip("0") or "0" if stem.isdigit() else stem
-
-
-def _open(source: Source) -> Opened:
-    match source:
-        case CocoRegions():
-            return source(image_size=32, patch=32, mean=(0.0,) * 3, std=(1.0,) * 3)
-        case CaptionChoices():
-            return source(transform=_nothing, tokenizer=_no_tokens)[0]
-        case CaptionFile() | CaptionShards():
-            return source(transform=_nothing, tokenizer=_no_tokens)
-    return source(transform=_nothing)
-
-
-def _labels(opened: Opened) -> set[int]:
-    if isinstance(opened, RegionImages):
-        return {region.label for _, regions in opened.pictures for region in regions}
-    return set(opened.labels) if isinstance(opened, LabelledImages) else set()
-
-
-def _image_names(opened: Opened) -> list[str]:
-    if isinstance(opened, RegionImages):
-        return [picture.file_name for picture, _ in opened.pictures]
-    if isinstance(opened, CaptionedImages):
-        return list(opened.names)
-    return [path.name for path in opened.listed]
-
-
-def _unreadable(opened: Opened, track: Callable[[range, str, int], Iterable[int]]) -> Iterable[str]:
-    for number in track(range(len(opened)), "reading images", len(opened)):
-        try:
-            opened[number]
-        except (ValueError, FileNotFoundError) as error:
-            yield str(error)
-
-
-def _origin(sample: TarSample) -> str:
-    """The name a training sample had before it came into a shard."""
-    record = sample.record()
-    for key in ("source", "file_name", "image_id", "url"):
-        if record.get(key):
-            return str(record[key]).rsplit("/", 1)[-1]
-    return str(sample.key)
-
-
-def _nothing(image: Image.Image) -> Tensor:
-    del image
-    return torch.zeros(3, 1, 1)
-
-
-def _no_tokens(texts: Sequence[str], *, trim: bool = False) -> Tensor:
-    del trim
-    return torch.zeros(len(texts), 1, dtype=torch.long)
 
 
 BORDER_SAMPLE = 100
@@ -227,7 +201,8 @@ def verify_shard(url: str) -> Report:
             name = f"{raw['__key__']}.{dotted[0]}"
             report.note("dotted_name", sample_name(raw), f"{name} is split at its first dot")
         try:
-            image = _read(raw)
+            read_caption(raw, read_record(raw), "text", key=0)
+            image = image_of(raw)
         except BadSampleError as error:
             report.note(str(error.args[0]), sample_name(raw), str(error.args[-1]))
             continue
@@ -246,15 +221,9 @@ def has_white_bars(image: UInt8[ndarray, "H W 3"]) -> bool:
     white: Bool[ndarray, "H W"] = np.asarray((image >= WHITE).all(axis=2))
     if white.all():
         return False
-    return _bars(np.asarray(white.all(axis=1))) or _bars(np.asarray(white.all(axis=0)))
-
-
-def _bars(lines: Bool[ndarray, " n"]) -> bool:
-    """Whether the row of lines begins and ends with white ones."""
-    first, last = int(np.argmin(lines)), int(np.argmin(lines[::-1]))
-    return min(first, last) >= max(1.0, 0.02 * len(lines))
-
-
-def _read(raw: RawSample) -> Image.Image:
-    read_caption(raw, read_record(raw), "text", key=0)
-    return image_of(raw)
+    for axis in (0, 1):
+        lines = np.asarray(white.all(axis=axis))
+        first, last = int(np.argmin(lines)), int(np.argmin(lines[::-1]))  # lines that are not white
+        if min(first, last) >= max(1.0, 0.02 * len(lines)):
+            return True
+    return False

@@ -7,6 +7,8 @@ ids are stored in the colours of a PNG.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,13 @@ from jaxtyping import Int, UInt8
 from numpy import ndarray
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
 from pycocotools import mask as run_lengths
 
-from gradeclip_ft.data.files import read_json
+from gradeclip_ft.data.files import load_json
 from gradeclip_ft.images import read_image
 
 LAYOUT = "expected the layout of cocodataset.org's files"
+ID = (int, str)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Region:
         label: Rank of the category among the sorted category ids.
         box: (x, y, width, height) in pixels of the original image.
         crowd: A group that is annotated as one (COCO `iscrowd`).
-        outline: Polygons or run lengths; None for panoptic segments.
+        outline: Polygons or run lengths; None for panoptic segments, and where there is only a box.
     """
 
     id: int
@@ -76,7 +78,7 @@ class CocoImage:
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
+class CaptionedImage:
     """One image with its captions in file order."""
 
     id: int
@@ -91,85 +93,115 @@ def read_regions(path: Path) -> tuple[list[Category], list[CocoImage]]:
         FileNotFoundError: No such file.
         ValueError: The file is cut off, is of another kind, or its ids do not match.
     """
-    content = read_json(path, ("images", "annotations", "categories"))
+    content = load_json(path)
+    images = _by_id(path, content, "images")
+    listed = _by_id(path, content, "categories")
     categories = [
-        Category(entry["id"], entry["name"], bool(entry.get("isthing", 1)))
-        for entry in sorted(content["categories"], key=lambda entry: int(entry["id"]))
+        Category(key, _field(path, listed[key], "name", str), bool(listed[key].get("isthing", 1)))
+        for key in sorted(listed, key=int)
     ]
     labels = {category.id: row for row, category in enumerate(categories)}
-    if len(labels) != len(categories):
-        raise ValueError(f"{path}: two categories have the same id; every id must be unique")
-    by_image: dict[int, list[Region]] = {}
+    regions: dict[int, list[Region]] = {key: [] for key in images}
     segments: dict[int, str] = {}
-    for entry in content["annotations"]:
-        found = by_image.setdefault(_key(path, entry, "image_id"), [])
-        if "segments_info" in entry:
-            segments[entry["image_id"]] = _key(path, entry, "file_name")
-            found += [_region(path, segment, labels) for segment in entry["segments_info"]]
-        else:
-            found.append(_region(path, entry, labels))
-    images = _images(path, content["images"], by_image)
+    for entry in _annotations(path, content, images):
+        image = entry["image_id"]
+        if "segments_info" not in entry:
+            regions[image].append(_region(path, entry, labels))
+            continue
+        if image in segments:
+            raise ValueError(f"{path}: image {image} has two panoptic annotations, expected one")
+        segments[image] = _field(path, entry, "file_name", str)
+        regions[image] += [
+            _region(path, segment, labels) for segment in _entries(path, entry, "segments_info")
+        ]
     return categories, [
         CocoImage(
-            image["id"],
-            image["file_name"],
-            _key(path, image, "height"),
-            _key(path, image, "width"),
-            tuple(by_image.get(image["id"], ())),
-            segments.get(image["id"]),
+            key,
+            _field(path, image, "file_name", str),
+            _field(path, image, "height", int),
+            _field(path, image, "width", int),
+            tuple(regions[key]),
+            segments.get(key),
         )
-        for image in images
+        for key, image in images.items()
     ]
 
 
-def read_captions(path: Path) -> list[CaptionedPicture]:
+def read_captions(path: Path, skipped: Counter[str] | None = None) -> list[CaptionedImage]:
     """All images of a captions file; an image may have any number of captions, also none.
+
+    Args:
+        path: The file.
+        skipped: Gets the number of captions that are not text.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is cut off, is of another kind, or its ids do not match.
     """
-    content = read_json(path, ("images", "annotations"))
-    by_image: dict[int, list[str]] = {}
-    for entry in content["annotations"]:
-        caption = _key(path, entry, "caption").strip()
-        by_image.setdefault(_key(path, entry, "image_id"), []).append(caption)
+    content = load_json(path)
+    images = _by_id(path, content, "images")
+    captions: dict[int, list[Any]] = {key: [] for key in images}
+    for entry in _annotations(path, content, images):
+        captions[entry["image_id"]].append(_field(path, entry, "caption"))
     return [
-        CaptionedPicture(image["id"], image["file_name"], tuple(by_image.get(image["id"], ())))
-        for image in _images(path, content["images"], by_image)
+        CaptionedImage(key, _field(path, image, "file_name", str), texts_of(captions[key], skipped))
+        for key, image in images.items()
     ]
 
 
+def read_image_ids(path: Path) -> set[int]:
+    """Ids of the images of any of COCO's files.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is cut off or of another kind.
+    """
+    return set(_by_id(path, load_json(path), "images"))
+
+
+def texts_of(captions: Iterable[Any], skipped: Counter[str] | None = None) -> tuple[str, ...]:
+    """Captions without surrounding blanks; nulls and numbers are left out and counted.
+
+    >>> texts_of([" a dog ", None, float("nan"), 7])
+    ('a dog',)
+    """
+    listed = list(captions)
+    texts = tuple(caption.strip() for caption in listed if isinstance(caption, str))
+    if skipped is not None and len(texts) < len(listed):
+        skipped["caption that is not text"] += len(listed) - len(texts)
+    return texts
+
+
 def region_masks(
-    picture: CocoImage, regions: Sequence[Region], folder: Path | None
+    image: CocoImage, regions: Sequence[Region], folder: Path | None
 ) -> UInt8[ndarray, "R H W"]:
-    """Masks of some regions of a picture, 1 inside, at the original size.
+    """Masks of some regions of an image, 1 inside, at the original size.
 
     Args:
-        picture: The image they belong to.
-        regions: Some of its regions.
+        image: The image they belong to.
+        regions: Some of its regions; each with an outline, in instance files.
         folder: Where the panoptic PNGs are; not needed for instance files.
 
     Raises:
         FileNotFoundError: No such PNG.
-        ValueError: A PNG or an outline is of another size, or lacks a segment.
+        ValueError: A PNG or an outline is damaged, of another size, or lacks a segment.
     """
     if not regions:
-        return np.zeros((0, picture.height, picture.width), np.uint8)
-    if picture.segments is None:
-        return np.stack([_outline_mask(picture, region) for region in regions])
+        return np.zeros((0, image.height, image.width), np.uint8)
+    if image.segments is None:
+        return np.stack([_outline_mask(image, region) for region in regions])
     if folder is None:
         raise ValueError(
-            f"image {picture.id}: panoptic masks are PNGs; name their folder as segments="
+            f"image {image.id}: panoptic masks are PNGs; name their folder as segments="
         )
-    path = folder / picture.segments
+    path = folder / image.segments
     ids = read_segment_ids(path)
-    _check_size(picture, ids.shape, str(path))
+    _check_size(image, ids.shape, str(path))
     masks = np.stack([ids == region.id for region in regions]).astype(np.uint8)
     for region, mask in zip(regions, masks, strict=True):
         if not mask.any():
             raise ValueError(
-                f"{path}: segment {region.id} of image {picture.id} has no pixel; "
+                f"{path}: segment {region.id} of image {image.id} has no pixel; "
                 "annotation file and PNG do not belong together"
             )
     return masks
@@ -188,69 +220,104 @@ def read_segment_ids(path: Path) -> Int[ndarray, "H W"]:
     return ids
 
 
-def _outline_mask(picture: CocoImage, region: Region) -> UInt8[ndarray, "H W"]:
-    where = f"outline of region {region.id}, image {picture.id}"
-    outline = region.outline
-    if outline is None:
-        raise ValueError(f"{where}: no segmentation; use boxes only, or a file with masks")
-    size = (picture.height, picture.width)
+def _outline_mask(image: CocoImage, region: Region) -> UInt8[ndarray, "H W"]:
+    where = f"outline of region {region.id}, image {image.id}"
+    outline, size = region.outline, (image.height, image.width)
     if isinstance(outline, Mapping):
-        _check_size(picture, tuple(outline["size"]), where)
-        packed = rle.frPyObjects(outline, *size) if isinstance(outline["counts"], list) else outline
-    else:
-        polygons = [polygon for polygon in outline if len(polygon) >= 6]
-        if not polygons:
+        _check_size(image, tuple(outline.get("size") or (0, 0)), where)
+    else:  # polygons of two points and fewer have no area, and pycocotools refuses them
+        outline = [polygon for polygon in outline if len(polygon) >= 6]
+        if not outline:
             return np.zeros(size, np.uint8)
-        packed = rle.merge(rle.frPyObjects(polygons, *size))
-    mask: UInt8[ndarray, "H W"] = np.asarray(rle.decode(packed), np.uint8)
+    try:
+        if isinstance(outline, list) or isinstance(outline["counts"], list):
+            outline = run_lengths.frPyObjects(outline, *size)
+        packed = run_lengths.merge(outline) if isinstance(outline, list) else outline
+        mask: UInt8[ndarray, "H W"] = np.asarray(run_lengths.decode(packed), np.uint8)
+    except Exception as error:  # pycocotools raises whatever its C code trips over
+        raise ValueError(
+            f"{where}: neither polygons nor run lengths ({type(error).__name__}: {error}); {LAYOUT}"
+        ) from error
     return mask
 
 
-def _check_size(picture: CocoImage, found: tuple[int, ...], where: str) -> None:
-    if found != (picture.height, picture.width):
+def _check_size(image: CocoImage, found: tuple[int, ...], where: str) -> None:
+    if found != (image.height, image.width):
         raise ValueError(
-            f"{where} has {found[0]} x {found[1]} pixels (height x width), the annotation file "
-            f"says {picture.height} x {picture.width} for image {picture.id}"
+            f"{where} has {' x '.join(map(str, found))} pixels (height x width), the annotation "
+            f"file says {image.height} x {image.width} for image {image.id}"
         )
 
 
 def _region(path: Path, entry: Mapping[str, Any], labels: Mapping[int, int]) -> Region:
-    identity, category = _key(path, entry, "id"), _key(path, entry, "category_id")
-    box = _key(path, entry, "bbox")
+    identity, category = _field(path, entry, "id", ID), _field(path, entry, "category_id", ID)
+    box = _field(path, entry, "bbox")
+    outline = entry.get("segmentation") or None
     if category not in labels:
         raise ValueError(f"{path}: region {identity} has category {category}, which is not listed")
-    if len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
         raise ValueError(f"{path}: box of region {identity} is {box}, expected x, y, width, height")
-    x, y, width, height = (float(value) for value in box)
-    return Region(
-        identity,
-        labels[category],
-        (x, y, width, height),
-        bool(entry.get("iscrowd", 0)),
-        entry.get("segmentation"),
-    )
+    if isinstance(outline, list) and not all(isinstance(polygon, list) for polygon in outline):
+        raise ValueError(
+            f"{path}: the segmentation of region {identity} is a flat list, expected a list of "
+            "polygons, [[x, y, x, y, ...], ...]"
+        )
+    x, y, width, height = map(float, box)
+    crowd = bool(entry.get("iscrowd", 0))
+    return Region(identity, labels[category], (x, y, width, height), crowd, outline)
 
 
-def _images(
-    path: Path, images: Sequence[Mapping[str, Any]], by_image: Mapping[int, object]
-) -> Sequence[Mapping[str, Any]]:
-    known = {_key(path, image, "id") for image in images}
-    unknown = sorted(set(by_image) - known)
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _by_id(path: Path, content: Any, key: str) -> dict[int, Mapping[str, Any]]:
+    """Entries of a list by their ids, which must differ.
+
+    Two images of one id would share their annotations, and every number would be wrong.
+    """
+    entries = _entries(path, content, key)
+    found = {_field(path, entry, "id", ID): entry for entry in entries}
+    if len(found) < len(entries):
+        ids = Counter(entry["id"] for entry in entries)
+        (twice, _), *_ = ids.most_common(1)
+        raise ValueError(
+            f"{path}: {len(entries) - len(found)} entries of {key} have an id that another one "
+            f"has, first {twice}; every id must be unique"
+        )
+    return found
+
+
+def _annotations(path: Path, content: Any, images: Mapping[int, object]) -> list[Mapping[str, Any]]:
+    entries = _entries(path, content, "annotations")
+    keys = [_field(path, entry, "image_id", ID) for entry in entries]
+    unknown = [key for key in keys if key not in images]
     if unknown:
         raise ValueError(
-            f"{path}: annotations of {len(unknown)} images that are not listed, first id "
-            f"{unknown[0]}; annotations and images must come from the same file"
+            f"{path}: {len(unknown)} annotations are of images that are not listed, first image_id "
+            f"{unknown[0]!r} (images have ids such as {next(iter(images), None)!r}); annotations "
+            "and images must come from the same file"
         )
-    for image in images:
-        _key(path, image, "file_name")
-    return images
+    return entries
 
 
-def _key(path: Path, entry: Mapping[str, Any], key: str) -> Any:
-    if key not in entry:
-        what = entry.get("id", entry.get("image_id", "unknown"))
-        raise ValueError(f"{path}: entry {what} has no {key}; {LAYOUT}")
-    return entry[key]
+def _entries(path: Path, content: Any, key: str) -> list[Mapping[str, Any]]:
+    if not isinstance(content, Mapping) or key not in content:
+        raise ValueError(f"{path} has no {key}; {LAYOUT}")
+    found = content[key]
+    if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
+        raise ValueError(f"{path}: {key} is not a list of objects; {LAYOUT}")
+    return found
+
+
+def _field(
+    path: Path, entry: Mapping[str, Any], key: str, kind: type | tuple[type, ...] = object
+) -> Any:
+    if key in entry and isinstance(entry[key], kind):
+        return entry[key]
+    what = entry.get("id", entry.get("image_id", "unknown"))
+    has = f"{key} {entry[key]!r}" if key in entry else f"no {key}"
+    raise ValueError(f"{path}: entry {what} has {has}; {LAYOUT}")
 
 
 SEGMENTS_PER_IMAGE = 1000
@@ -304,9 +371,15 @@ def write_coco(
         segments = [_segment(picture, number) for number in range(len(picture.classes))]
         for number, segment in enumerate(segments):
             if segment["category_id"] <= len(things):
-                instances.append(_instance(picture, number, segment, len(instances) + 1))
+                mask = np.asfortranarray(picture.owner == number, dtype=np.uint8)
+                packed = run_lengths.encode(mask)
+                outline = {"size": list(packed["size"]), "counts": packed["counts"].decode()}
+                place = {"id": len(instances) + 1, "image_id": picture.id, "segmentation": outline}
+                instances.append({**segment, **place})
+        ids = picture.owner.astype(np.uint32) + _segment_id(picture, 0)
+        colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)
         name = f"{Path(picture.file_name).stem}.png"
-        _write_ids(masks / name, picture)
+        Image.fromarray(colours, "RGB").save(masks / name)
         panoptic.append({"image_id": picture.id, "file_name": name, "segments_info": segments})
     names = [*things, *stuff]
     categories = [
@@ -344,20 +417,6 @@ def _segment(picture: DrawnScene, number: int) -> dict[str, Any]:
         "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
         "iscrowd": 0,
     }
-
-
-def _instance(
-    picture: DrawnScene, number: int, segment: dict[str, Any], annotation: int
-) -> dict[str, Any]:
-    encoded = run_lengths.encode(np.asfortranarray(picture.owner == number, dtype=np.uint8))
-    lengths = {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
-    return {**segment, "id": annotation, "image_id": picture.id, "segmentation": lengths}
-
-
-def _write_ids(path: Path, picture: DrawnScene) -> None:
-    ids = picture.owner.astype(np.uint32) + _segment_id(picture, 0)
-    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)
-    Image.fromarray(channels, "RGB").save(path)
 
 
 def _segment_id(picture: DrawnScene, number: int) -> int:

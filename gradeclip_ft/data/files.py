@@ -5,15 +5,145 @@ from __future__ import annotations
 import json
 import random
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
+from jaxtyping import Int
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from webdataset.tariterators import base_plus_ext
 
+from gradeclip_ft.batch import ImageBatch, PairBatch
+from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import IMAGE_SUFFIXES, read_image
+
+Item = TypeVar("Item")
+Opened = TypeVar("Opened", covariant=True)
+
+
+@runtime_checkable
+class Source(Protocol[Opened]):
+    """Where the data of an evaluator come from."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Choices that change the numbers."""
+        ...
+
+    def prepare(self) -> None:
+        """Make or check the data; cheap when they are there."""
+        ...
+
+    def __call__(self, *args: Any, **settings: Any) -> Opened:
+        """Read annotations, choose, and check that the images are there."""
+        ...
+
+
+@runtime_checkable
+class Tokenize(Protocol):
+    """Texts to token ids."""
+
+    def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
+        """Ids of some texts, with `trim` no longer than needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageSet(Dataset[tuple[Image.Image, Any]]):
+    """Whole images, each with its captions or with its label.
+
+    Attributes:
+        images: Files, or samples of shards.
+        names: Of the images, which say which photo each is.
+        listed: Images or shards, which a fingerprint lists.
+        files: Annotation files, which a fingerprint reads.
+        captions: Of each image, in file order.
+        kinds: Of each two captions, right and wrong, in their order.
+        labels: Class of each image.
+        classes: Class names in order of the labels, as the data have them.
+        templates: Sentences with `{}`, where the data bring some.
+        skipped: Left out, by cause.
+    """
+
+    images: Sequence[Path | TarSample]
+    names: Sequence[str]
+    listed: Sequence[Path]
+    files: Sequence[Path] = ()
+    captions: Sequence[tuple[str, ...]] = ()
+    kinds: Sequence[str] = ()
+    labels: Sequence[int] = ()
+    classes: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What counts, and what was left out."""
+        if self.captions:
+            captions = sum(map(len, self.captions))
+            return {"images": len(self), "captions": captions, "skipped": dict(self.skipped)}
+        left_out = {"skipped": dict(self.skipped)} if self.skipped else {}
+        return {"images": len(self), "classes": len(set(self.labels)), **left_out}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        """Picture number `index` with its captions or its label.
+
+        Raises:
+            ValueError: The image cannot be read.
+        """
+        image = self.images[index]
+        picture = image.image() if isinstance(image, TarSample) else read_image(image)
+        return picture, self.captions[index] if self.captions else self.labels[index]
+
+    def pairs(
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Tokenize,
+        *,
+        batch_size: int,
+        workers: int,
+    ) -> DataLoader[PairBatch]:
+        """All images and captions once, in file order."""
+        join = partial(_join_pairs, transform, tokenizer)
+        return evaluation_loader(self, join, batch_size=batch_size, workers=workers)
+
+    def labelled(
+        self, transform: Callable[[Image.Image], Tensor], *, batch_size: int, workers: int
+    ) -> DataLoader[ImageBatch]:
+        """All images and labels once, in order."""
+        join = partial(_join_labelled, transform)
+        return evaluation_loader(self, join, batch_size=batch_size, workers=workers)
+
+
+def _join_pairs(
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: Tokenize,
+    samples: Sequence[tuple[Image.Image, tuple[str, ...]]],
+) -> PairBatch:
+    """Images of one batch with their captions flat."""
+    counts = torch.tensor([len(captions) for _, captions in samples])
+    return PairBatch(
+        images=torch.stack([transform(picture) for picture, _ in samples]),
+        texts=tokenizer([text for _, captions in samples for text in captions], trim=True),
+        owner=torch.arange(len(samples)).repeat_interleave(counts),
+    )
+
+
+def _join_labelled(
+    transform: Callable[[Image.Image], Tensor], samples: Sequence[tuple[Image.Image, int]]
+) -> ImageBatch:
+    return ImageBatch(
+        images=torch.stack([transform(picture) for picture, _ in samples]),
+        labels=torch.tensor([label for _, label in samples]),
+    )
 
 
 def prepare_files(
@@ -53,21 +183,6 @@ def require_images(folder: Path, images: Sequence[tuple[int, str]]) -> None:
         )
 
 
-def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A JSON object with at least these keys.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is cut off or of another kind.
-    """
-    content = load_json(path)
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it is a file of another kind")
-    result: dict[str, Any] = content
-    return result
-
-
 def load_json(path: Path) -> Any:
     """The content of a JSON file.
 
@@ -79,23 +194,15 @@ def load_json(path: Path) -> Any:
         raise FileNotFoundError(f"no annotation file {path}; fetch it or set its path")
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no complete JSON ({error}); it may be cut off: fetch it again"
+            f"{path} is not complete JSON ({error}); it may be cut off: fetch it again"
         ) from error
 
 
-def read_image_at(paths: Sequence[Path], index: int) -> Image.Image:
-    """Image number `index` of a list; as a partial it crosses to other processes.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is no complete image.
-    """
-    return read_image(paths[index])
-
-
-Item = TypeVar("Item")
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Those whose name does not begin with a dot, sorted: without the `._` files of macOS."""
+    return sorted(path for path in paths if path.name[0] != ".")
 
 
 def subset(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
@@ -119,66 +226,66 @@ def subset_protocol(limit: int | None, seed: int) -> dict[str, Any]:
     return {} if limit is None else {"subset": f"{limit} images drawn with seed {seed}"}
 
 
-NUMBER = "nshards.txt"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a shard: its first byte and its length."""
-
-    shard: Path
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Its content."""
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
 @dataclass(frozen=True)
 class TarSample:
-    """Files of one sample, by suffix."""
+    """One sample of a shard: where the bytes of each of its files are, by suffix."""
 
+    shard: Path
     key: str
-    files: dict[str, Member]
+    places: dict[str, tuple[int, int]]
 
     @property
     def where(self) -> str:
         """Shard and key, for messages."""
-        shard = next(iter(self.files.values())).shard
-        return f"{shard}:{self.key}"
+        return f"{self.shard}:{self.key}"
+
+    def read(self, suffix: str) -> bytes:
+        """The content of one file.
+
+        Raises:
+            ValueError: The sample has no such file.
+        """
+        if suffix not in self.places:
+            raise ValueError(f"{self.where} has no .{suffix}, only {', '.join(self.places)}")
+        offset, size = self.places[suffix]
+        with self.shard.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     def text(self, suffix: str) -> str:
-        """Content of a text file.
+        """The content of a text file.
 
         Raises:
             ValueError: The sample has no such file, or it is not in UTF-8.
         """
-        if suffix not in self.files:
-            raise ValueError(f"{self.where} has no .{suffix}, only {', '.join(self.files)}")
         try:
-            return self.files[suffix].read().decode("utf-8-sig")
+            return self.read(suffix).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.where}: its .{suffix} is not in UTF-8 ({error})") from error
 
     def record(self) -> dict[str, Any]:
-        """Content of its `.json`; empty without one.
+        """The content of its `.json`; empty without one.
 
         Raises:
-            ValueError: It is no JSON object.
+            ValueError: It is not a JSON object.
         """
-        if "json" not in self.files:
+        if "json" not in self.places:
             return {}
         try:
-            record = json.loads(self.files["json"].read())
-        except ValueError as error:
+            record = json.loads(self.read("json"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where}: its .json is broken ({error})") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{self.where}: its .json holds no object")
+            raise ValueError(f"{self.where}: its .json holds a {type(record).__name__}")
         return record
+
+    def image_bytes(self) -> bytes:
+        """The content of its picture.
+
+        Raises:
+            ValueError: There is none.
+        """
+        return self.read(next((name for name in IMAGE_SUFFIXES if name in self.places), "jpg"))
 
     def image(self) -> Image.Image:
         """The picture in RGB.
@@ -186,10 +293,7 @@ class TarSample:
         Raises:
             ValueError: There is none, or it cannot be decoded.
         """
-        suffix = next((name for name in IMAGE_SUFFIXES if name in self.files), None)
-        if suffix is None:
-            raise ValueError(f"{self.where} has no image, only {', '.join(self.files)}")
-        return read_image(self.files[suffix].read(), name=self.where)
+        return read_image(self.image_bytes(), name=self.where)
 
 
 def tar_files(folder: Path) -> list[Path]:
@@ -198,14 +302,14 @@ def tar_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: No folder, no shard, or fewer or more than there should be.
     """
-    shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    shards = sorted(visible(folder.glob("*.tar")), key=lambda path: (len(path.name), path.name))
     if not shards:
         raise FileNotFoundError(f"no .tar in {folder}; fetch the shards or set the folder")
-    number = folder / NUMBER
+    number = folder / "nshards.txt"
     if number.is_file() and number.read_text().strip() != str(len(shards)):
         raise FileNotFoundError(
-            f"{folder} has {len(shards)} shards, its {NUMBER} says {number.read_text().strip()}; "
-            "fetch the others"
+            f"{folder} has {len(shards)} shards, its {number.name} says "
+            f"{number.read_text().strip()}; fetch the others"
         )
     return shards
 
@@ -214,7 +318,7 @@ def index_shards(shards: Sequence[Path]) -> list[TarSample]:
     """Samples of all shards in their order, without reading them.
 
     Raises:
-        ValueError: A shard is cut off or no tar.
+        ValueError: A shard is cut off or not a tar.
     """
     samples: dict[tuple[Path, str], TarSample] = {}
     for shard in shards:
@@ -223,19 +327,8 @@ def index_shards(shards: Sequence[Path]) -> list[TarSample]:
                 for entry in archive:
                     key, suffix = base_plus_ext(entry.name)  # as training splits names
                     if entry.isfile() and key is not None:
-                        sample = samples.setdefault((shard, key), TarSample(key, {}))
-                        sample.files[suffix.lower()] = Member(
-                            shard, entry.name, entry.offset_data, entry.size
-                        )
+                        sample = samples.setdefault((shard, key), TarSample(shard, key, {}))
+                        sample.places[suffix.lower()] = (entry.offset_data, entry.size)
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{shard} is no complete tar ({error}); fetch it again") from error
+            raise ValueError(f"{shard} is not a complete tar ({error}); fetch it again") from error
     return list(samples.values())
-
-
-def decode_at(samples: Sequence[TarSample], index: int) -> Image.Image:
-    """Image of sample number `index`; as a partial it crosses to other processes.
-
-    Raises:
-        ValueError: There is none, or it cannot be decoded.
-    """
-    return samples[index].image()

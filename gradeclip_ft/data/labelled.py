@@ -2,84 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from gradeclip_ft.batch import ImageBatch
 from gradeclip_ft.data.files import (
+    ImageSet,
     TarSample,
-    decode_at,
     index_shards,
-    read_image_at,
     subset,
     subset_protocol,
     tar_files,
+    visible,
 )
-from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import images_in
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
-
-
-@dataclass(frozen=True)
-class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Opened images: one with its label per item.
-
-    Attributes:
-        names: Class names in order of the labels, as the data have them.
-        templates: Sentences with `{}`, where the data bring some.
-        labels: Class of each image.
-        read: Image number to its picture.
-        files: Small files, which a fingerprint reads.
-        listed: Images or shards, which a fingerprint lists.
-        transform: The model's own preprocessing.
-    """
-
-    names: Sequence[str]
-    templates: Sequence[str]
-    labels: Sequence[int]
-    read: Callable[[int], Image.Image]
-    files: Sequence[Path]
-    listed: Sequence[Path]
-    transform: Callable[[Image.Image], Tensor]
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Images, and classes with and without one."""
-        return {"images": len(self.labels), "classes": len(set(self.labels))}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 H W"], int]:
-        """Image and label number `index`.
-
-        Raises:
-            ValueError: The image cannot be read.
-        """
-        return self.transform(self.read(index)), self.labels[index]
-
-    def batches(self, batch_size: int, workers: int) -> DataLoader[ImageBatch]:
-        """All images once, in order; leaves torch's global random state alone."""
-        return evaluation_loader(self, join_images, batch_size=batch_size, workers=workers)
-
-
-def join_images(samples: Sequence[tuple[Tensor, int]]) -> ImageBatch:
-    """Images of one batch."""
-    return ImageBatch(
-        images=torch.stack([image for image, _ in samples]),
-        labels=torch.tensor([label for _, label in samples]),
-    )
 
 
 @dataclass(frozen=True)
@@ -112,34 +52,38 @@ class ClassFolders:
         """
         self._folders()
 
-    def __call__(self, *, transform: Callable[[Image.Image], Tensor]) -> LabelledImages:
-        """The images as a model wants them.
+    def __call__(self) -> ImageSet:
+        """The images that count.
 
         Raises:
             FileNotFoundError: There is no image.
             ValueError: There are more or fewer classes than expected.
         """
         folders = self._folders()
-        found = [
-            (path, label) for label, folder in enumerate(folders) for path in images_in(folder)
-        ]
+        skipped: Counter[str] = Counter()
+        found = []
+        for label, folder in enumerate(folders):
+            images = images_in(folder)
+            found += [(path, label) for path in images]
+            skipped["file that is not an image"] += len(list(folder.iterdir())) - len(images)
         if not found:
             raise FileNotFoundError(f"no image in the folders of {self.folder}")
+        skipped["hidden folder"] = len(list(Path(self.folder).glob("*/"))) - len(folders)
         chosen = subset(found, self.limit, self.limit_seed)
         paths = [path for path, _ in chosen]
-        return LabelledImages(
-            names=[folder.name for folder in folders],
-            templates=(),
-            labels=[label for _, label in chosen],
-            read=partial(read_image_at, paths),
-            files=(),
+        return ImageSet(
+            images=paths,
+            names=[path.name for path in paths],
             listed=paths,
-            transform=transform,
+            labels=[label for _, label in chosen],
+            classes=[folder.name for folder in folders],
+            skipped=+skipped,
         )
 
     def _folders(self) -> list[Path]:
         root = Path(self.folder)
-        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        found = visible(root.iterdir()) if root.is_dir() else []
+        folders = [path for path in found if path.is_dir() and path.name != "__MACOSX"]
         if not folders:
             raise FileNotFoundError(
                 f"no folder per class in {root}; sort the images into folders, or set folder="
@@ -180,8 +124,8 @@ class ClassShards:
         tar_files(Path(self.folder))
         self._lines(CLASS_NAMES)
 
-    def __call__(self, *, transform: Callable[[Image.Image], Tensor]) -> LabelledImages:
-        """The images as a model wants them.
+    def __call__(self) -> ImageSet:
+        """The images that count.
 
         Raises:
             FileNotFoundError: Shards or class names are missing.
@@ -190,22 +134,23 @@ class ClassShards:
         shards = tar_files(Path(self.folder))
         names = self._lines(CLASS_NAMES)
         root = Path(self.folder).parent
-        templates = self._lines(TEMPLATES) if (root / TEMPLATES).is_file() else []
+        files = [root / name for name in (CLASS_NAMES, TEMPLATES) if (root / name).is_file()]
+        templates = self._lines(TEMPLATES) if len(files) == 2 else []
         samples = subset(index_shards(shards), self.limit, self.limit_seed)
-        return LabelledImages(
-            names=names,
-            templates=[line.replace("{c}", "{}") for line in templates],
-            labels=[_label(sample, len(names)) for sample in samples],
-            read=partial(decode_at, samples),
-            files=[root / name for name in (CLASS_NAMES, TEMPLATES) if (root / name).is_file()],
+        return ImageSet(
+            images=samples,
+            names=[sample.where for sample in samples],
             listed=shards,
-            transform=transform,
+            files=files,
+            labels=[_label(sample, len(names)) for sample in samples],
+            classes=names,
+            templates=[line.replace("{c}", "{}") for line in templates],
         )
 
     def _lines(self, name: str) -> list[str]:
         path = Path(self.folder).parent / name
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}; it stands beside the folder of the split")
+            raise FileNotFoundError(f"no {path}; it belongs beside the folder of the split")
         return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 

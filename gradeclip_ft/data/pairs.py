@@ -1,111 +1,40 @@
-"""Images with all their captions, for retrieval: from files, or from shards."""
+"""Images with all their captions: from files in every public layout, or from shards."""
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from gradeclip_ft.batch import PairBatch
-from gradeclip_ft.data.coco import CaptionedPicture, read_captions
+from gradeclip_ft.data.coco import CaptionedImage, read_captions, read_image_ids, texts_of
 from gradeclip_ft.data.files import (
-    decode_at,
+    ImageSet,
     index_shards,
     load_json,
     prepare_files,
-    read_image_at,
-    read_json,
     require_images,
     subset,
     subset_protocol,
     tar_files,
+    visible,
 )
-from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.data.make_shards import CaptionedFile
-
-
-@runtime_checkable
-class Tokenize(Protocol):
-    """Texts to token ids."""
-
-    def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
-        """Ids of some texts, with `trim` no longer than needed."""
-        ...
-
-
-@dataclass(frozen=True)
-class CaptionedImages(Dataset[tuple[Tensor, tuple[str, ...]]]):
-    """Opened pairs: one image with its captions per item.
-
-    Attributes:
-        names: Of the images, which say which photo it is.
-        captions: Of each image, in file order.
-        read: Image number to its picture.
-        files: Annotation files, which a fingerprint reads.
-        listed: Images or shards, which a fingerprint lists.
-        skipped: Left out, by cause.
-        transform: The model's own preprocessing.
-        tokenizer: Texts to token ids.
-    """
-
-    names: Sequence[str]
-    captions: Sequence[tuple[str, ...]]
-    read: Callable[[int], Image.Image]
-    files: Sequence[Path]
-    listed: Sequence[Path]
-    skipped: dict[str, int]
-    transform: Callable[[Image.Image], Tensor]
-    tokenizer: Tokenize
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Images and captions that count, and those left out."""
-        return {
-            "images": len(self.captions),
-            "captions": sum(map(len, self.captions)),
-            "skipped": self.skipped,
-        }
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 H W"], tuple[str, ...]]:
-        """Image and captions number `index`.
-
-        Raises:
-            ValueError: The image cannot be read.
-        """
-        return self.transform(self.read(index)), self.captions[index]
-
-    def join(self, samples: Sequence[tuple[Tensor, tuple[str, ...]]]) -> PairBatch:
-        """Images of one batch with their captions flat."""
-        captions = [captions for _, captions in samples]
-        counts = torch.tensor([len(some) for some in captions])
-        return PairBatch(
-            images=torch.stack([image for image, _ in samples]),
-            texts=self.tokenizer([text for some in captions for text in some], trim=True),
-            owner=torch.arange(len(samples)).repeat_interleave(counts),
-        )
-
-    def batches(self, batch_size: int, workers: int) -> DataLoader[PairBatch]:
-        """All pairs once, in file order; leaves torch's global random state alone."""
-        return evaluation_loader(self, self.join, batch_size=batch_size, workers=workers)
-
+from gradeclip_ft.data.samples import caption_lines
 
 FILE_COLUMNS = ("filename", "file_name", "file", "filepath", "image", "image_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "title")
+FILE_NAME = r"\.\w{3,4}(#\d+)?$"
+"""How the name of an image ends; Flickr30k's table numbers its captions: `img.jpg#0`."""
+MOST_LINES = 20  # of a quoted caption; a lone quotation mark must not swallow the rows after it
+
+log = logging.getLogger(__name__)
 
 
 def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> list[CaptionedFile]:
@@ -121,15 +50,16 @@ def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> lis
         ValueError: A file is damaged or of another kind.
     """
     _require_folder(images)
-    left_out = set()
-    if exclude is not None:
-        left_out = {entry.get("id") for entry in read_json(exclude, ("images",))["images"]}
+    left_out = set() if exclude is None else read_image_ids(exclude)
+    skipped: Counter[str] = Counter()
+    found = read_captions(captions, skipped)
+    _tell(captions, skipped)
     return [
         CaptionedFile(
-            _inside(images, entry.file_name, captions), entry.captions, {"image_id": entry.id}
+            _inside(images, image.file_name, captions), image.captions, {"image_id": image.id}
         )
-        for entry in read_captions(captions)
-        if entry.id not in left_out
+        for image in found
+        if image.id not in left_out
     ]
 
 
@@ -141,65 +71,17 @@ def table_files(table: Path, images: Path) -> list[CaptionedFile]:
         ValueError: No file names and captions can be made out, or a name leads out of the folder.
     """
     _require_folder(images)
-    if not table.is_file():
-        raise FileNotFoundError(f"no table {table}; it needs a file name and a caption per row")
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not in UTF-8 ({error}); convert it") from error
-    found: dict[str, list[str]] = {}
-    for name, caption in _rows(table, text):
-        found.setdefault(name, []).append(caption)
-    if not found:
-        raise ValueError(f"{table} has no row with a file name and a caption")
+    skipped: Counter[str] = Counter()
+    found = _grouped(_rows(table, skipped))
+    _tell(table, skipped)
     return [
-        CaptionedFile(_inside(images, name, table), tuple(captions))
-        for name, captions in found.items()
+        CaptionedFile(_inside(images, image.file_name, table), image.captions) for image in found
     ]
 
 
-def _rows(table: Path, text: str) -> list[tuple[str, str]]:
-    delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
-    file = io.StringIO(text, newline="")
-    if delimiter == "," and table.suffix == ".csv":
-        reader = csv.reader(file)
-    else:  # a caption that begins with a quotation mark must not swallow the rows behind it
-        reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    lines = [line for line in reader if any(map(str.strip, line))]
-    if not lines:
-        return []
-    header = [column.strip().lower() for column in lines[0]]
-    name = next((header.index(column) for column in FILE_COLUMNS if column in header), None)
-    caption = next((header.index(column) for column in CAPTION_COLUMNS if column in header), None)
-    if name is not None and caption is not None:
-        lines, width = lines[1:], len(header)
-    elif len(lines[0]) >= 2 and re.search(r"\.\w{3,4}(#\d+)?$", lines[0][0].strip()):
-        name, caption, width = 0, 1, 2
-    else:
-        raise ValueError(
-            f"{table} begins with {lines[0]}; expected a header with one of "
-            f"{', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}, or rows of "
-            "file name and caption"
-        )
-    return [
-        (re.sub(r"#\d+$", "", line[name].strip()), _caption(line, caption, width, delimiter))
-        for line in lines
-        if len(line) > max(name, caption)
-    ]
-
-
-def _caption(line: Sequence[str], column: int, width: int, delimiter: str) -> str:
-    """A caption in the last column may hold the delimiter, unquoted."""
-    if column == width - 1:
-        return delimiter.join(line[column:]).strip()
-    return line[column].strip()
-
-
-def _inside(folder: Path, name: str, table: Path) -> Path:
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{table} names {name}, which is not below {folder}; use relative names")
-    return folder / path
+def _tell(path: Path, skipped: Counter[str]) -> None:
+    for cause, number in skipped.items():
+        log.warning("%s: left out %d (%s)", path, number, cause)
 
 
 def _require_folder(folder: Path) -> None:
@@ -207,34 +89,155 @@ def _require_folder(folder: Path) -> None:
         raise FileNotFoundError(f"no folder {folder}; set images= to where the images are")
 
 
-def read_pictures(path: Path, images: Path, part: str | None) -> list[CaptionedPicture]:
-    """All images of a file with their captions.
+def _inside(folder: Path, name: str, table: Path) -> Path:
+    path = Path(os.path.abspath(folder / name))
+    if not path.is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"{table} names {name}, which is not below {folder}; use names below it")
+    return folder / path.relative_to(os.path.abspath(folder))
+
+
+def read_captioned(path: Path, part: str | None, skipped: Counter[str]) -> list[CaptionedImage]:
+    """All images of a file with their captions, each image once, in any public layout.
 
     Args:
-        path: The file.
-        images: Folder of the images, for tables.
+        path: COCO's or Karpathy's JSON, a JSON list of images, or a table.
         part: Split of a file that holds several: "test", "val", "train", "restval".
+        skipped: Gets the numbers of rows and captions that cannot be used, by cause.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is damaged, of another kind, or holds no such part.
     """
     content = load_json(path) if path.suffix == ".json" else None
-    if isinstance(content, Mapping) and _is_karpathy(content):
-        return _karpathy(path, content["images"], part)
+    images = content.get("images") if isinstance(content, Mapping) else None
+    if isinstance(images, list) and any("sentences" in entry for entry in images[:1]):
+        return _grouped(_karpathy(path, images, part, skipped))
     if part is not None:
         raise ValueError(f"{path} holds one split alone; leave part={part} out")
     if isinstance(content, Mapping):
-        return read_captions(path)
-    if isinstance(content, Sequence):
-        return [_listed(path, row, entry) for row, entry in enumerate(content)]
-    return [
-        CaptionedPicture(row, file.image.relative_to(images).as_posix(), file.captions)
-        for row, file in enumerate(table_files(path, images))
-    ]
+        found = read_captions(path, skipped)
+        return _grouped((image.file_name, image.captions, image.id) for image in found)
+    if isinstance(content, list):
+        return _grouped(_listed(path, content, skipped))
+    return _grouped(_rows(path, skipped))
 
 
-def only_named(pictures: Sequence[CaptionedPicture], names: Path) -> list[CaptionedPicture]:
+def _grouped(
+    entries: Iterable[tuple[str, tuple[str, ...], int | None]],
+) -> list[CaptionedImage]:
+    """One image per file name: a layout may have a row, or an id, for every caption.
+
+    As two images they would be each other's wrong answer.
+    """
+    captions: dict[str, list[str]] = {}
+    ids: dict[str, int] = {}
+    for name, some, key in entries:
+        ids.setdefault(name, len(ids) if key is None else key)
+        captions.setdefault(name, []).extend(some)
+    return [CaptionedImage(ids[name], name, tuple(some)) for name, some in captions.items()]
+
+
+def _karpathy(
+    path: Path, images: Sequence[Mapping[str, Any]], part: str | None, skipped: Counter[str]
+) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    parts = Counter(str(entry.get("split")) for entry in images)
+    if part not in parts:
+        there = ", ".join(f"{name} ({count})" for name, count in parts.items())
+        raise ValueError(f"{path} has no part {part}; set part= to one of {there}")
+    for row, entry in enumerate(images):
+        if entry.get("split") == part:
+            folder, name = entry.get("filepath"), _value(path, row, entry, "filename")
+            raw = texts_of((sentence.get("raw") for sentence in entry["sentences"]), skipped)
+            key = int(entry.get("cocoid", entry.get("imgid", row)))
+            yield "/".join(filter(None, (folder, name))), raw, key
+
+
+def _listed(
+    path: Path, content: Sequence[Any], skipped: Counter[str]
+) -> Iterator[tuple[str, tuple[str, ...], None]]:
+    for row, entry in enumerate(content):
+        captions = _value(path, row, entry, "caption")
+        name = _value(path, row, entry, "image")
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: image number {row} is {name!r}, expected a file name")
+        several = captions if isinstance(captions, list) else [captions]
+        yield name, texts_of(several, skipped), None
+
+
+def _value(path: Path, row: int, entry: Any, key: str) -> Any:
+    if not isinstance(entry, Mapping) or key not in entry:
+        raise ValueError(f"{path}: image number {row} has no {key}; the file is of another kind")
+    return entry[key]
+
+
+def _rows(table: Path, skipped: Counter[str]) -> list[tuple[str, tuple[str, ...], None]]:
+    """File name and caption of each row of a table with commas or tabs."""
+    if not table.is_file():
+        raise FileNotFoundError(f"no table {table}; it needs a file name and a caption per row")
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} is not in UTF-8 ({error}); convert it") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    delimiter = "\t" if "\t" in lines[0] else ","
+    first = next((row for line in lines if (row := line.split(delimiter)) != [""]), [""])
+    header = [column.strip().strip('"').lower() for column in first]
+    name = next((header.index(column) for column in FILE_COLUMNS if column in header), None)
+    caption = next((header.index(column) for column in CAPTION_COLUMNS if column in header), None)
+    if name is not None and caption is not None:
+        lines, width = lines[lines.index(delimiter.join(first)) + 1 :], len(header)
+    elif len(first) >= 2 and re.search(FILE_NAME, header[0]):
+        name, caption, width = 0, 1, 2
+    else:
+        raise ValueError(
+            f"{table} begins with {first}; expected a header with one of "
+            f"{', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}, or rows of "
+            "file name and caption"
+        )
+    found: list[tuple[str, tuple[str, ...], None]] = []
+    for row in _records(lines, delimiter, width):
+        if len(row) <= max(name, caption) or not row[name].strip():
+            skipped["row without file name and caption"] += 1
+            continue
+        # a caption in the last column may hold the delimiter, unquoted
+        parts = row[caption:] if caption == width - 1 else [row[caption]]
+        told = re.sub(r"\s*\n\s*", " ", delimiter.join(parts)).strip()
+        found.append((re.sub(r"#\d+$", "", row[name].strip()), (told,), None))
+    if not found:
+        raise ValueError(f"{table} has no row with a file name and a caption")
+    return found
+
+
+def _records(lines: Sequence[str], delimiter: str, width: int) -> Iterator[list[str]]:
+    """Rows by the rules of csv; a row whose quotes do not follow them is taken as it is written.
+
+    Flickr30k's tables quote nothing, so that a caption may begin with a quotation mark; tables of
+    pandas and spreadsheets quote what holds delimiters, quotation marks and line breaks.
+    """
+    at = 0
+    while at < len(lines):
+        row, end = lines[at].split(delimiter), at + 1
+        for stop in range(at + 1, min(at + MOST_LINES, len(lines)) + 1 if '"' in lines[at] else 0):
+            if stop > at + 1 and re.search(
+                FILE_NAME, lines[stop - 1].split(delimiter)[0].strip('"')
+            ):
+                break  # the next row
+            text = io.StringIO("\n".join(lines[at:stop]), newline="")
+            try:
+                (quoted,) = csv.reader(text, delimiter=delimiter, strict=True)
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    continue  # the quoted field has a line break
+                break
+            if len(quoted) <= width:
+                row, end = quoted, stop
+            break
+        if any(map(str.strip, row)):
+            yield row
+        at = end
+
+
+def only_named(images: Sequence[CaptionedImage], names: Path) -> list[CaptionedImage]:
     """Those that a text file names, one per line, with or without the suffix.
 
     Raises:
@@ -244,13 +247,13 @@ def only_named(pictures: Sequence[CaptionedPicture], names: Path) -> list[Captio
     if not names.is_file():
         raise FileNotFoundError(f"no list of names {names}; one file name per line")
     wanted = {Path(line.strip()).name for line in names.read_text("utf-8").splitlines()} - {""}
-    found = [
-        picture
-        for picture in pictures
-        if {Path(picture.file_name).name, Path(picture.file_name).stem} & wanted
-    ]
+    found, known = [], set()
+    for image in images:
+        path = Path(image.file_name)
+        known |= {path.name, path.stem}
+        if {path.name, path.stem} & wanted:
+            found.append(image)
     if len(found) < len(wanted):
-        known = {name for p in found for name in (Path(p.file_name).name, Path(p.file_name).stem)}
         missing = sorted(wanted - known)
         raise ValueError(
             f"{names}: {len(missing)} of {len(wanted)} names have no caption, first {missing[0]}; "
@@ -259,46 +262,9 @@ def only_named(pictures: Sequence[CaptionedPicture], names: Path) -> list[Captio
     return found
 
 
-def _is_karpathy(content: Mapping[str, Any]) -> bool:
-    images = content.get("images")
-    return isinstance(images, list) and bool(images) and "sentences" in images[0]
-
-
-def _karpathy(
-    path: Path, images: Sequence[Mapping[str, Any]], part: str | None
-) -> list[CaptionedPicture]:
-    parts = Counter(str(entry.get("split")) for entry in images)
-    if part not in parts:
-        there = ", ".join(f"{name} ({count})" for name, count in parts.items())
-        raise ValueError(f"{path} has no part {part}; set part= to one of {there}")
-    return [
-        CaptionedPicture(
-            int(entry.get("cocoid", entry.get("imgid", row))),
-            "/".join(filter(None, (entry.get("filepath"), _value(path, row, entry, "filename")))),
-            tuple(str(sentence.get("raw", "")).strip() for sentence in entry["sentences"]),
-        )
-        for row, entry in enumerate(images)
-        if entry.get("split") == part
-    ]
-
-
-def _listed(path: Path, row: int, entry: Any) -> CaptionedPicture:
-    captions = _value(path, row, entry, "caption")
-    several = [captions] if isinstance(captions, str) else captions
-    return CaptionedPicture(
-        row, str(_value(path, row, entry, "image")), tuple(str(text).strip() for text in several)
-    )
-
-
-def _value(path: Path, row: int, entry: Any, key: str) -> Any:
-    if not isinstance(entry, Mapping) or key not in entry:
-        raise ValueError(f"{path}: image number {row} has no {key}; the file is of another kind")
-    return entry[key]
-
-
 @dataclass(frozen=True)
 class CaptionFile:
-    """Image files, and a file with their captions in any layout of `caption_layouts`.
+    """Image files, and a file with their captions in any layout of `read_captioned`.
 
     Attributes:
         annotations: The file with the captions.
@@ -335,10 +301,8 @@ class CaptionFile:
         """
         prepare_files(self.annotations, (self.images,), self.make)
 
-    def __call__(
-        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenize
-    ) -> CaptionedImages:
-        """The pairs as a model wants them; images without a caption are left out and counted.
+    def __call__(self) -> ImageSet:
+        """The images that count; those without a caption are left out and counted.
 
         Raises:
             FileNotFoundError: Images are missing.
@@ -346,28 +310,27 @@ class CaptionFile:
         """
         self.prepare()
         folder = Path(self.images)
-        pictures = read_pictures(Path(self.annotations), folder, self.part)
+        skipped: Counter[str] = Counter()
+        images = read_captioned(Path(self.annotations), self.part, skipped)
         if self.names is not None:
-            pictures = only_named(pictures, Path(self.names))
-        _require_number(self.annotations, len(pictures), self.split, self.expected)
-        pictures = subset(pictures, self.limit, self.limit_seed)
-        require_images(folder, [(entry.id, entry.file_name) for entry in pictures])
-        captioned, skipped = _with_captions(self.annotations, pictures)
-        paths = [folder / picture.file_name for picture in captioned]
-        return CaptionedImages(
-            names=[picture.file_name for picture in captioned],
-            captions=[picture.captions for picture in captioned],
-            read=partial(read_image_at, paths),
-            files=[Path(path) for path in (self.annotations, self.names) if path is not None],
+            images = only_named(images, Path(self.names))
+        _require_number(self.annotations, len(images), self.split, self.expected)
+        images = subset(images, self.limit, self.limit_seed)
+        require_images(folder, [(image.id, image.file_name) for image in images])
+        captions = _captions(self.annotations, [image.captions for image in images], skipped)
+        paths = [folder / images[row].file_name for row in captions]
+        return ImageSet(
+            images=paths,
+            names=[images[row].file_name for row in captions],
             listed=paths,
+            files=[Path(path) for path in (self.annotations, self.names) if path is not None],
+            captions=list(captions.values()),
             skipped=skipped,
-            transform=transform,
-            tokenizer=tokenizer,
         )
 
 
 @dataclass(frozen=True)
-class CaptionShards:
+class RetrievalShards:
     """CLIP_benchmark's webdataset: `N.tar` with an image and a `.txt`, one caption per line.
 
     Attributes:
@@ -397,10 +360,8 @@ class CaptionShards:
         """
         tar_files(Path(self.folder))
 
-    def __call__(
-        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenize
-    ) -> CaptionedImages:
-        """The pairs as a model wants them; images without a caption are left out and counted.
+    def __call__(self) -> ImageSet:
+        """The images that count; those without a caption are left out and counted.
 
         Raises:
             FileNotFoundError: Shards are missing.
@@ -410,20 +371,17 @@ class CaptionShards:
         samples = index_shards(shards)
         _require_number(self.folder, len(samples), self.split, self.expected)
         samples = subset(samples, self.limit, self.limit_seed)
-        pictures = [
-            CaptionedPicture(row, sample.key, _lines(sample.text("txt")))
-            for row, sample in enumerate(samples)
-        ]
-        captioned, skipped = _with_captions(self.folder, pictures)
-        return CaptionedImages(
-            names=[picture.file_name for picture in captioned],
-            captions=[picture.captions for picture in captioned],
-            read=partial(decode_at, [samples[picture.id] for picture in captioned]),
-            files=[],
+        skipped: Counter[str] = Counter()
+        captions = _captions(
+            self.folder, (tuple(caption_lines(sample.text("txt"))) for sample in samples), skipped
+        )
+        chosen = [samples[row] for row in captions]
+        return ImageSet(
+            images=chosen,
+            names=[sample.key for sample in chosen],
             listed=shards,
+            captions=list(captions.values()),
             skipped=skipped,
-            transform=transform,
-            tokenizer=tokenizer,
         )
 
 
@@ -440,24 +398,19 @@ def _require_number(where: str, found: int, split: str, expected: int | None) ->
         )
 
 
-def _with_captions(
-    where: str, pictures: Sequence[CaptionedPicture]
-) -> tuple[list[CaptionedPicture], dict[str, int]]:
-    """Images with at least one caption that is not empty, and how many have none."""
-    some = [replace(entry, captions=tuple(filter(None, entry.captions))) for entry in pictures]
-    captioned = [entry for entry in some if entry.captions]
-    if not captioned:
+def _captions(
+    where: str, captions: Iterable[tuple[str, ...]], skipped: Counter[str]
+) -> dict[int, tuple[str, ...]]:
+    """Captions that are not empty, by the row of their image; counts images without any."""
+    found = {}
+    for row, some in enumerate(captions):
+        if kept := tuple(filter(None, some)):
+            found[row] = kept
+        else:
+            skipped["image without caption"] += 1
+    if not found:
         raise ValueError(f"{where} has no image with a caption")
-    missing = len(pictures) - len(captioned)
-    return captioned, {"image without caption": missing} if missing else {}
-
-
-def _lines(text: str) -> tuple[str, ...]:
-    """Captions of a `.txt`; line breaks inside a caption are written as a backslash and an n."""
-    return tuple(" ".join(line.replace("\\n", " ").split()) for line in text.splitlines())
-
-
-KEYS = ("filename", "caption", "negative_caption")
+    return found
 
 
 @dataclass(frozen=True)
@@ -491,12 +444,9 @@ class CaptionChoices:
             FileNotFoundError: They are not.
         """
         self._files()
-        if not Path(self.images).is_dir():
-            raise FileNotFoundError(f"no folder {self.images}; set images= to where they are")
+        _require_folder(Path(self.images))
 
-    def __call__(
-        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenize
-    ) -> tuple[CaptionedImages, list[str]]:
+    def __call__(self) -> ImageSet:
         """Images with their captions, right and wrong in turn, and the kind of each two.
 
         Raises:
@@ -508,29 +458,26 @@ class CaptionChoices:
         captions: dict[str, list[str]] = {}
         kinds: dict[str, list[str]] = {}
         for path in files:
-            for name, right, wrong in _entries(path):
+            for name, right, wrong in _choices(path):
                 captions.setdefault(name, []).extend((right, wrong))
                 kinds.setdefault(name, []).append(path.stem)
         names = subset(list(captions), self.limit, self.limit_seed)
         folder = Path(self.images)
         require_images(folder, list(enumerate(names)))
         paths = [folder / name for name in names]
-        opened = CaptionedImages(
+        return ImageSet(
+            images=paths,
             names=names,
-            captions=[tuple(captions[name]) for name in names],
-            read=partial(read_image_at, paths),
-            files=files,
             listed=paths,
-            skipped={},
-            transform=transform,
-            tokenizer=tokenizer,
+            files=files,
+            captions=[tuple(captions[name]) for name in names],
+            kinds=[kind for name in names for kind in kinds[name]],
         )
-        return opened, [kind for name in names for kind in kinds[name]]
 
     def _files(self) -> list[Path]:
         folder = Path(self.folder)
         if self.kinds is None:
-            files = sorted(folder.glob("*.json"))
+            files = visible(folder.glob("*.json"))
         else:
             files = [folder / f"{kind}.json" for kind in self.kinds]
         missing = [path.name for path in files if not path.is_file()]
@@ -542,14 +489,12 @@ class CaptionChoices:
         return files
 
 
-def _entries(path: Path) -> list[tuple[str, str, str]]:
+def _choices(path: Path) -> Iterator[tuple[str, str, str]]:
     content = load_json(path)
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds no entries by number; it is a file of another kind")
-    found = []
     for key, entry in content.items():
-        missing = [name for name in KEYS if not isinstance(entry, Mapping) or name not in entry]
-        if missing:
-            raise ValueError(f"{path}: entry {key} has no {', '.join(missing)}")
-        found.append((entry["filename"], entry["caption"], entry["negative_caption"]))
-    return found
+        for name in ("filename", "caption", "negative_caption"):
+            if not isinstance(entry, Mapping) or not isinstance(entry.get(name), str):
+                raise ValueError(f"{path}: entry {key} has no {name} that is text")
+        yield entry["filename"], entry["caption"], entry["negative_caption"]

@@ -1,4 +1,4 @@
-"""Which labelled regions of COCO files count, by the protocol of Grad-ECLIP's Table 7.
+"""Labelled regions of COCO files in letterboxed images, by the protocol of Grad-ECLIP's Table 7.
 
 Panoptic files give boxes and masks of things and stuff, instance files those of things.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,7 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.coco import Category, CocoImage, Region, read_regions, region_masks
-from gradeclip_ft.data.files import (
-    prepare_files,
-    require_images,
-    subset,
-    subset_protocol,
-)
+from gradeclip_ft.data.files import prepare_files, require_images, subset, subset_protocol
 from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import read_image
 
@@ -45,15 +40,24 @@ def letterbox_size(height: int, width: int, side: int, fit: Fit = "letterbox") -
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def letterbox_image(image: Image.Image, side: int, fit: Fit = "letterbox") -> Image.Image:
-    """Resize bicubically and pad right and below with black, before any normalisation."""
+def letterbox_image(
+    image: Image.Image, side: int, fit: Fit = "letterbox", *, centred: bool = False
+) -> Image.Image:
+    """Resize bicubically and pad right and below with black, before any normalisation.
+
+    Args:
+        image: The picture.
+        side: Of the square in pixels.
+        fit: How the picture comes into the square.
+        centred: Pad on all sides instead.
+    """
     height, width = letterbox_size(image.height, image.width, side, fit)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if height == width == side:
         return image
     square = Image.new("RGB", (side, side))
-    square.paste(image, (0, 0))
+    square.paste(image, ((side - width) // 2, (side - height) // 2) if centred else (0, 0))
     return square
 
 
@@ -119,10 +123,14 @@ class RegionSample:
 
     image: Float[Tensor, "3 H W"]
     boxes: Float[Tensor, "R 4"]
-    masks: Float[Tensor, "R h w"]
+    masks: Float[Tensor, "R h w"] | None
     labels: Int[Tensor, " R"]
     is_thing: Bool[Tensor, " R"]
     crops: Float[Tensor, "R 3 S S"] | None = None
+
+
+CROP_SCALE = 1.5
+"""Crops of things are their boxes enlarged by this factor, as in CLIPSelf's program."""
 
 
 @dataclass(frozen=True)
@@ -130,73 +138,75 @@ class RegionImages(Dataset[RegionSample]):
     """One letterboxed image with its regions per item.
 
     Attributes:
-        annotations: The annotation file.
-        images: Folder of the images.
-        segments: Folder of the panoptic PNGs; None for instance files.
-        mask_antialias: Antialias when masks are resized to the patch grid.
+        source: Where they come from.
         categories: In order of the labels.
-        pictures: Images with the regions that count.
+        chosen: Images with the regions that count.
         skipped: Left out, by cause.
+        has_masks: Whether every region has one.
         image_size: Side of the padded square in pixels.
         patch: Side of a cell in pixels.
         mean: Pixel statistics of the model.
         std: Pixel statistics of the model.
-        fit: How images come into the square.
         crop_size: Side in pixels of a crop of each region; None for no crops.
-        crop_scale: Crops of things are their boxes enlarged by this factor.
     """
 
-    annotations: Path
-    images: Path
-    segments: Path | None
-    mask_antialias: bool
+    source: CocoRegions
     categories: Sequence[Category]
-    pictures: Sequence[tuple[CocoImage, Sequence[Region]]]
+    chosen: Sequence[tuple[CocoImage, Sequence[Region]]]
     skipped: dict[str, int]
+    has_masks: bool
     image_size: int
     patch: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fit: Fit
     crop_size: int | None
-    crop_scale: float
 
     @property
-    def names(self) -> list[str]:
+    def classes(self) -> list[str]:
         """Class names in order of the labels."""
         return [category.name for category in self.categories]
 
     @property
+    def labels(self) -> list[int]:
+        """Of all regions."""
+        return [region.label for _, regions in self.chosen for region in regions]
+
+    @property
+    def names(self) -> list[str]:
+        """File names of the images."""
+        return [image.file_name for image, _ in self.chosen]
+
+    @property
+    def images(self) -> list[Path]:
+        """Files of the images."""
+        return [Path(self.source.images) / name for name in self.names]
+
+    @property
     def files(self) -> list[Path]:
         """Annotation files, which a fingerprint reads."""
-        return [self.annotations]
+        return [Path(self.source.annotations)]
 
     @property
     def listed(self) -> list[Path]:
         """Images and masks, which a fingerprint lists."""
-        images = [self.images / picture.file_name for picture, _ in self.pictures]
-        if self.segments is None:
-            return images
-        names = [picture.segments for picture, _ in self.pictures]
-        return images + [self.segments / name for name in names if name is not None]
+        if self.source.segments is None:
+            return self.images
+        names = [image.segments for image, _ in self.chosen if image.segments is not None]
+        return self.images + [Path(self.source.segments) / name for name in names]
 
     @property
     def counts(self) -> dict[str, Any]:
         """Images and regions that count, and those left out."""
-        things = [
-            self.categories[region.label].is_thing
-            for _, regions in self.pictures
-            for region in regions
-        ]
+        things = sum(self.categories[label].is_thing for label in self.labels)
         return {
-            "images": len(self.pictures),
-            "things": sum(things),
-            "stuff": len(things) - sum(things),
+            "images": len(self.chosen),
+            "things": things,
+            "stuff": len(self.labels) - things,
             "skipped": self.skipped,
         }
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> RegionSample:
         """Letterboxed image number `index`.
@@ -204,39 +214,42 @@ class RegionImages(Dataset[RegionSample]):
         Raises:
             ValueError: The image cannot be read or is of another size than annotated.
         """
-        picture, regions = self.pictures[index]
-        path = self.images / picture.file_name
-        image = read_image(path, exif=False)  # boxes and masks are about the stored pixels
-        if (image.height, image.width) != (picture.height, picture.width):
+        source, (annotated, regions) = self.source, self.chosen[index]
+        path = Path(source.images) / annotated.file_name
+        image = read_image(path, exif=False)  # boxes and masks are about the pixels as stored
+        height, width = annotated.height, annotated.width
+        if (image.height, image.width) != (height, width):
             raise ValueError(
-                f"{path} (id {picture.id}) has {image.height} x {image.width} pixels (height x "
-                f"width), the annotation file says {picture.height} x {picture.width}"
+                f"{path} (id {annotated.id}) has {image.height} x {image.width} pixels (height x "
+                f"width), the annotation file says {height} x {width}"
             )
-        masks = torch.from_numpy(region_masks(picture, regions, self.segments))
-        labels = torch.tensor([region.label for region in regions])
-        is_thing = torch.tensor([self.categories[region.label].is_thing for region in regions])
         boxes = torch.tensor([region.box for region in regions])
-        boxes[~is_thing] = tight_boxes(masks[~is_thing])
-        height, width = picture.height, picture.width
-        return RegionSample(
-            image=self._pixels(image, self.image_size),
-            boxes=letterbox_boxes(boxes, height=height, width=width, fit=self.fit),
-            masks=letterbox_masks(
-                masks,
+        is_thing = torch.tensor([self.categories[region.label].is_thing for region in regions])
+        masks = None
+        if self.has_masks:
+            folder = None if source.segments is None else Path(source.segments)
+            full = torch.from_numpy(region_masks(annotated, regions, folder))
+            boxes[~is_thing] = tight_boxes(full[~is_thing])
+            if source.clipself:  # its mask2box says (x1 - x0, y1 - y0) of the outermost pixels
+                boxes[~is_thing, 2:] -= 1
+            masks = letterbox_masks(
+                full,
                 self.image_size // self.patch,
-                antialias=self.mask_antialias,
-                fit=self.fit,
-            ),
-            labels=labels,
+                antialias=source.mask_antialias,
+                fit=source.fit,
+            )
+        return RegionSample(
+            image=self._pixels(letterbox_image(image, self.image_size, source.fit)),
+            boxes=letterbox_boxes(boxes, height=height, width=width, fit=source.fit),
+            masks=masks,
+            labels=torch.tensor([region.label for region in regions]),
             is_thing=is_thing,
             crops=None if self.crop_size is None else self._crops(image, boxes, is_thing),
         )
 
-    def _pixels(self, image: Image.Image, side: int) -> Float[Tensor, "3 S S"]:
-        square = F.pil_to_tensor(letterbox_image(image, side, self.fit))
-        pixels: Tensor = F.normalize(
-            F.to_dtype(square, torch.float32, scale=True), list(self.mean), list(self.std)
-        )
+    def _pixels(self, square: Image.Image) -> Float[Tensor, "3 S S"]:
+        planes = F.to_dtype(F.pil_to_tensor(square), torch.float32, scale=True)
+        pixels: Tensor = F.normalize(planes, list(self.mean), list(self.std))
         return pixels
 
     def _crops(
@@ -244,14 +257,23 @@ class RegionImages(Dataset[RegionSample]):
     ) -> Float[Tensor, "R 3 S S"]:
         """Each region alone, at least one pixel of it; boxes of things are enlarged."""
         assert self.crop_size is not None
-        crops = []
+        source, crops = self.source, []
         for (x, y, width, height), thing in zip(boxes.tolist(), is_thing.tolist(), strict=True):
-            more = (self.crop_scale - 1) / 2 if thing else 0.0
-            left, top = max(0.0, x - more * width), max(0.0, y - more * height)
-            right = min(float(image.width), x + width + more * width)
-            bottom = min(float(image.height), y + height + more * height)
-            edges = [int(left), int(top), math.ceil(right), math.ceil(bottom)]
-            crops.append(self._pixels(image.crop(tuple(edges)), self.crop_size))
+            more = (CROP_SCALE - 1) / 2 if thing else 0.0
+            edges = (
+                max(0.0, x - more * width),
+                max(0.0, y - more * height),
+                min(float(image.width), x + width + more * width),
+                min(float(image.height), y + height + more * height),
+            )
+            if source.clipself:  # its program leaves the rounding to PIL: half to even
+                left, top, right, bottom = map(round, edges)
+            else:
+                left, top = int(edges[0]), int(edges[1])
+                right, bottom = math.ceil(edges[2]), math.ceil(edges[3])
+            crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+            square = letterbox_image(crop, self.crop_size, source.fit, centred=source.clipself)
+            crops.append(self._pixels(square))
         return torch.stack(crops)
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
@@ -262,23 +284,17 @@ class RegionImages(Dataset[RegionSample]):
 def join_regions(samples: Sequence[RegionSample]) -> RegionBatch:
     """Images of one batch with their regions flat."""
     counts = torch.tensor([len(sample.labels) for sample in samples])
+    masks = [sample.masks for sample in samples if sample.masks is not None]
+    crops = [sample.crops for sample in samples if sample.crops is not None]
     return RegionBatch(
         images=torch.stack([sample.image for sample in samples]),
         boxes=torch.cat([sample.boxes for sample in samples]),
-        masks=torch.cat([sample.masks for sample in samples]),
+        masks=torch.cat(masks) if masks else None,
         labels=torch.cat([sample.labels for sample in samples]),
         is_thing=torch.cat([sample.is_thing for sample in samples]),
         owner=torch.arange(len(samples)).repeat_interleave(counts),
-        crops=torch.cat(crops) if (crops := _crops_of(samples)) else None,
+        crops=torch.cat(crops) if crops else None,
     )
-
-
-def _crops_of(samples: Sequence[RegionSample]) -> list[Tensor]:
-    return [sample.crops for sample in samples if sample.crops is not None]
-
-
-LETTERBOX = "bicubic, padded right and below with black"
-STRETCHED = "bicubic, both sides stretched"
 
 
 @dataclass(frozen=True)
@@ -294,7 +310,9 @@ class CocoRegions:
         crowd: Keep regions that are groups (`iscrowd`).
         mask_antialias: Antialias when masks are resized to the patch grid.
         fit: "letterbox" pads, "stretch" distorts both sides to the square.
-        crop_scale: Crops of things are their boxes enlarged by this factor.
+        clipself: Crops and boxes of stuff exactly as CLIPSelf's program cuts them: crops are
+            padded on all sides and their edges rounded, boxes of stuff end at the last pixel
+            instead of after it.
         limit: Only so many images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
         make: Called when the annotation file does not exist, to make it.
@@ -308,7 +326,7 @@ class CocoRegions:
     crowd: bool = True
     mask_antialias: bool = True
     fit: Fit = "letterbox"
-    crop_scale: float = 1.5
+    clipself: bool = False
     limit: int | None = None
     limit_seed: int = 0
     make: Callable[[], object] | None = None
@@ -316,6 +334,7 @@ class CocoRegions:
     @property
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
+        padded = "bicubic, padded right and below with black"
         return {
             "source": "instances" if self.segments is None else "panoptic",
             "boxes": "annotated for things, tight for stuff",
@@ -323,7 +342,8 @@ class CocoRegions:
             "max_regions": self.max_regions,
             "crowd": self.crowd,
             "mask_antialias": self.mask_antialias,
-            "letterbox": LETTERBOX if self.fit == "letterbox" else STRETCHED,
+            "letterbox": padded if self.fit == "letterbox" else "bicubic, both sides stretched",
+            **({"crops_and_stuff_boxes": "as CLIPSelf's program"} if self.clipself else {}),
             **subset_protocol(self.limit, self.limit_seed),
         }
 
@@ -338,13 +358,15 @@ class CocoRegions:
     def __call__(
         self,
         *,
-        image_size: int,
-        patch: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        image_size: int = 32,
+        patch: int = 32,
+        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         crop_size: int | None = None,
     ) -> RegionImages:
         """The regions at an evaluator's image size, with `crop_size` also crops of that size.
+
+        The defaults are for whoever looks at the data without a model.
 
         Raises:
             FileNotFoundError: Images are missing.
@@ -352,63 +374,60 @@ class CocoRegions:
         """
         self.prepare()
         categories, listed = read_regions(Path(self.annotations))
-        pictures = subset(listed, self.limit, self.limit_seed)
-        folder = Path(self.images)
-        require_images(folder, [(picture.id, picture.file_name) for picture in pictures])
-        self._require_segments(pictures)
+        images = subset(listed, self.limit, self.limit_seed)
+        require_images(Path(self.images), [(image.id, image.file_name) for image in images])
+        self._require_segments(images)
         skipped: Counter[str] = Counter()
-        chosen = [(picture, self._choose(picture, skipped)) for picture in pictures]
+        chosen = [(image, self._choose(image, skipped)) for image in images]
         if not any(regions for _, regions in chosen):
             raise ValueError(f"{self.annotations} has no region that counts; skipped: {skipped}")
         skipped["image without regions"] = sum(not regions for _, regions in chosen)
+        maskless = 0
+        if self.segments is None:
+            maskless = sum(region.outline is None for _, some in chosen for region in some)
+            skipped["masks, because regions have none"] = maskless
         return RegionImages(
-            annotations=Path(self.annotations),
-            images=folder,
-            segments=None if self.segments is None else Path(self.segments),
-            mask_antialias=self.mask_antialias,
+            source=replace(self, make=None),  # which may not cross to workers
             categories=categories,
-            pictures=[(picture, regions) for picture, regions in chosen if regions],
-            skipped={cause: count for cause, count in skipped.items() if count},
+            chosen=[(image, regions) for image, regions in chosen if regions],
+            skipped=dict(+skipped),
+            has_masks=maskless == 0,
             image_size=image_size,
             patch=patch,
             mean=mean,
             std=std,
-            fit=self.fit,
             crop_size=crop_size,
-            crop_scale=self.crop_scale,
         )
 
-    def _require_segments(self, pictures: Sequence[CocoImage]) -> None:
+    def _require_segments(self, images: Sequence[CocoImage]) -> None:
         """PNGs for panoptic files, none for instance files."""
-        named = [(entry.id, entry.segments) for entry in pictures if entry.segments is not None]
-        if self.segments is not None and not named:
-            raise ValueError(f"{self.annotations} is no panoptic file; leave segments= out")
-        if self.segments is None and named:
-            raise ValueError(
-                f"{self.annotations} is a panoptic file; name the folder of its PNGs as segments="
-            )
-        if self.segments is not None:
-            require_images(Path(self.segments), named)
+        named = [(image.id, image.segments) for image in images if image.segments is not None]
+        if self.segments is None:
+            if named:
+                raise ValueError(
+                    f"{self.annotations} is a panoptic file; name the folder of its PNGs as "
+                    "segments="
+                )
+            return
+        if not named:
+            raise ValueError(f"{self.annotations} is not a panoptic file; leave segments= out")
+        require_images(Path(self.segments), named)
 
-    def _choose(self, picture: CocoImage, skipped: Counter[str]) -> list[Region]:
+    def _choose(self, image: CocoImage, skipped: Counter[str]) -> list[Region]:
         """Regions of an image that count, in file order; counts the others by cause."""
         kept = []
-        for position, region in enumerate(picture.regions):
-            cause = self._objection(picture, region, position)
-            if cause is None:
-                kept.append(region)
+        for position, region in enumerate(image.regions):
+            x, y, width, height = region.box
+            if position >= self.max_regions:
+                skipped["beyond the maximum per image"] += 1
+            elif region.crowd and not self.crowd:
+                skipped["crowd"] += 1
+            elif width <= 0 or height <= 0:
+                skipped["box without area"] += 1
+            elif x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
+                skipped["box outside the image"] += 1
+            elif width * height < self.min_area:
+                skipped["small"] += 1
             else:
-                skipped[cause] += 1
+                kept.append(region)
         return kept
-
-    def _objection(self, picture: CocoImage, region: Region, position: int) -> str | None:
-        x, y, width, height = region.box
-        if position >= self.max_regions:
-            return "beyond the maximum per image"
-        if region.crowd and not self.crowd:
-            return "crowd"
-        if width <= 0 or height <= 0:
-            return "box without area"
-        if x >= picture.width or y >= picture.height or x + width <= 0 or y + height <= 0:
-            return "box outside the image"
-        return "small" if width * height < self.min_area else None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
 
-from gradeclip_ft.explain.base import Explainer
-from gradeclip_ft.metrics import ClassMeanAccuracy
 from gradeclip_ft.models.clip import ImageTextModel, LoadedClip, evaluation_mode
 from gradeclip_ft.results.record import Json, Measured, Result, read, result_path, versions
 
@@ -167,104 +162,3 @@ def _same(
             "out= keeps both"
         )
     return result
-
-
-@runtime_checkable
-class Opened(Protocol):
-    """Data of one evaluation, for its fingerprint."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Small files, read for the fingerprint."""
-        ...
-
-    @property
-    def listed(self) -> Sequence[Path]:
-        """Images, masks or shards, listed in the fingerprint."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, Any]:
-        """What counts, and what was skipped by cause."""
-        ...
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where data come from; called for one model."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Choices that change the numbers."""
-        ...
-
-    def prepare(self) -> None:
-        """Make or check the data."""
-        ...
-
-
-def chosen(
-    explainers: Mapping[str, Explainer], methods: Sequence[str] | None
-) -> dict[str, Explainer]:
-    """The methods that are asked for, in that order; all for None.
-
-    Raises:
-        ValueError: There is none of a name, or none at all.
-    """
-    names = list(explainers) if methods is None else list(methods)
-    unknown = [name for name in names if name not in explainers]
-    if unknown or not names:
-        raise ValueError(
-            f"methods={names}: {', '.join(unknown) or 'none asked for'}; choose from "
-            f"{', '.join(explainers)}"
-        )
-    return {name: explainers[name] for name in names}
-
-
-def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
-    """What each method was told, as it stands in a JSON file."""
-    told = {name: _settings(method) for name, method in explainers.items()}
-    plain: dict[str, Json] = json.loads(json.dumps(told))
-    return plain
-
-
-def require_float32(clip: ImageTextModel, name: str) -> None:
-    """Refuse a model in half precision, whose gradients are no reference.
-
-    Raises:
-        ValueError: It is one.
-    """
-    _, dtype = placement(clip)
-    if dtype != torch.float32:
-        raise ValueError(f"{name} explains in float32, the model is {dtype}; set precision=float32")
-
-
-def _settings(method: Explainer) -> dict[str, Json]:
-    values = {entry.name: getattr(method, entry.name) for entry in fields(method)}  # type: ignore[arg-type]
-    kept = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-    return {"method": type(method).__name__, **kept}
-
-
-def class_table(meter: ClassMeanAccuracy, names: Sequence[str]) -> dict[str, Json]:
-    """Number of answers and share of correct ones for each class that occurs."""
-    total = meter.total.tolist()
-    correct = dict(zip(meter.topk, meter.correct.tolist(), strict=True))
-    return {
-        name: {
-            "samples": int(total[row]),
-            **{f"top{k}": round(right[row] / total[row], 4) for k, right in correct.items()},
-        }
-        for row, name in enumerate(names)
-        if total[row]
-    }
-
-
-def most_confused(meter: ClassMeanAccuracy, names: Sequence[str], limit: int = 20) -> list[Json]:
-    """Pairs of true class and class that came first instead, with their number, frequent first."""
-    mistakes = meter.confusion.clone().fill_diagonal_(0).flatten()
-    most = mistakes.sort(descending=True, stable=True)
-    return [
-        {"is": names[place // len(names)], "taken for": names[place % len(names)], "samples": count}
-        for count, place in zip(most.values[:limit].tolist(), most.indices.tolist(), strict=False)
-        if count
-    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradeclip_ft.batch import PairBatch
-from gradeclip_ft.evaluators.base import Track, placement
+from gradeclip_ft.data.files import ImageSet
+from gradeclip_ft.evaluators.base import Track, evaluating, placement
 from gradeclip_ft.models.clip import LoadedClip, class_embeddings
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.text.prompts import fill
@@ -17,26 +17,38 @@ from gradeclip_ft.text.prompts import fill
 SENTENCES = 256  # encoded at a time
 
 
-def encode_images(
-    loaded: LoadedClip, batches: Iterable[PairBatch]
-) -> tuple[Float[Tensor, "B D"], list[Int[Tensor, "M L"]], Int[Tensor, " T"]]:
-    """Unit image embeddings, the token ids of each batch, and the image number of each caption."""
+def encode_pairs(
+    loaded: LoadedClip,
+    pairs: ImageSet,
+    *,
+    batch_size: int,
+    text_batch_size: int,
+    workers: int,
+    track: Track,
+    name: str,
+) -> tuple[Float[Tensor, "B D"], Float[Tensor, "T D"], Int[Tensor, " T"]]:
+    """Unit embeddings of images and of captions, and the image number of each caption."""
     device, dtype = placement(loaded.clip)
+    batches = pairs.pairs(
+        loaded.transform(train=False), loaded.tokenizer, batch_size=batch_size, workers=workers
+    )
     images, tokens, owners, seen = [], [], [], 0
-    for batch in batches:
-        images.append(unit(loaded.clip.image.encode(batch.images.to(device, dtype))))
-        tokens.append(batch.texts)
-        owners.append(batch.owner + seen)
-        seen += len(batch.images)
-    return torch.cat(images), tokens, torch.cat(owners)
+    with evaluating(loaded.clip):
+        for batch in track(batches, f"{name}: images", len(batches)):
+            images.append(unit(loaded.clip.image.encode(batch.images.to(device, dtype))))
+            tokens.append(batch.texts)
+            owners.append(batch.owner + seen)
+            seen += len(batch.images)
+        texts = _encode_texts(loaded, tokens, text_batch_size, track, name)
+    return torch.cat(images), texts, torch.cat(owners).to(texts.device)
 
 
-def encode_texts(
+def _encode_texts(
     loaded: LoadedClip, tokens: Sequence[Tensor], size: int, track: Track, name: str
-) -> Tensor:
-    """Unit embeddings of all captions (T, D); equal captions are encoded once: they tie exactly.
+) -> Float[Tensor, "T D"]:
+    """Unit embeddings of all captions; equal captions are encoded once, so that they tie exactly.
 
-    Sorted by length and cut behind the longest of a batch, where that is exact.
+    Sorted by length and cut after the longest of a batch, where that is exact.
     """
     device, _ = placement(loaded.clip)
     width = max(ids.shape[1] for ids in tokens)
@@ -48,14 +60,11 @@ def encode_texts(
     length = loaded.tokenizer.lengths(distinct)
     order = length.argsort(stable=True)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    embedded: Tensor | None = None
+    found = []
     for part in track(parts, f"{name}: captions", len(parts)):
         cut = int(length[part].max()) if loaded.tokenizer.exact_cut else width
-        found = unit(loaded.clip.text.encode(distinct[part, :cut].to(device)))
-        if embedded is None:
-            embedded = found.new_empty(len(distinct), found.shape[1])
-        embedded[part.to(device)] = found
-    assert embedded is not None
+        found.append(unit(loaded.clip.text.encode(distinct[part, :cut].to(device))))
+    embedded = torch.cat(found)[order.argsort().to(device)]
     return embedded[row.to(device)]
 
 

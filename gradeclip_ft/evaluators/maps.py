@@ -7,10 +7,11 @@ All methods read one pass over the same pixels and text vectors; maps are enlarg
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -18,21 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradeclip_ft.batch import RegionBatch
-from gradeclip_ft.evaluators.base import (
-    Track,
-    chosen,
-    evaluating,
-    placement,
-    require_float32,
-    settings,
-    untracked,
-)
+from gradeclip_ft.data.files import Source
+from gradeclip_ft.data.regions import RegionImages
+from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
-from gradeclip_ft.evaluators.regions import RegionSource, square_side
+from gradeclip_ft.evaluators.regions import square_side
 from gradeclip_ft.explain.base import Explainer, explain_image, shared_pass
 from gradeclip_ft.explain.driver import Supported, heat_maps
 from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
-from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.clip import ImageTextModel, LoadedClip
 from gradeclip_ft.ops.heatmap import to_pixels
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
@@ -60,7 +55,7 @@ class LocalisationEvaluator:
     """
 
     name: str
-    data: RegionSource
+    data: Source[RegionImages]
     explainers: Mapping[str, Explainer]
     methods: Sequence[str] | None = None
     image_size: int | None = None
@@ -106,7 +101,7 @@ class LocalisationEvaluator:
         with evaluating(loaded.clip):
             supported = Supported(chosen(self.explainers, self.methods), loaded)
             classes = encode_classes(
-                loaded, regions.names, [self.prompt], track, self.name, say=phrase_prompt
+                loaded, regions.classes, [self.prompt], track, self.name, say=phrase_prompt
             )
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 phrases = phrases_of(batch)
@@ -124,7 +119,7 @@ class LocalisationEvaluator:
             protocol={
                 **self.protocol,
                 "image_size": side,
-                "class_list_hash": hash_json(list(regions.names)),
+                "class_list_hash": hash_json(list(regions.classes)),
             },
             data=data_fingerprint(regions.files, regions.listed, regions.counts),
             details={
@@ -351,3 +346,45 @@ def _quartiles(times: Sequence[float]) -> list[Json]:
     """First and third quartile of a call in seconds."""
     ends = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times
     return [round(ends[0], 6), round(ends[-1], 6)]
+
+
+def chosen(
+    explainers: Mapping[str, Explainer], methods: Sequence[str] | None
+) -> dict[str, Explainer]:
+    """The methods that are asked for, in that order; all for None.
+
+    Raises:
+        ValueError: There is none of a name, or none at all.
+    """
+    names = list(explainers) if methods is None else list(methods)
+    unknown = [name for name in names if name not in explainers]
+    if unknown or not names:
+        raise ValueError(
+            f"methods={names}: {', '.join(unknown) or 'none asked for'}; choose from "
+            f"{', '.join(explainers)}"
+        )
+    return {name: explainers[name] for name in names}
+
+
+def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
+    """What each method was told, as it stands in a JSON file."""
+    told = {name: _settings(method) for name, method in explainers.items()}
+    plain: dict[str, Json] = json.loads(json.dumps(told))
+    return plain
+
+
+def require_float32(clip: ImageTextModel, name: str) -> None:
+    """Refuse a model in half precision, whose gradients are no reference.
+
+    Raises:
+        ValueError: It is one.
+    """
+    _, dtype = placement(clip)
+    if dtype != torch.float32:
+        raise ValueError(f"{name} explains in float32, the model is {dtype}; set precision=float32")
+
+
+def _settings(method: Explainer) -> dict[str, Json]:
+    values = {entry.name: getattr(method, entry.name) for entry in fields(method)}  # type: ignore[arg-type]
+    kept = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+    return {"method": type(method).__name__, **kept}

@@ -1,54 +1,19 @@
-"""What an evaluator of images and captions asks of its data."""
+"""Evaluators of images and captions: retrieval, and the choice between two captions."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Protocol, runtime_checkable
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from gradeclip_ft.batch import PairBatch
-from gradeclip_ft.evaluators.base import Opened, Source, Track, evaluating, untracked
-from gradeclip_ft.evaluators.embed import encode_images, encode_texts
+from gradeclip_ft.data.files import ImageSet, Source
+from gradeclip_ft.evaluators.base import Track, untracked
+from gradeclip_ft.evaluators.embed import encode_pairs
 from gradeclip_ft.metrics import recall, require_finite, search
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint
-
-
-@runtime_checkable
-class PairBatches(Protocol):
-    """Batches of pairs with a known number."""
-
-    def __iter__(self) -> Iterator[PairBatch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@runtime_checkable
-class OpenedPairs(Opened, Protocol):
-    """Images and captions as one model wants them."""
-
-    def batches(self, batch_size: int, workers: int) -> PairBatches:
-        """All pairs once."""
-        ...
-
-
-@runtime_checkable
-class PairSource(Source, Protocol):
-    """Where pairs come from; called with the model's own preprocessing and tokenizer."""
-
-    def __call__(
-        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenizer
-    ) -> OpenedPairs:
-        """The pairs of one model."""
-        ...
-
 
 TOPK = (1, 5, 10)
 
@@ -66,7 +31,7 @@ class RetrievalEvaluator:
     """
 
     name: str
-    data: PairSource
+    data: Source[ImageSet]
     batch_size: int = 64
     text_batch_size: int = 256
     workers: int = 0
@@ -93,14 +58,17 @@ class RetrievalEvaluator:
             FileNotFoundError: Data are missing.
             ValueError: The data are damaged, or the embeddings are not finite.
         """
-        pairs = self.data(transform=loaded.transform(train=False), tokenizer=loaded.tokenizer)
-        batches = pairs.batches(self.batch_size, self.workers)
-        with evaluating(loaded.clip):
-            shown = track(batches, f"{self.name}: images", len(batches))
-            images, tokens, owner = encode_images(loaded, shown)
-            texts = encode_texts(loaded, tokens, self.text_batch_size, track, self.name)
+        pairs = self.data()
+        images, texts, owner = encode_pairs(
+            loaded,
+            pairs,
+            batch_size=self.batch_size,
+            text_batch_size=self.text_batch_size,
+            workers=self.workers,
+            track=track,
+            name=self.name,
+        )
         number = torch.arange(len(images), device=images.device)
-        owner = owner.to(images.device)
         found = {
             "image_retrieval": search(texts, images, owner, number),
             "text_retrieval": search(images, texts, number, owner),
@@ -123,23 +91,11 @@ class RetrievalEvaluator:
                     way: float(ties.double().mean()) for way, (_, ties) in found.items()
                 },
                 "images_by_number_of_captions": {
-                    str(count): int(images_with)
-                    for count, images_with in enumerate(torch.bincount(torch.bincount(owner)))
-                    if images_with
+                    str(number): images
+                    for number, images in sorted(Counter(map(len, pairs.captions)).items())
                 },
             },
         )
-
-
-@runtime_checkable
-class ChoiceSource(Source, Protocol):
-    """Images with captions in twos, the right one first."""
-
-    def __call__(
-        self, *, transform: Callable[[Image.Image], Tensor], tokenizer: Tokenizer
-    ) -> tuple[OpenedPairs, Sequence[str]]:
-        """The captions of one model, and the kind of each two in their order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -148,14 +104,14 @@ class ChoiceEvaluator:
 
     Attributes:
         name: Of the result file.
-        data: Where the captions come from.
+        data: Where the captions come from, right and wrong in turn.
         batch_size: Images per forward pass; does not change the numbers.
         text_batch_size: Captions per forward pass; does not change the numbers.
         workers: Processes that load images; 0 loads them here.
     """
 
     name: str
-    data: ChoiceSource
+    data: Source[ImageSet]
     batch_size: int = 64
     text_batch_size: int = 256
     workers: int = 0
@@ -182,19 +138,21 @@ class ChoiceEvaluator:
             FileNotFoundError: Data are missing.
             ValueError: The data are damaged, or the embeddings are not finite.
         """
-        pairs, kinds = self.data(
-            transform=loaded.transform(train=False), tokenizer=loaded.tokenizer
+        pairs = self.data()
+        images, texts, owner = encode_pairs(
+            loaded,
+            pairs,
+            batch_size=self.batch_size,
+            text_batch_size=self.text_batch_size,
+            workers=self.workers,
+            track=track,
+            name=self.name,
         )
-        batches = pairs.batches(self.batch_size, self.workers)
-        with evaluating(loaded.clip):
-            shown = track(batches, f"{self.name}: images", len(batches))
-            images, tokens, owner = encode_images(loaded, shown)
-            texts = encode_texts(loaded, tokens, self.text_batch_size, track, self.name)
-        scores = (images[owner.to(images.device)] * texts).sum(1).view(-1, 2).cpu()
+        scores = (images[owner] * texts).sum(1).view(-1, 2).cpu()
         require_finite(scores)
         right = (scores[:, 0] > scores[:, 1]).tolist()
-        asked = Counter(kinds)
-        answered = Counter(kind for kind, hit in zip(kinds, right, strict=True) if hit)
+        asked = Counter(pairs.kinds)
+        answered = Counter(kind for kind, hit in zip(pairs.kinds, right, strict=True) if hit)
         by_kind = {kind: answered[kind] / asked[kind] for kind in sorted(asked)}
         return Measured(
             metrics={"mean": fmean(by_kind.values()), **by_kind},

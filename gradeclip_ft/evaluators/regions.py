@@ -6,25 +6,18 @@ accuracies are means over the classes that occur, for things and stuff apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradeclip_ft.batch import RegionBatch
-from gradeclip_ft.evaluators.base import (
-    Opened,
-    Source,
-    Track,
-    class_table,
-    evaluating,
-    most_confused,
-    placement,
-    untracked,
-)
+from gradeclip_ft.data.files import Source
+from gradeclip_ft.data.regions import RegionImages
+from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip
@@ -32,46 +25,6 @@ from gradeclip_ft.ops.heatmap import pool_boxes, pool_masks
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import VILD
-
-
-@runtime_checkable
-class RegionBatches(Protocol):
-    """Batches of regions with a known number."""
-
-    def __iter__(self) -> Iterator[RegionBatch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@runtime_checkable
-class OpenedRegions(Opened, Protocol):
-    """Regions at one image size."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Class names in order of the labels."""
-        ...
-
-    def batches(self, batch_size: int, workers: int) -> RegionBatches:
-        """All regions once."""
-        ...
-
-
-@runtime_checkable
-class RegionSource(Source, Protocol):
-    """Where regions come from; called with the evaluator's image size and the model's pixels."""
-
-    def __call__(
-        self,
-        *,
-        image_size: int,
-        patch: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        crop_size: int | None = None,
-    ) -> OpenedRegions:
-        """The regions at one image size, and crops of them where a size is given."""
-        ...
 
 
 def square_side(loaded: LoadedClip, wanted: int | None, name: str) -> int:
@@ -123,44 +76,36 @@ class RegionEvaluator:
         groups: Accuracies of things and stuff "apart", as in the paper, or "together".
         micro: Add the share of correct regions, every region alike, as `micro_top1`.
         crops: Add the class embedding of each region's own crop, at the model's own size.
-        roi_sampling: Points per cell and side of RoIAlign; -1 for as many as the box has cells.
-        roi_aligned: Shift boxes by half a cell, so that cells have their values at their centres.
         batch_size: Images per forward pass; does not change the numbers.
         workers: Processes that load images; 0 loads them here.
     """
 
     name: str
-    data: RegionSource
+    data: Source[RegionImages]
     image_size: int | None = None
     templates: str | Sequence[str] = "vild"
     groups: Literal["apart", "together"] = "apart"
     micro: bool = False
     crops: bool = False
-    roi_sampling: int = -1
-    roi_aligned: bool = True
     batch_size: int = 32
     workers: int = 0
 
     def __post_init__(self) -> None:
         """Refuse an unknown name of templates, or a sentence without place for the class name."""
-        sentences = self.sentences
-        if not sentences or any("{}" not in sentence for sentence in sentences):
+        if isinstance(self.templates, str) and self.templates != "vild":
+            raise ValueError(f"templates={self.templates!r}: write vild or a list of sentences")
+        if not self.sentences or any("{}" not in sentence for sentence in self.sentences):
             raise ValueError(f"templates={self.templates!r}: each needs {{}} for the class name")
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """The templates themselves."""
-        if isinstance(self.templates, str):
-            if self.templates != "vild":
-                raise ValueError(f"templates={self.templates!r}: write vild or a list of sentences")
-            return VILD
-        return tuple(self.templates)
+        return VILD if isinstance(self.templates, str) else tuple(self.templates)
 
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
         size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
-        aligned = "aligned" if self.roi_aligned else "not aligned"
         together: dict[str, Json] = {} if self.groups == "apart" else {"groups": self.groups}
         crops = "class embedding at the model's own size, fitted into the square as the image"
         return {
@@ -168,7 +113,7 @@ class RegionEvaluator:
             **size,
             "templates": self.templates if isinstance(self.templates, str) else "own",
             "templates_hash": hash_json(list(self.sentences)),
-            "box_pooling": f"RoIAlign 1x1, sampling_ratio {self.roi_sampling}, {aligned}",
+            "box_pooling": "RoIAlign 1x1, sampling_ratio -1, aligned",
             "mask_pooling": "mean of unit tokens, bicubic mask above 0",
             "accuracy": "mean over classes present, among all classes",
             **together,
@@ -198,26 +143,40 @@ class RegionEvaluator:
             crop_size=max(loaded.image_size) if self.crops else None,
         )
         meters: dict[str, ClassMeanAccuracy] = {}
+        names = regions.classes
         empty = 0
         batches = regions.batches(self.batch_size, self.workers)
         with evaluating(loaded.clip):
-            classes = encode_classes(loaded, regions.names, self.sentences, track, self.name)
+            classes = encode_classes(loaded, names, self.sentences, track, self.name)
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 self._count(meters, classes, loaded, batch)
-                empty += (
-                    0 if batch.masks is None else int((~batch.masks.bool().flatten(1).any(1)).sum())
-                )
+                if batch.masks is not None:
+                    empty += int((~batch.masks.bool().flatten(1).any(1)).sum())
+        counted = {
+            group: meters[group] for group in ORDER if group in meters and meters[group].total.any()
+        }
+        metrics: dict[str, float] = {}
+        for group, meter in counted.items():
+            metrics |= {f"{group}/{key}": value for key, value in meter.mean().items()}
+            if self.micro:
+                metrics |= {f"{group}/micro_{key}": value for key, value in meter.micro().items()}
         return Measured(
-            metrics=self._metrics(meters),
+            metrics=metrics,
             protocol={
                 **self.protocol,
                 "image_size": size,
                 "grid": size // loaded.patch,
-                "classes": len(regions.names),
-                "class_list_hash": hash_json(list(regions.names)),
+                "classes": len(names),
+                "class_list_hash": hash_json(names),
             },
             data=data_fingerprint(regions.files, regions.listed, regions.counts),
-            details=_details(meters, regions.names, empty),
+            details={
+                "empty_masks": empty,
+                "classes_present": {key: int((m.total > 0).sum()) for key, m in meters.items()},
+                "share_of_ties": {key: meter.share_of_ties for key, meter in meters.items()},
+                "by_class": {key: meter.by_class(names) for key, meter in meters.items()},
+                "most_confused": {key: meter.most_confused(names) for key, meter in meters.items()},
+            },
         )
 
     def _count(
@@ -230,55 +189,20 @@ class RegionEvaluator:
         """Classify the regions of one batch."""
         device, dtype = placement(loaded.clip)
         batch = batch.to(device)
-        if batch.masks is None:
-            raise ValueError(
-                "regions without masks cannot be evaluated; use annotations with masks"
-            )
         dense = loaded.clip.image.trace(batch.images.to(dtype)).dense()  # (B, h, w, D)
-        found = {
-            "boxes": pool_boxes(
-                dense,
-                batch.boxes,
-                batch.owner,
-                sampling_ratio=self.roi_sampling,
-                aligned=self.roi_aligned,
-            ),
-            "masks": pool_masks(dense, batch.masks, batch.owner),
-        }
+        found = {"boxes": pool_boxes(dense, batch.boxes, batch.owner)}
+        if batch.masks is not None:
+            found["masks"] = pool_masks(dense, batch.masks, batch.owner)
         if batch.crops is not None:
             parts = torch.split(batch.crops.to(dtype), self.batch_size)
             found["crops"] = torch.cat([unit(loaded.clip.image.encode(part)) for part in parts])
         thing = batch.is_thing.bool()
-        every = torch.ones_like(thing)
         for way, features in found.items():  # (R, D)
             scores = (features @ classes.T).cpu()  # (R, K)
-            chosen = {THINGS[way]: thing, STUFF[way]: ~thing}
-            for group, rows in ({way: every} if self.groups == "together" else chosen).items():
+            if self.groups == "together":
+                chosen = {way: torch.ones_like(thing)}
+            else:
+                chosen = {THINGS[way]: thing, STUFF[way]: ~thing}
+            for group, rows in chosen.items():
                 meter = meters.setdefault(group, ClassMeanAccuracy(len(classes), TOPK))
                 meter.update(scores[rows.cpu()], batch.labels[rows].cpu())
-
-    def _metrics(self, meters: Mapping[str, ClassMeanAccuracy]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for group in ORDER:
-            meter = meters.get(group)
-            if meter is None or int(meter.total.sum()) == 0:
-                continue
-            metrics |= {f"{group}/{key}": float(value) for key, value in meter.compute().items()}
-            if self.micro:
-                found = meter.micro().items()
-                metrics |= {f"{group}/micro_{key}": float(value) for key, value in found}
-        return metrics
-
-
-def _details(
-    meters: Mapping[str, ClassMeanAccuracy], names: Sequence[str], empty: int
-) -> dict[str, Json]:
-    return {
-        "empty_masks": empty,
-        "classes_present": {group: int((m.total > 0).sum()) for group, m in meters.items()},
-        "share_of_ties": {
-            group: int(m.tied) / max(1.0, float(m.total.sum())) for group, m in meters.items()
-        },
-        "by_class": {group: class_table(meter, names) for group, meter in meters.items()},
-        "most_confused": {group: most_confused(meter, names) for group, meter in meters.items()},
-    }

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
-from PIL import Image
-from torch import Tensor
-
-from gradeclip_ft.batch import ImageBatch
-from gradeclip_ft.evaluators.base import (
-    Opened,
-    Source,
-    Track,
-    class_table,
-    evaluating,
-    most_confused,
-    placement,
-    untracked,
-)
+from gradeclip_ft.data.files import ImageSet, Source
+from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import ClassMeanAccuracy
 from gradeclip_ft.models.clip import LoadedClip, imagenet_names, imagenet_templates
@@ -28,43 +16,6 @@ from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_j
 from gradeclip_ft.text.prompts import phrase_prompt
 
 TOPK = (1, 5)
-
-
-@runtime_checkable
-class ImageBatches(Protocol):
-    """Batches of labelled images with a known number."""
-
-    def __iter__(self) -> Iterator[ImageBatch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@runtime_checkable
-class OpenedImages(Opened, Protocol):
-    """Labelled images as one model wants them."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Class names in order of the labels, as the data have them."""
-        ...
-
-    @property
-    def templates(self) -> Sequence[str]:
-        """Templates that come with the data; may be empty."""
-        ...
-
-    def batches(self, batch_size: int, workers: int) -> ImageBatches:
-        """All images once."""
-        ...
-
-
-@runtime_checkable
-class ImageSource(Source, Protocol):
-    """Where labelled images come from; called with the model's own preprocessing."""
-
-    def __call__(self, *, transform: Callable[[Image.Image], Tensor]) -> OpenedImages:
-        """The images of one model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +32,7 @@ class ZeroShotEvaluator:
     """
 
     name: str
-    data: ImageSource
+    data: Source[ImageSet]
     class_names: Literal["imagenet", "data"] | Sequence[str] = "imagenet"
     templates: Literal["imagenet", "data"] | Sequence[str] = "imagenet"
     batch_size: int = 64
@@ -111,19 +62,21 @@ class ZeroShotEvaluator:
             ValueError: The data are damaged, names or templates do not fit them, or the embeddings
                 are not finite.
         """
-        images = self.data(transform=loaded.transform(train=False))
+        images = self.data()
         names, templates = self._names(images), self._templates(images)
         meter = ClassMeanAccuracy(len(names), TOPK)
-        batches = images.batches(self.batch_size, self.workers)
+        batches = images.labelled(
+            loaded.transform(train=False), batch_size=self.batch_size, workers=self.workers
+        )
         device, dtype = placement(loaded.clip)
         with evaluating(loaded.clip):
             classes = encode_classes(loaded, names, templates, track, self.name, say=phrase_prompt)
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 found = unit(loaded.clip.image.encode(batch.images.to(device, dtype)))
                 meter.update((found @ classes.T).cpu(), batch.labels)
-        means = {f"mean_{key}": float(value) for key, value in meter.compute().items()}
+        means = {f"mean_{key}": value for key, value in meter.mean().items()}
         return Measured(
-            metrics={**{key: float(value) for key, value in meter.micro().items()}, **means},
+            metrics={**meter.micro(), **means},
             protocol={
                 **self.protocol,
                 "image_size": list(loaded.image_size),
@@ -133,25 +86,25 @@ class ZeroShotEvaluator:
             },
             data=data_fingerprint(images.files, images.listed, images.counts),
             details={
-                "share_of_ties": int(meter.tied) / max(1.0, float(meter.total.sum())),
-                "by_class": class_table(meter, names),
-                "most_confused": most_confused(meter, names),
+                "share_of_ties": meter.share_of_ties,
+                "by_class": meter.by_class(names),
+                "most_confused": meter.most_confused(names),
             },
         )
 
-    def _names(self, images: OpenedImages) -> list[str]:
+    def _names(self, images: ImageSet) -> list[str]:
         if isinstance(self.class_names, str):
-            found = imagenet_names() if self.class_names == "imagenet" else list(images.names)
+            found = imagenet_names() if self.class_names == "imagenet" else list(images.classes)
         else:
             found = list(self.class_names)
-        if len(found) != len(images.names):
+        if len(found) != len(images.classes):
             raise ValueError(
-                f"{self.name}: {len(found)} class names for {len(images.names)} classes of the "
+                f"{self.name}: {len(found)} class names for {len(images.classes)} classes of the "
                 "data; set class_names=data, or a list in the order of the labels"
             )
         return found
 
-    def _templates(self, images: OpenedImages) -> list[str]:
+    def _templates(self, images: ImageSet) -> list[str]:
         if self.templates == "imagenet":
             return list(imagenet_templates())
         if self.templates == "data" and not images.templates:

@@ -81,7 +81,7 @@ def test_a_missing_image_a_broken_one_and_a_cut_file_fail(
     assert "1 of 2 annotated images are not in" in capsys.readouterr().out
     (coco / "captions.json").write_text('{"images": [')
     assert run(*captions(coco)) == 1
-    assert "no complete JSON" in capsys.readouterr().out
+    assert "not complete JSON" in capsys.readouterr().out
 
 
 def test_images_of_the_training_data_are_found(

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.data.pairs import CaptionFile, CaptionShards
+from gradeclip_ft.data.pairs import CaptionFile, RetrievalShards
 
 CAPTIONS = {
     "1007129816.jpg": ("A man, with pierced ears.", 'He says "hello, you".', "  third "),
     "1009434119.jpg": ("A black and white dog.",),
     "101362133.jpg": ("A young child.", "A kid, kicking."),
 }
-Source = CaptionFile | CaptionShards
+Source = CaptionFile | RetrievalShards
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def shards(folder: Path) -> Source:
                 _add(archive, f"{key}.txt", "\n".join(map(str.strip, texts)).encode())
     (folder / "test" / "nshards.txt").write_text("2")
     (folder / "dataset_type.txt").write_text("retrieval")
-    return CaptionShards(str(folder / "test"), "test")
+    return RetrievalShards(str(folder / "test"), "test")
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -139,7 +139,7 @@ def tokens(texts: Any, *, trim: bool = False) -> torch.Tensor:
 
 
 def opened(source: Source) -> Any:
-    return source(transform=_pixels, tokenizer=tokens)
+    return source()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -149,7 +149,7 @@ def test_every_layout_gives_the_same_pairs(layout: Callable[[Path], Source], fol
     expected = [tuple(text.strip() for text in texts) for texts in CAPTIONS.values()]
     found = [pairs[row] for row in range(len(pairs))]
     assert [captions for _, captions in found] == expected
-    assert [int(image[0, 0, 0]) for image, _ in found] == [0, 80, 160]
+    assert [image.getpixel((0, 0))[0] for image, _ in found] == [0, 80, 160]
     assert pairs.counts == {"images": 3, "captions": 6, "skipped": {}}
 
 
@@ -158,10 +158,10 @@ def test_workers_read_shards_as_well(folder: Path) -> None:
 
     def images(workers: int) -> torch.Tensor:
         pairs = shards(folder) if not (folder / "test").exists() else reopened
-        batches = pairs(transform=_pixels, tokenizer=tokens).batches(2, workers)
+        batches = pairs().pairs(_pixels, tokens, batch_size=2, workers=workers)
         return torch.cat([batch.images for batch in batches])
 
-    reopened = CaptionShards(str(folder / "test"), "test")
+    reopened = RetrievalShards(str(folder / "test"), "test")
     assert torch.equal(images(0), images(1))
 
 
@@ -173,7 +173,7 @@ def test_a_line_break_inside_a_caption_of_a_shard_is_a_blank(folder: Path) -> No
     with tarfile.open(folder / "0.tar", "w") as archive:
         _add(archive, "s0.jpg", (folder / "images" / "101362133.jpg").read_bytes())
         _add(archive, "s0.txt", b"first \\n half\nsecond\n")
-    assert opened(CaptionShards(str(folder), "x"))[0][1] == ("first half", "second")
+    assert opened(RetrievalShards(str(folder), "x"))[0][1] == ("first half", "second")
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_names_without_captions_are_refused(folder: Path) -> None:
 def test_missing_shards_and_damaged_ones_are_named(folder: Path) -> None:
     source = shards(folder)
     (folder / "test" / "1.tar").write_bytes((folder / "test" / "1.tar").read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"1.tar is no complete tar .*fetch it again"):
+    with pytest.raises(ValueError, match=r"1.tar is not a complete tar .*fetch it again"):
         opened(source)
     (folder / "test" / "1.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"has 1 shards, its nshards.txt says 2"):
         opened(source)
     with pytest.raises(FileNotFoundError, match=r"no .tar in "):
-        CaptionShards(str(folder / "nothing"), "x").prepare()
+        RetrievalShards(str(folder / "nothing"), "x").prepare()
 
 
 def test_a_broken_image_in_a_shard_is_named(folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_broken_image_in_a_shard_is_named(folder: Path) -> None:
         _add(archive, "s7.jpg", b"no picture")
         _add(archive, "s7.txt", b"first")
     with pytest.raises(ValueError, match=r"0.tar:s7 cannot be read as an image"):
-        opened(CaptionShards(str(folder), "x"))[0]
+        opened(RetrievalShards(str(folder), "x"))[0]
 
 
 def test_a_list_of_something_else_and_a_cut_file_are_named(folder: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_list_of_something_else_and_a_cut_file_are_named(folder: Path) -> None
     with pytest.raises(ValueError, match="image number 0 has no caption"):
         opened(source)
     (folder / "a.json").write_text('[{"image": "10071298')
-    with pytest.raises(ValueError, match="no complete JSON"):
+    with pytest.raises(ValueError, match="not complete JSON"):
         opened(source)
 
 

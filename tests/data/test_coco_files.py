@@ -74,7 +74,7 @@ def test_captions_keep_their_number_per_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 8}, "images that are not listed, first id 8"),
+        ({"image_id": 8}, "images that are not listed, first image_id 8"),
         ({"category_id": 2}, "region 5 has category 2, which is not listed"),
         ({"bbox": [1, 2, 3]}, "box of region 5"),
     ],
@@ -89,7 +89,7 @@ def test_ids_that_do_not_match_are_named(
 def test_truncated_json_missing_file_and_other_kinds_are_named(tmp_path: Path) -> None:
     path = instances(tmp_path, instance())
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"instances.json is no complete JSON"):
+    with pytest.raises(ValueError, match=r"instances.json is not complete JSON"):
         read_regions(path)
     with pytest.raises(FileNotFoundError, match=r"no annotation file .*absent.json"):
         read_regions(tmp_path / "absent.json")

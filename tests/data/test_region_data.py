@@ -59,7 +59,7 @@ def test_regions_that_do_not_count_are_counted_by_cause(write: Callable[..., Coc
         max_regions=7,
     )
     found = opened(source)
-    assert [region.id for region in found.pictures[0][1]] == [1, 3, 6, 7]
+    assert [region.id for region in found.chosen[0][1]] == [1, 3, 6, 7]
     assert found.skipped == {
         "small": 1,
         "box without area": 1,
@@ -127,7 +127,7 @@ def test_panoptic_and_instances_are_not_mixed_up(
     write: Callable[..., CocoRegions], tmp_path: Path
 ) -> None:
     source = write(entry(1, (0, 0, 10, 10)))
-    with pytest.raises(ValueError, match="is no panoptic file; leave segments="):
+    with pytest.raises(ValueError, match="is not a panoptic file; leave segments="):
         opened(CocoRegions(source.annotations, source.images, segments=str(tmp_path)))
     content = json.loads(Path(source.annotations).read_text())
     segment = {key: content["annotations"][0][key] for key in ("id", "category_id", "bbox")}
@@ -197,7 +197,7 @@ def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
         images,
         segments=str(annotations / "panoptic_val2017"),
     )(image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert (len(panoptic), len(panoptic.names)) == (27, 133)
+    assert (len(panoptic), len(panoptic.classes)) == (27, 133)
     assert sum(category.is_thing for category in panoptic.categories) == 80
     for index in range(0, 27, 4):
         sample = panoptic[index]
@@ -212,7 +212,7 @@ def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
     instances = CocoRegions(str(annotations / "instances_val2017.json"), images)(
         image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3
     )
-    assert (len(instances), len(instances.names)) == (89, 80)
+    assert (len(instances), len(instances.classes)) == (89, 80)
     skipped = {"small": 12, "image without regions": 2}
     assert instances.counts == {"images": 89, "things": 703, "stuff": 0, "skipped": skipped}
     for index in range(0, 89, 20):
@@ -224,6 +224,6 @@ def test_real_captions_open(shared_dir: Path) -> None:
     source = CaptionFile(
         str(root / "annotations" / "captions_val2017.json"), str(root / "images"), split="mini"
     )
-    pairs = source(transform=lambda image: torch.zeros(3, 4, 4), tokenizer=lambda *_, **__: None)
+    pairs = source()
     assert pairs.counts == {"images": 91, "captions": 455, "skipped": {}}
     assert pairs[0][1][0].startswith("A big burly grizzly bear")

@@ -95,7 +95,7 @@ def test_all_coco_names_are_said_by_the_rule(shared_dir: Any) -> None:
         str(root / "images"),
         segments=str(root / "annotations" / "panoptic_val2017"),
     )(image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    for name in opened.names:
+    for name in opened.classes:
         NAMES.setdefault(name, ("an" if name[0] in "aeiou" else "a", name))
         assert [fill(template, name) for template in VILD] == [by_rule(t, name) for t in written()]
-    assert sum("-merged" in name for name in opened.names) > 10
+    assert sum("-merged" in name for name in opened.classes) > 10

@@ -51,6 +51,7 @@ def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> 
     """Other numbers would have the world rebuilt between the two, or evaluate another one."""
     cfg = OmegaConf.to_container(compose("train", overrides), resolve=True)
     assert isinstance(cfg, dict)
+    assert cfg["data"]["shards"] == f"{cfg['data']['make']['folder']}/train"
     for name in SHAPES:
         data = cfg["evaluator"][name]["data"]
         assert data["make"] == cfg["data"]["make"]

@@ -133,16 +133,6 @@ def test_crops_of_things_are_enlarged_and_those_of_stuff_are_not(world: Any, loa
     assert next(iter(CocoRegions(**world.panoptic)(**pixels).batches(6, 0))).crops is None
 
 
-def test_roi_options_reach_the_pooling(world: Any, load: Load) -> None:
-    """On 3 x 3 cells unaligned boxes, half a cell further right and below, cost accuracy."""
-    plain = evaluator(world)(load(48))
-    other = evaluator(world, roi_aligned=False, roi_sampling=1)(load(48))
-    assert plain.protocol["box_pooling"] == "RoIAlign 1x1, sampling_ratio -1, aligned"
-    assert other.protocol["box_pooling"] == "RoIAlign 1x1, sampling_ratio 1, not aligned"
-    assert plain.metrics["thing_masks/top1"] == other.metrics["thing_masks/top1"]
-    assert plain.metrics["boxes/top1"] > other.metrics["boxes/top1"]
-
-
 def test_a_subset_is_drawn_by_seed_and_named(world: Any, load: Load) -> None:
     """During training: the same images at every evaluation, and not to be taken for the whole."""
 

@@ -23,10 +23,9 @@ def evaluator(world: Any, **options: Any) -> RetrievalEvaluator:
 
 def image_table(world: Any, loaded: LoadedClip) -> Tensor:
     """What the fake image tower says of picture 0, 1, 2, ...: the perfect text table."""
-    pairs = CaptionFile(**world.captions, split="test")(
-        transform=loaded.transform(), tokenizer=loaded.tokenizer
-    )
-    images = torch.cat([batch.images for batch in pairs.batches(8, 0)])
+    pairs = CaptionFile(**world.captions, split="test")()
+    batches = pairs.pairs(loaded.transform(), loaded.tokenizer, batch_size=8, workers=0)
+    images = torch.cat([batch.images for batch in batches])
     return loaded.clip.image.encode(images)
 
 

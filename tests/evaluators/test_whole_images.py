@@ -119,7 +119,7 @@ def test_class_files_that_do_not_fit_are_named(
     with pytest.raises(ValueError, match=r"0.tar:s0000004: class '2', expected a number from 0"):
         evaluator(shards)(load(whole=True))
     names.unlink()
-    with pytest.raises(FileNotFoundError, match=r"classnames\.txt; it stands beside"):
+    with pytest.raises(FileNotFoundError, match=r"classnames\.txt; it belongs beside"):
         shards.prepare()
 
 
@@ -171,7 +171,7 @@ def test_choice_files_that_do_not_fit_are_named(choices: CaptionChoices, load: L
     with pytest.raises(ValueError, match=r"add_obj.json: entry 0 has no negative_caption"):
         ChoiceEvaluator("c", choices)(load(whole=True))
     path.write_text('{"0": {"file')
-    with pytest.raises(ValueError, match="no complete JSON"):
+    with pytest.raises(ValueError, match="not complete JSON"):
         ChoiceEvaluator("c", choices)(load(whole=True))
     path.unlink()
     (Path(choices.images) / "5.png").unlink()

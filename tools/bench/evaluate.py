@@ -55,7 +55,7 @@ def evaluate(
     variants: dict[str, Callable[[], object]] = {
         FORWARD: partial(_forward, loaded, pixels),
         WHOLE: partial(regions, loaded),
-        TEXTS: partial(_texts, loaded, opened.names, sentence),
+        TEXTS: partial(_texts, loaded, opened.classes, sentence),
     }
     now = time.perf_counter if workers else device_clock(device)  # workers have clocks of their own
     turns = in_turns(variants, rounds=rounds, now=now)
