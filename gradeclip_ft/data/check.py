@@ -73,10 +73,6 @@ def check_data(
         source: As an evaluator holds it.
         read: Also decode every image and mask, and compare sizes.
         track: Shows how far the reading is: numbers, what, and how many.
-
-    Raises:
-        FileNotFoundError: Files are missing.
-        ValueError: Files are damaged or do not fit each other.
     """
     opened = source()
     present = set(opened.labels)
@@ -103,13 +99,7 @@ def check_data(
 
 
 def training_images(where: str) -> set[str]:
-    """Keys of the images of a training set: a COCO or Karpathy JSON, or shards.
-
-    Raises:
-        FileNotFoundError: No such file or shard.
-        ValueError: A file is damaged or of another kind, shards are not on this machine, or no
-            sample of them says which photo it is.
-    """
+    """Keys of the images of a training set: a COCO or Karpathy JSON, or shards."""
     if where.endswith(".json"):
         content = load_json(Path(where))
         images = content.get("images") if isinstance(content, Mapping) else None

@@ -87,12 +87,7 @@ class CaptionedImage:
 
 
 def read_regions(path: Path) -> tuple[list[Category], list[CocoImage]]:
-    """Categories in order of their ids, and all images of an instances or a panoptic file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is cut off, is of another kind, or its ids do not match.
-    """
+    """Categories in order of their ids, and all images of an instances or a panoptic file."""
     content = load_json(path)
     images = _by_id(path, content, "images")
     listed = _by_id(path, content, "categories")
@@ -133,10 +128,6 @@ def read_captions(path: Path, skipped: Counter[str] | None = None) -> list[Capti
     Args:
         path: The file.
         skipped: Gets the number of captions that are not text.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is cut off, is of another kind, or its ids do not match.
     """
     content = load_json(path)
     images = _by_id(path, content, "images")
@@ -150,12 +141,7 @@ def read_captions(path: Path, skipped: Counter[str] | None = None) -> list[Capti
 
 
 def read_image_ids(path: Path) -> set[int]:
-    """Ids of the images of any of COCO's files.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is cut off or of another kind.
-    """
+    """Ids of the images of any of COCO's files."""
     return set(_by_id(path, load_json(path), "images"))
 
 
@@ -181,10 +167,6 @@ def region_masks(
         image: The image they belong to.
         regions: Some of its regions; each with an outline, in instance files.
         folder: Where the panoptic PNGs are; not needed for instance files.
-
-    Raises:
-        FileNotFoundError: No such PNG.
-        ValueError: A PNG or an outline is damaged, of another size, or lacks a segment.
     """
     if not regions:
         return np.zeros((0, image.height, image.width), np.uint8)
@@ -208,12 +190,7 @@ def region_masks(
 
 
 def read_segment_ids(path: Path) -> Int[ndarray, "H W"]:
-    """Segment ids of a panoptic PNG: R + 256 G + 65536 B.
-
-    Raises:
-        FileNotFoundError: No such PNG.
-        ValueError: The PNG cannot be read.
-    """
+    """Segment ids of a panoptic PNG: R + 256 G + 65536 B."""
     stored = np.asarray(read_image(path, exif=False))
     colours = stored.astype(np.int32)  # before the sum: 8 bits overflow
     ids: Int[ndarray, "H W"] = colours[..., 0] + (colours[..., 1] << 8) + (colours[..., 2] << 16)

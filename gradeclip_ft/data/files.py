@@ -94,11 +94,7 @@ class ImageSet(Dataset[tuple[Image.Image, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        """Picture number `index` with its captions or its label.
-
-        Raises:
-            ValueError: The image cannot be read.
-        """
+        """Picture number `index` with its captions or its label."""
         image = self.images[index]
         picture = image.image() if isinstance(image, TarSample) else read_image(image)
         return picture, self.captions[index] if self.captions else self.labels[index]
@@ -149,11 +145,7 @@ def _join_labelled(
 def prepare_files(
     annotations: str, folders: Iterable[str | None], make: Callable[[], object] | None
 ) -> None:
-    """Have missing data made where that is possible.
-
-    Raises:
-        FileNotFoundError: A file or folder is missing and nothing makes it.
-    """
+    """Have missing data made where that is possible."""
     if make is not None and not Path(annotations).is_file():
         make()
     if not Path(annotations).is_file():
@@ -169,11 +161,7 @@ def prepare_files(
 
 
 def require_images(folder: Path, images: Sequence[tuple[int, str]]) -> None:
-    """Refuse a folder that lacks images.
-
-    Raises:
-        FileNotFoundError: With their number and the first of them.
-    """
+    """Refuse a folder that lacks images."""
     missing = [(key, name) for key, name in images if not (folder / name).is_file()]
     if missing:
         key, name = missing[0]
@@ -184,12 +172,7 @@ def require_images(folder: Path, images: Sequence[tuple[int, str]]) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is cut off.
-    """
+    """The content of a JSON file."""
     if not path.is_file():
         raise FileNotFoundError(f"no annotation file {path}; fetch it or set its path")
     try:
@@ -210,9 +193,6 @@ def subset(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
 
     >>> subset("abcdef", 3, seed=0) == subset("abcdef", 3, seed=0)
     True
-
-    Raises:
-        ValueError: The limit is below 1.
     """
     if limit is None or limit >= len(items):
         return list(items)
@@ -240,11 +220,7 @@ class TarSample:
         return f"{self.shard}:{self.key}"
 
     def read(self, suffix: str) -> bytes:
-        """The content of one file.
-
-        Raises:
-            ValueError: The sample has no such file.
-        """
+        """The content of one file."""
         if suffix not in self.places:
             raise ValueError(f"{self.where} has no .{suffix}, only {', '.join(self.places)}")
         offset, size = self.places[suffix]
@@ -253,22 +229,14 @@ class TarSample:
             return file.read(size)
 
     def text(self, suffix: str) -> str:
-        """The content of a text file.
-
-        Raises:
-            ValueError: The sample has no such file, or it is not in UTF-8.
-        """
+        """The content of a text file."""
         try:
             return self.read(suffix).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.where}: its .{suffix} is not in UTF-8 ({error})") from error
 
     def record(self) -> dict[str, Any]:
-        """The content of its `.json`; empty without one.
-
-        Raises:
-            ValueError: It is not a JSON object.
-        """
+        """The content of its `.json`; empty without one."""
         if "json" not in self.places:
             return {}
         try:
@@ -280,28 +248,16 @@ class TarSample:
         return record
 
     def image_bytes(self) -> bytes:
-        """The content of its picture.
-
-        Raises:
-            ValueError: There is none.
-        """
+        """The content of its picture."""
         return self.read(next((name for name in IMAGE_SUFFIXES if name in self.places), "jpg"))
 
     def image(self) -> Image.Image:
-        """The picture in RGB.
-
-        Raises:
-            ValueError: There is none, or it cannot be decoded.
-        """
+        """The picture in RGB."""
         return read_image(self.image_bytes(), name=self.where)
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """The shards of a folder, by number; as many as its `nshards.txt` says, where there is one.
-
-    Raises:
-        FileNotFoundError: No folder, no shard, or fewer or more than there should be.
-    """
+    """The shards of a folder, by number; as many as its `nshards.txt` says, where there is one."""
     shards = sorted(visible(folder.glob("*.tar")), key=lambda path: (len(path.name), path.name))
     if not shards:
         raise FileNotFoundError(f"no .tar in {folder}; fetch the shards or set the folder")
@@ -315,11 +271,7 @@ def tar_files(folder: Path) -> list[Path]:
 
 
 def index_shards(shards: Sequence[Path]) -> list[TarSample]:
-    """Samples of all shards in their order, without reading them.
-
-    Raises:
-        ValueError: A shard is cut off or not a tar.
-    """
+    """Samples of all shards in their order, without reading them."""
     samples: dict[tuple[Path, str], TarSample] = {}
     for shard in shards:
         try:

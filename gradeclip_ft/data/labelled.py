@@ -44,21 +44,11 @@ class ClassFolders:
         return subset_protocol(self.limit, self.limit_seed)
 
     def prepare(self) -> None:
-        """Check that the folders are there.
-
-        Raises:
-            FileNotFoundError: There is none.
-            ValueError: There are more or fewer classes than expected.
-        """
+        """Check that the folders are there."""
         self._folders()
 
     def __call__(self) -> ImageSet:
-        """The images that count.
-
-        Raises:
-            FileNotFoundError: There is no image.
-            ValueError: There are more or fewer classes than expected.
-        """
+        """The images that count."""
         folders = self._folders()
         skipped: Counter[str] = Counter()
         found = []
@@ -116,21 +106,12 @@ class ClassShards:
         return subset_protocol(self.limit, self.limit_seed)
 
     def prepare(self) -> None:
-        """Check that shards and class names are there.
-
-        Raises:
-            FileNotFoundError: They are not.
-        """
+        """Check that shards and class names are there."""
         tar_files(Path(self.folder))
         self._lines(CLASS_NAMES)
 
     def __call__(self) -> ImageSet:
-        """The images that count.
-
-        Raises:
-            FileNotFoundError: Shards or class names are missing.
-            ValueError: A shard is damaged, or a label has no name.
-        """
+        """The images that count."""
         shards = tar_files(Path(self.folder))
         names = self._lines(CLASS_NAMES)
         root = Path(self.folder).parent

@@ -44,10 +44,6 @@ def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> lis
         captions: `captions_*.json`, or a Karpathy split in that layout.
         images: Folder of the images.
         exclude: Another COCO file, whose images are left out: those of an evaluation.
-
-    Raises:
-        FileNotFoundError: A file or the folder does not exist.
-        ValueError: A file is damaged or of another kind.
     """
     _require_folder(images)
     left_out = set() if exclude is None else read_image_ids(exclude)
@@ -64,12 +60,7 @@ def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> lis
 
 
 def table_files(table: Path, images: Path) -> list[CaptionedFile]:
-    """Images of a table, each once, with all its captions in the order of the rows.
-
-    Raises:
-        FileNotFoundError: The table or the folder does not exist.
-        ValueError: No file names and captions can be made out, or a name leads out of the folder.
-    """
+    """Images of a table, each once, with all its captions in the order of the rows."""
     _require_folder(images)
     skipped: Counter[str] = Counter()
     found = _grouped(_rows(table, skipped))
@@ -103,10 +94,6 @@ def read_captioned(path: Path, part: str | None, skipped: Counter[str]) -> list[
         path: COCO's or Karpathy's JSON, a JSON list of images, or a table.
         part: Split of a file that holds several: "test", "val", "train", "restval".
         skipped: Gets the numbers of rows and captions that cannot be used, by cause.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is damaged, of another kind, or holds no such part.
     """
     content = load_json(path) if path.suffix == ".json" else None
     images = content.get("images") if isinstance(content, Mapping) else None
@@ -238,12 +225,7 @@ def _records(lines: Sequence[str], delimiter: str, width: int) -> Iterator[list[
 
 
 def only_named(images: Sequence[CaptionedImage], names: Path) -> list[CaptionedImage]:
-    """Those that a text file names, one per line, with or without the suffix.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A name that no image has.
-    """
+    """Those that a text file names, one per line, with or without the suffix."""
     if not names.is_file():
         raise FileNotFoundError(f"no list of names {names}; one file name per line")
     wanted = {Path(line.strip()).name for line in names.read_text("utf-8").splitlines()} - {""}
@@ -294,20 +276,11 @@ class CaptionFile:
         return _protocol(self.split, self.limit, self.limit_seed)
 
     def prepare(self) -> None:
-        """Make what can be made; cheap when it is there.
-
-        Raises:
-            FileNotFoundError: A file or folder is missing and nothing makes it.
-        """
+        """Make what can be made; cheap when it is there."""
         prepare_files(self.annotations, (self.images,), self.make)
 
     def __call__(self) -> ImageSet:
-        """The images that count; those without a caption are left out and counted.
-
-        Raises:
-            FileNotFoundError: Images are missing.
-            ValueError: The file is damaged, has another number of images, or no caption at all.
-        """
+        """The images that count; those without a caption are left out and counted."""
         self.prepare()
         folder = Path(self.images)
         skipped: Counter[str] = Counter()
@@ -353,20 +326,11 @@ class RetrievalShards:
         return _protocol(self.split, self.limit, self.limit_seed)
 
     def prepare(self) -> None:
-        """Check that the shards are there.
-
-        Raises:
-            FileNotFoundError: They are not, or not all of them.
-        """
+        """Check that the shards are there."""
         tar_files(Path(self.folder))
 
     def __call__(self) -> ImageSet:
-        """The images that count; those without a caption are left out and counted.
-
-        Raises:
-            FileNotFoundError: Shards are missing.
-            ValueError: A shard is damaged, or the number of images is another one.
-        """
+        """The images that count; those without a caption are left out and counted."""
         shards = tar_files(Path(self.folder))
         samples = index_shards(shards)
         _require_number(self.folder, len(samples), self.split, self.expected)
@@ -438,21 +402,12 @@ class CaptionChoices:
         return {"kinds": kinds, **subset_protocol(self.limit, self.limit_seed)}
 
     def prepare(self) -> None:
-        """Check that files and images are there.
-
-        Raises:
-            FileNotFoundError: They are not.
-        """
+        """Check that files and images are there."""
         self._files()
         _require_folder(Path(self.images))
 
     def __call__(self) -> ImageSet:
-        """Images with their captions, right and wrong in turn, and the kind of each two.
-
-        Raises:
-            FileNotFoundError: A file or an image is missing.
-            ValueError: A file is damaged or of another kind.
-        """
+        """Images with their captions, right and wrong in turn, and the kind of each two."""
         self.prepare()
         files = self._files()
         captions: dict[str, list[str]] = {}

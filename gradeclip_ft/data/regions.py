@@ -209,11 +209,7 @@ class RegionImages(Dataset[RegionSample]):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> RegionSample:
-        """Letterboxed image number `index`.
-
-        Raises:
-            ValueError: The image cannot be read or is of another size than annotated.
-        """
+        """Letterboxed image number `index`."""
         source, (annotated, regions) = self.source, self.chosen[index]
         path = Path(source.images) / annotated.file_name
         image = read_image(path, exif=False)  # boxes and masks are about the pixels as stored
@@ -348,11 +344,7 @@ class CocoRegions:
         }
 
     def prepare(self) -> None:
-        """Make what can be made; cheap when it is there.
-
-        Raises:
-            FileNotFoundError: A file or folder is missing and nothing makes it.
-        """
+        """Make what can be made; cheap when it is there."""
         prepare_files(self.annotations, (self.images, self.segments), self.make)
 
     def __call__(
@@ -367,10 +359,6 @@ class CocoRegions:
         """The regions at an evaluator's image size, with `crop_size` also crops of that size.
 
         The defaults are for whoever looks at the data without a model.
-
-        Raises:
-            FileNotFoundError: Images are missing.
-            ValueError: The annotation file is damaged, or no region is left.
         """
         self.prepare()
         categories, listed = read_regions(Path(self.annotations))

@@ -293,10 +293,6 @@ def make_shapes(
         seed: Names one world.
         workers: Processes that draw.
         image_size: Pixels per side.
-
-    Raises:
-        ValueError: A count, the size or the number of workers makes no sense.
-        FileExistsError: The folder holds files that are not from here.
     """
     least = {"train": 1, "val": 1, "workers": 1, "image_size": 32}
     given = {"train": train, "val": val, "workers": workers, "image_size": image_size}

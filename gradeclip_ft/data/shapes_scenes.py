@@ -130,9 +130,6 @@ def sample_scene(random: np.random.Generator, shares: tuple[float, ...] = COUNTS
     Args:
         random: The only source of choice.
         shares: Share of scenes with 1, 2, ... objects.
-
-    Raises:
-        RuntimeError: No room was found, which the default radii and counts exclude.
     """
     count = 1 + int(random.choice(len(shares), p=shares))
     for _ in range(MAX_TRIES):

@@ -82,9 +82,6 @@ def run_all(
             Other than float32 changes the model.
         track: Shows progress.
         done: Called after each evaluator with its result and whether it was measured now.
-
-    Raises:
-        ValueError: Two evaluators have one name, or a kept result is of other weights.
     """
     names = [evaluator.name for evaluator in evaluators.values()]
     if len(set(names)) < len(names):
@@ -147,11 +144,7 @@ def _measure(evaluator: Evaluator, loaded: LoadedClip, track: Track) -> tuple[Me
 def _same(
     path: Path, evaluator: Evaluator, settings: Mapping[str, Json], weights: Mapping[str, Json]
 ) -> Result:
-    """The result on disk, if it is one of these weights and this protocol.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """The result on disk, if it is one of these weights and this protocol."""
     result = read(path)
     differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
     wanted = {"precision": None, **evaluator.protocol, **settings}

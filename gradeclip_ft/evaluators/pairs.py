@@ -52,12 +52,7 @@ class RetrievalEvaluator:
         self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Measure one model.
-
-        Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: The data are damaged, or the embeddings are not finite.
-        """
+        """Measure one model."""
         pairs = self.data()
         images, texts, owner = encode_pairs(
             loaded,
@@ -132,12 +127,7 @@ class ChoiceEvaluator:
         self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Measure one model.
-
-        Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: The data are damaged, or the embeddings are not finite.
-        """
+        """Measure one model."""
         pairs = self.data()
         images, texts, owner = encode_pairs(
             loaded,

@@ -34,10 +34,6 @@ def square_side(loaded: LoadedClip, wanted: int | None, name: str) -> int:
         loaded: The model.
         wanted: Side that is asked for; None for the model's own.
         name: Of the evaluator, for messages.
-
-    Raises:
-        ValueError: The model has no dense features or no square of its own, or its patches do not
-            divide the side.
     """
     height, width = loaded.image_size
     tower = loaded.clip.image
@@ -127,13 +123,7 @@ class RegionEvaluator:
         self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Measure one model.
-
-        Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: The model has no dense features, the size does not suit its patches, the
-                data are damaged, or the features are not finite.
-        """
+        """Measure one model."""
         size = square_side(loaded, self.image_size, self.name)
         regions = self.data(
             image_size=size,

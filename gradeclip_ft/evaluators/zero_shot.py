@@ -55,13 +55,7 @@ class ZeroShotEvaluator:
         self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Measure one model.
-
-        Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: The data are damaged, names or templates do not fit them, or the embeddings
-                are not finite.
-        """
+        """Measure one model."""
         images = self.data()
         names, templates = self._names(images), self._templates(images)
         meter = ClassMeanAccuracy(len(names), TOPK)
