@@ -31,7 +31,7 @@ from gradeclip_ft.explain.driver import (
     to_display_image,
 )
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.images import IMAGE_SUFFIXES, images_in
+from gradeclip_ft.images import IMAGE_SUFFIXES, ImageError, images_in
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.other.classifier import LoadedImageModel as Loaded
 from gradeclip_ft.report.content import Case, Page, Words
@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of one picture.
+class ExplainInput:
+    """One picture, and the texts that are looked for in it.
 
     Attributes:
         file: The picture.
@@ -82,12 +82,12 @@ def explain(cfg: DictConfig) -> None:
     python -m gradeclip_ft explain images='photos/*.jpg' captions=['a dog on the grass'] run=try
     python -m gradeclip_ft explain images=photos phrases=[dog] explainer=all explainer.rise.masks=99
     """
-    asked = questions(cfg)
+    inputs = read_inputs(cfg)
     loaded = _load(cfg)
     loaded.image_model.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     words: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
-        warn_truncated_texts(asked, loaded)
+        warn_truncated_texts(inputs, loaded)
         words = {
             str(name): make(cfg.words[name], "words") for name in cfg.explainer if name in cfg.words
         }
@@ -98,32 +98,32 @@ def explain(cfg: DictConfig) -> None:
         methods |= {f"head {head}": GradEclip(heads="all", head=head) for head in heads}
     supported = Supported(methods, loaded, skip=skip)
     out, cases = Path(cfg.out), []
-    portions = [asked[at : at + AT_A_TIME] for at in range(0, len(asked), AT_A_TIME)]
+    portions = [inputs[at : at + AT_A_TIME] for at in range(0, len(inputs), AT_A_TIME)]
     for portion in progress_bar(portions, "explaining", len(portions)):
-        some: list[Question] = []
+        some: list[ExplainInput] = []
         pixels: list[Tensor] = []
-        for question in portion:
+        for item in portion:
             try:
-                pixels.append(pixels_of(loaded, question.file, cfg.geometry, cfg.shortest))
-                some.append(question)
-            except ValueError as error:
-                if len(asked) == 1:
+                pixels.append(pixels_of(loaded, item.file, cfg.geometry, cfg.shortest))
+                some.append(item)
+            except (ImageError, FileNotFoundError) as error:  # broken, or a dangling link
+                if len(inputs) == 1:
                     raise
                 log.warning("left out: %s", error)
-        targets = [_targets(loaded, question) for question in some]
+        targets = [_targets(loaded, item) for item in some]
         found = explain_pictures(loaded, pixels, targets, supported)
         read = _sentences(loaded, some, found, words)
-        for question, explained, sentences in zip(some, found, read, strict=True):
-            case = _case(loaded, explained, question, sentences)
-            _write(out / question.folder, case, explained)
+        for item, explained, sentences in zip(some, found, read, strict=True):
+            case = _case(loaded, explained, item, sentences)
+            _write(out / item.folder, case, explained)
             cases.append(case)
             words = {name: words[name] for one in sentences[:1] for name in one.values}
     if not cases:
-        raise ValueError(f"none of the {len(asked)} pictures can be read")
+        raise ValueError(f"none of the {len(inputs)} pictures can be read")
     print(_page(cfg, loaded, cases, out))
 
 
-def questions(cfg: DictConfig) -> list[Question]:
+def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
     """Every picture with its phrases: given, or found in captions.
 
     Raises:
@@ -143,14 +143,14 @@ def questions(cfg: DictConfig) -> list[Question]:
         captions, found = captions * len(files), found * len(files)
     folders = slugs([file.stem for file in files])
     return [
-        Question(file, phrases, [phrase_prompt(cfg.prompt, each) for each in phrases], *names)
+        ExplainInput(file, phrases, [phrase_prompt(cfg.prompt, each) for each in phrases], *names)
         for file, phrases, *names in zip(files, found, captions, folders, strict=True)
     ]
 
 
-def _files(asked: Any) -> Iterator[Path]:
+def _files(images: Any) -> Iterator[Path]:
     """Every picture that is asked for, in order."""
-    for name in _listed("images", asked):
+    for name in _listed("images", images):
         if os.path.isdir(name):  # pathlib raises for a name that is too long
             found = images_in(Path(name))
         elif os.path.isfile(name):
@@ -209,9 +209,11 @@ def slug(text: str) -> str:
     return name.decode(errors="ignore") or "phrase"
 
 
-def warn_truncated_texts(asked: Sequence[Question], loaded: LoadedClip) -> None:
+def warn_truncated_texts(inputs: Sequence[ExplainInput], loaded: LoadedClip) -> None:
     """Log what of the texts the model cannot read."""
-    for text in dict.fromkeys(text for q in asked for text in [*q.sentences, *q.prompted]):
+    for text in dict.fromkeys(
+        text for item in inputs for text in [*item.sentences, *item.prompted]
+    ):
         read, cut = loaded.tokenizer.words(text)
         if cut:
             log.warning(
@@ -234,44 +236,44 @@ def _load(cfg: DictConfig) -> Loaded:
     return build_clip(OmegaConf.create(start))
 
 
-def _targets(loaded: Loaded, question: Question) -> Tensor:
+def _targets(loaded: Loaded, item: ExplainInput) -> Tensor:
     """What the maps of a picture are for: texts, or classes."""
     if isinstance(loaded, LoadedClip):
-        return loaded.encode_texts(question.prompted)
-    if question.caption:
+        return loaded.encode_texts(item.prompted)
+    if item.caption:
         raise ValueError(
             f"{loaded.name} knows classes, no captions; give class names as phrases=[...]"
         )
-    return loaded.targets(question.phrases)
+    return loaded.targets(item.phrases)
 
 
 def _sentences(
     loaded: Loaded,
-    asked: Sequence[Question],
+    inputs: Sequence[ExplainInput],
     found: Sequence[Explained],
     methods: dict[str, Explainer],
 ) -> list[list[Words]]:
     """Sentences of every picture; without values where no method reads words."""
-    if not asked or not isinstance(loaded, LoadedClip):
-        return [[] for _ in asked]
-    texts = [sentence for question in asked for sentence in question.sentences]
-    counts = torch.tensor([len(question.sentences) for question in asked])
+    if not inputs or not isinstance(loaded, LoadedClip):
+        return [[] for _ in inputs]
+    texts = [sentence for item in inputs for sentence in item.sentences]
+    counts = torch.tensor([len(item.sentences) for item in inputs])
     embeddings = torch.stack([one.embedding for one in found]).repeat_interleave(counts, 0)
     read = iter(explain_sentences(loaded, texts, embeddings, methods, skip=True))
-    return [[next(read) for _ in question.sentences] for question in asked]
+    return [[next(read) for _ in item.sentences] for item in inputs]
 
 
 def _case(
-    loaded: Loaded, explained: Explained, question: Question, sentences: Sequence[Words]
+    loaded: Loaded, explained: Explained, item: ExplainInput, sentences: Sequence[Words]
 ) -> Case:
     """One picture for the page."""
     kind = "cosine" if isinstance(loaded, LoadedClip) else "logit"
     return Case(
         image=to_display_image(explained.pixels, loaded).numpy(),
-        phrases=question.phrases,
+        phrases=item.phrases,
         heat={method: heat.numpy() for method, heat in explained.heat.items()},
-        caption=question.caption,
-        source=question.file.name,
+        caption=item.caption,
+        source=item.file.name,
         scores=[f"{kind} {value:.3f}".replace("-", "−") for value in explained.score.tolist()],
         sentences=sentences,
     )

@@ -211,9 +211,14 @@ def test_pictures_and_phrases_of_one_name_keep_their_own_files() -> None:
 
 
 def test_one_broken_picture_of_several_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """An option that no picture bears is not blamed on the pictures."""
     Path("photos/broken.jpg").write_text("<html>")
+    Path("photos/link.jpg").symlink_to("nowhere.jpg")
     run("images=photos", "phrases=[red square]")
     assert "broken.jpg cannot be read" in caplog.text
+    assert "no image photos/link.jpg" in caplog.text
+    with pytest.raises(ValueError, match="shortest is 0"):
+        run("images=photos", "phrases=[x]", "geometry=aspect", "shortest=0", "out=other")
     assert sorted(path.name for path in Path("explanations").iterdir()) == [
         "a",
         "b",
@@ -242,5 +247,3 @@ def test_a_dollar_and_a_very_wide_picture_are_drawn() -> None:
     run(*wide, "phrases=['costs $5_{ $']")
     assert np.load("explanations/wide/maps.npz")["grad_eclip"].shape == (1, 1, 250)
     assert Path("s.png").is_file()
-    with pytest.raises(ValueError, match="shortest is 0"):
-        run("images=wide.png", "phrases=[x]", "geometry=aspect", "shortest=0")
