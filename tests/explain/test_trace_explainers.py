@@ -1,11 +1,10 @@
 """Fast maps against slow ones, written from the formulas without the package's own operations."""
 
 import dataclasses
-import math
+from typing import Literal
 
 import pytest
 import torch
-from timm.layers import apply_rot_embed_cat
 
 from gradeclip_ft.explain.base import TraceExplainer, explain_image, heat_from_trace
 from gradeclip_ft.explain.grad_cam import GradCam
@@ -13,79 +12,36 @@ from gradeclip_ft.explain.grad_eclip import GradEclip, channel_weight
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.uniform import Uniform
 from gradeclip_ft.models.clip import Clip
-from tests.explain.oracle import written_out
+from tests.explain.oracle import Seen, written_out
 
 EXPLAINERS = [GradEclip(), GradEclip(heads="all"), GradCam(), MaskClip(), Uniform()]
 OWNER = torch.tensor([1, 0, 1, 2])
 
 
-class SlowLastLayer:
-    """The last block over all tokens with one head (eqs. 2-7), straight from the weights."""
+def last_layer(clip: Clip, image: torch.Tensor, *, heads: str = "one") -> tuple[torch.Tensor, Seen]:
+    """Embedding and last attention call of the library's own pass, two layers (eqs. 2-7)."""
+    with written_out(single_head_from=1 if heads == "one" else None) as seen:
+        embedding = clip.model.visual(image)
+    return embedding, seen[-1]
 
-    def __init__(self, clip: Clip, image: torch.Tensor) -> None:
-        visual = clip.model.visual
-        self.is_vit = hasattr(clip.model.visual, "transformer")
-        with torch.no_grad():
-            if self.is_vit:
-                self.x = visual._embeds(image)
-                for block in visual.transformer.resblocks[:-1]:
-                    self.x = block(self.x)
-                self.block = visual.transformer.resblocks[-1]
-                y = self.block.ln_1(self.x)
-                joined = y @ self.block.attn.in_proj_weight.T + self.block.attn.in_proj_bias
-                self.q, self.k, self.v = joined.chunk(3, dim=-1)
-            else:
-                trunk = visual.trunk
-                self.x, rope = trunk._pos_embed(trunk.patch_embed(image))
-                for block in trunk.blocks[:-1]:
-                    self.x = block(self.x, rope=rope)
-                self.block = trunk.blocks[-1]
-                attention, y = self.block.attn, self.block.norm1(self.x)
-                if attention.qkv is None:
-                    self.q, self.k = attention.q_proj(y), attention.k_proj(y)
-                    self.v = attention.v_proj(y)
-                else:
-                    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-                    self.q, self.k, self.v = (attention.qkv(y) + bias).chunk(3, dim=-1)
-                self.q, self.k = self._rotate(self.q, rope), self._rotate(self.k, rope)
-        self.visual = visual
 
-    def _rotate(self, rows: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        heads = rows.view(1, 17, 4, 8).transpose(1, 2)
-        turned = [heads[:, :, :1], apply_rot_embed_cat(heads[:, :, 1:], rope)]
-        return torch.cat(turned, dim=2).transpose(1, 2).reshape(1, 17, 32)
-
-    def output(self) -> torch.Tensor:
-        scores = self.q @ self.k.transpose(1, 2) / math.sqrt(32)
-        return scores.softmax(-1) @ self.v
-
-    def embed(self, o: torch.Tensor) -> torch.Tensor:
-        block, visual = self.block, self.visual
-        if self.is_vit:
-            x = self.x + block.ls_1(block.attn.out_proj(o))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
-            return (visual.ln_post(x) @ visual.proj)[:, 0]
-        x = self.x + block.attn.proj(block.attn.norm(o))
-        x = x + block.mlp(block.norm2(x))
-        return visual.trunk.head(visual.trunk.norm(x))[:, 0]
+def last_block(clip: Clip) -> torch.nn.Module:
+    visual = clip.model.visual
+    return visual.trunk.blocks[-1] if hasattr(visual, "trunk") else visual.transformer.resblocks[-1]
 
 
 def slow_grad_eclip(
     clip: Clip, image: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One image, one phrase: gradient over all of the attention output, then eq. 19 by patch."""
-    layer = SlowLastLayer(clip, image)
-    o = layer.output().requires_grad_()
-    score = torch.nn.functional.cosine_similarity(layer.embed(o), target[None]).sum()
-    weight = torch.autograd.grad(score, o)[0][0, 0]
-    similar = [
-        torch.nn.functional.cosine_similarity(layer.q[0, 0], layer.k[0, i], dim=0).item()
-        for i in range(1, 17)
-    ]
-    low, high = min(similar), max(similar)
+    embedding, seen = last_layer(clip, image)
+    score = torch.nn.functional.cosine_similarity(embedding, target[None]).sum()
+    weight = torch.autograd.grad(score, seen.o)[0].transpose(1, 2).flatten(2)[0, 0]
+    q, k, v = (seen.rows(name)[0].detach() for name in "qkv")
+    similar = [float(torch.nn.functional.cosine_similarity(q[0], k[i], dim=0)) for i in range(17)]
+    low, high = min(similar[1:]), max(similar[1:])
     heat = [
-        max(0.0, (a - low) / (high - low) * float(weight @ layer.v[0, i + 1]))
-        for i, a in enumerate(similar)
+        max(0.0, (similar[i] - low) / (high - low) * float(weight @ v[i])) for i in range(1, 17)
     ]
     return torch.tensor(heat).view(4, 4), weight
 
@@ -106,17 +62,16 @@ def test_grad_eclip_equals_the_slow_loop_over_phrases(tiny_clip: Clip) -> None:
 def test_maps_of_single_heads_use_their_own_channels(tiny_clip: Clip) -> None:
     """H^a_i = ReLU(Σ over the channels of head a of w_c λ^a_i v_ic), λ^a from its q and k alone."""
     image, target = torch.randn(1, 3, 32, 32), torch.randn(1, 16)
-    layer = SlowLastLayer(tiny_clip, image)
+    _, seen = last_layer(tiny_clip, image, heads="all")
+    q, k, v = (seen.rows(name)[0].detach() for name in "qkv")
     trace = tiny_clip.image.trace(image).detach()
     direction = target / target.norm()
     weight = channel_weight(trace, direction, torch.tensor([0]), heads="all")[0]
     for head in range(4):
         own = slice(8 * head, 8 * head + 8)
-        similar = torch.nn.functional.cosine_similarity(
-            layer.q[0, :1, own], layer.k[0, 1:, own], dim=1
-        )
+        similar = torch.nn.functional.cosine_similarity(q[:1, own], k[1:, own], dim=1)
         spatial = (similar - similar.min()) / (similar.max() - similar.min())
-        expected = (spatial * (layer.v[0, 1:, own] @ weight[own])).relu().view(4, 4)
+        expected = (spatial * (v[1:, own] @ weight[own])).relu().view(4, 4)
         method = GradEclip(heads="all", head=head)
         heat = explain_image(method, tiny_clip, image, target, torch.tensor([0]))[0]
         torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-6)
@@ -126,29 +81,27 @@ def test_maps_of_single_heads_use_their_own_channels(tiny_clip: Clip) -> None:
 
 def test_one_head_may_keep_the_scale_of_many(tiny_clip: Clip) -> None:
     """The authors' notebook for BLIP: one softmax over all channels, but at (C / heads)^-0.5."""
-    layer = SlowLastLayer(tiny_clip, image := torch.randn(1, 3, 32, 32))
-    scores = layer.q[:, :1] @ layer.k.transpose(1, 2) * 8**-0.5
-    expected = (scores.softmax(-1) @ layer.v)[:, 0]
+    _, seen = last_layer(tiny_clip, image := torch.randn(1, 3, 32, 32), heads="all")
+    q, k, v = (seen.rows(name) for name in "qkv")
+    expected = ((q[:, :1] @ k.transpose(1, 2) * 8**-0.5).softmax(-1) @ v)[:, 0]
     trace = tiny_clip.image.trace(image)
     torch.testing.assert_close(trace.output("one", "head"), expected, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(trace.output("one"), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "single"), [(GradCam(), 1), (GradCam(heads="all"), None)])
+@pytest.mark.parametrize("heads", ["one", "all"])
 def test_grad_cam_equals_the_gradient_through_the_librarys_block(
-    tiny_clip: Clip, method: GradCam, single: int | None
+    tiny_clip: Clip, heads: Literal["one", "all"]
 ) -> None:
     """Catches a replay whose gradient misses a path, and another score than the authors'."""
     image, target, kept = torch.randn(1, 3, 32, 32), torch.randn(16), []
-    block = SlowLastLayer(tiny_clip, image).block
-    handle = block.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
-    with written_out(single_head_from=single):
-        embedding = tiny_clip.model.visual(image)
-    handle.remove()
+    keep = last_block(tiny_clip).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    embedding, _ = last_layer(tiny_clip, image, heads=heads)
+    keep.remove()
     score = torch.nn.functional.cosine_similarity(embedding, target[None]).sum()
     (gradient,) = torch.autograd.grad(score, kept[0])
     expected = (kept[0] @ gradient.mean(1)[0]).relu()[0, 1:].view(4, 4).detach()
-    heat = explain_image(method, tiny_clip, image, target[None], torch.tensor([0]))
+    heat = explain_image(GradCam(heads), tiny_clip, image, target[None], torch.tensor([0]))
     torch.testing.assert_close(heat[0], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -161,9 +114,10 @@ def test_maskclip_is_the_cosine_of_dense_features(tiny_clip: Clip) -> None:
     expected = torch.nn.functional.cosine_similarity(dense[OWNER], target[:, None, None], dim=-1)
     torch.testing.assert_close(heat, expected.relu(), rtol=1e-4, atol=1e-6)
     for row, owner in enumerate(OWNER.tolist()):
-        layer = SlowLastLayer(tiny_clip, images[owner, None])
-        project = layer.block.attn.out_proj if layer.is_vit else layer.block.attn.proj
-        keys = project(layer.k)[0]
+        _, seen = last_layer(tiny_clip, images[owner, None])
+        attention = last_block(tiny_clip).attn
+        project = attention.out_proj if hasattr(attention, "out_proj") else attention.proj
+        keys = project(seen.rows("k"))[0]
         factor = torch.nn.functional.cosine_similarity(keys[:1], keys[1:]).view(4, 4)
         method, one = MaskClip(key_factor=True), torch.tensor([0])
         heat = explain_image(method, tiny_clip, images[owner, None], target[row, None], one)
