@@ -1,12 +1,14 @@
 """Token ids: cutting the context, empty calls, and the word tokenizer of the shapes world."""
 
 import pickle
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
-from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, split_words
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.models.tokenizer import Tokenizer, Word, WordTokenizer, split_words
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,78 @@ def test_texts_that_come_again_have_the_same_ids(monkeypatch) -> None:
     ids = words(["a"])
     ids.zero_()
     assert words(["a"]).any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A skateboard, naïve!",
+        "ein Frühstück mit Brötchen",
+        "日本 の 犬",
+        "a 🙂🙂 dog",
+        "   ",
+    ],
+)
+def test_pieces_of_the_words_are_the_tokens(tokenizer: Tokenizer, text: str) -> None:
+    """Catches words that lose or gain a token, in any script."""
+    words, cut = tokenizer.words(text)
+    ids = tokenizer([text])
+    assert sum(word.pieces for word in words) == int(tokenizer.lengths(ids)[0]) - 2
+    assert not cut
+
+
+def test_words_are_whole_where_tokens_are_not(tokenizer: Tokenizer) -> None:
+    words, _ = tokenizer.words("Skateboarders, naïve")
+    assert words == [Word("skateboarders", 3), Word(",", 1), Word("naïve", 3)]
+
+
+def test_what_is_beyond_the_context_is_said(tokenizer: Tokenizer) -> None:
+    words, cut = tokenizer.words("dog " * 75 + "cat bird")
+    assert len(words) == 75
+    assert cut == "cat bird"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["a", "skate", "##board"], [Word("a", 1), Word("skateboard", 2)]),
+        (["Ġa", "Ġskate", "board"], [Word("a", 1), Word("skateboard", 2)]),
+        (["▁a", "▁skate", "board", "s"], [Word("a", 1), Word("skateboards", 3)]),
+        ([], []),
+    ],
+)
+def test_marks_of_other_tokenizers(pieces: list[str], words: list[Word]) -> None:
+    """Word pieces mark what goes on, byte-level and sentence pieces mark what begins."""
+
+    class Inner:
+        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+            return {"input_ids": list(range(len(pieces)))}
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [pieces[i] for i in ids]
+
+        def convert_tokens_to_string(self, some: list[str]) -> str:
+            return "".join(some).replace("##", "").replace("Ġ", " ").replace("▁", " ")
+
+    class Wrapper:
+        tokenizer = Inner()
+        clean_fn = staticmethod(str.strip)
+
+        def __call__(self, texts: list[str]) -> torch.Tensor:
+            return torch.tensor([[1, 0]])
+
+    assert Tokenizer(Wrapper(), 16).words("a skateboard")[0] == words
+
+
+def test_real_word_pieces(shared_dir: Path) -> None:
+    pytest.importorskip("transformers")
+    loaded = load_clip(str(shared_dir / "models" / "photo_encoder"))
+    words, _ = loaded.tokenizer.words("An unbelievably fluffy dog")
+    assert [word.text for word in words] == ["an", "unbelievably", "fluffy", "dog"]
+    ids = loaded.tokenizer(["An unbelievably fluffy dog"])
+    assert sum(word.pieces for word in words) == int(loaded.tokenizer.lengths(ids)[0]) - 2
+
+
+def test_an_unknown_tokenizer_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="does not say which tokens make a word"):
+        Tokenizer(lambda texts: torch.ones(len(texts), 4), 4).words("a")
