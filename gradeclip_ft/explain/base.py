@@ -123,7 +123,9 @@ class SharedPass:
     as long as the targets belong to the same inputs.
     """
 
-    def __init__(self, tower: Any, x: Shaped[Tensor, "B ..."], logit_scale: float = 1.0) -> None:
+    def __init__(
+        self, tower: Any, x: Shaped[Tensor, "B ..."], logit_scale: Tensor | float = 1.0
+    ) -> None:
         self._tower, self._x, self._logit_scale = tower, x, logit_scale
         self._inputs: list[Tensor] = []  # of each layer, (B, N, W)
         self._owner: Tensor | None = None
@@ -230,7 +232,7 @@ def shared_pass(model: ImageModel, tower: Any, x: Shaped[Tensor, "B ..."]) -> It
         torch.autocast(x.device.type, enabled=False),
     ):
         log_scale = getattr(model, "log_scale", None)  # a classifier's score is its logit
-        scale = 1.0 if log_scale is None else float(log_scale.detach().exp())
+        scale = 1.0 if log_scale is None else log_scale.detach().float().exp()
         yield SharedPass(tower, _usable(x), scale)
 
 

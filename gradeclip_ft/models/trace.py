@@ -328,7 +328,7 @@ class Record:
     tokens: Float[Tensor, "P N W"]
     opened: Pass
     embedding: Float[Tensor, "P D"]
-    logit_scale: float = 1.0
+    logit_scale: Tensor | float = 1.0
 
     @property
     def explained(self) -> Bool[Tensor, "P N"]:
