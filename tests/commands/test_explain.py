@@ -140,7 +140,7 @@ def test_any_script_is_taken(text: str) -> None:
         ("images=photos phrases=[dog] explainer=[gradcam]", "did you mean grad_cam"),
         ("images=photos phrases=[dog] explainer=[uniform]", "shows nothing"),
         ("images=photos phrases=[dog] explainer.grad_eclip.hads=all", "did you mean"),
-        ("images=photos phrases=[dog] explainer.grad_eclip.heads=two", "expected one of one, all"),
+        ("images=photos phrases=[dog] explainer.grad_eclip.heads=two", "expected one or all"),
         ("images=photos phrases=['']", "expected texts"),
         ("images=photos phrases=[]", "expected texts"),
         ("images=photos phrases=[null]", "phrases are .None., expected texts"),
