@@ -9,75 +9,144 @@ Equal settings give an equal model on the same machine. With one thread it takes
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save
-from shapes_memory import PREPROCESSING, World, draw_world, measure
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradeclip_ft.data.shapes import vocabulary
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.data.shapes import PROMPT, Split, make_sample, vocabulary
+from gradeclip_ft.data.shapes_scenes import COLOURS, boxes_of, thing_names
+from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.tokenizer import WordTokenizer
+from gradeclip_ft.ops.heatmap import pool_boxes
+from gradeclip_ft.ops.similarity import unit
 
-CONTEXT = 32
+CONTEXT, FEW = 32, 1000
 ASSETS = Path(__file__).resolve().parents[1] / "gradeclip_ft" / "assets"
+MEAN, STD = [0.68, 0.66, 0.65], [0.22, 0.22, 0.22]
+PREPROCESSING = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything the result depends on."""
+class World:
+    """Scenes in memory.
 
-    scenes: int = 24_000
-    steps: int = 3_000
-    batch: int = 128
-    rate: float = 1e-3
-    decay: float = 0.1
-    warmup: int = 200
-    width: int = 96
-    layers: int = 3
-    text_layers: int = 2
-    seed: int = 0
-    threads: int = 1
+    Attributes:
+        images: uint8 (N, 3, 64, 64).
+        captions: Token ids (N, K, L): K sentences per scene.
+        boxes: xyxy in [0, 1] of all objects, (R, 4).
+        labels: Class of each object.
+        owner: Scene of each object.
+        colours: Number of the first object's colour, by scene.
+    """
+
+    images: Tensor
+    captions: Tensor
+    boxes: Tensor
+    labels: Tensor
+    owner: Tensor
+    colours: Tensor
+
+    def pixels(self, rows: Tensor | slice) -> Tensor:
+        """Normalised images."""
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+        normal: Tensor = (self.images[rows].float() / 255 - mean) / std
+        return normal
 
 
-def main() -> None:
-    """Reads the settings from the command line and builds the asset."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+def draw_world(split: Split, count: int, seed: int, tokenizer: WordTokenizer) -> World:
+    """Scenes 0 to count - 1 of a split; many are drawn by several processes."""
+    sample = partial(make_sample, seed, split)
+    if count <= FEW:
+        samples = [sample(index) for index in range(count)]
+    else:
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            samples = list(pool.map(sample, range(count), chunksize=100))
+    names, colours = thing_names(), list(COLOURS)
+    boxes, labels, owner = [], [], []
+    for row, each in enumerate(samples):
+        things = each.scene.things
+        for (x, y, width, height), thing in zip(
+            boxes_of(each.drawing.owner, len(things)), things, strict=True
+        ):
+            boxes.append((x, y, x + width, y + height))
+            labels.append(names.index(thing.name))
+            owner.append(row)
+    pictures = np.stack([np.asarray(each.drawing.image) for each in samples])
+    return World(
+        images=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+        captions=torch.stack([tokenizer(each.captions) for each in samples]),
+        boxes=torch.tensor(boxes) / 64,
+        labels=torch.tensor(labels),
+        owner=torch.tensor(owner),
+        colours=torch.tensor([colours.index(each.scene.things[0].colour) for each in samples]),
     )
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the two files")
-    arguments = vars(parser.parse_args())
-    out: Path = arguments.pop("out")
-    build(Settings(**arguments), out)
 
 
-def build(settings: Settings, out: Path) -> None:
+def build(
+    *,
+    scenes: int = 24_000,
+    steps: int = 3_000,
+    batch: int = 128,
+    rate: float = 1e-3,
+    decay: float = 0.1,
+    warmup: int = 200,
+    width: int = 96,
+    layers: int = 3,
+    text_layers: int = 2,
+    seed: int = 0,
+    threads: int = 1,
+    out: Path = ASSETS,
+) -> None:
     """Draws, trains, measures, saves."""
+    settings: dict[str, Any] = {name: value for name, value in locals().items() if name != "out"}
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
     words = vocabulary()
     tokenizer = WordTokenizer(tuple(words), CONTEXT)
-    architecture = model_config(settings, len(words) + 4)
+    vision = {"image_size": 64, "patch_size": 8, "layers": layers, "width": width}
+    text = {"context_length": CONTEXT, "vocab_size": len(words) + 4, "width": width}
+    architecture: dict[str, Any] = {
+        "embed_dim": width,
+        "vision_cfg": {**vision, "head_width": 32, "mlp_ratio": 4.0},
+        "text_cfg": {**text, "heads": width // 32, "layers": text_layers},
+    }
     model: open_clip.CLIP = open_clip.CLIP(**architecture)
     start = time.perf_counter()
-    judge = partial(measure, model, draw_world("val", 500, settings.seed, tokenizer), tokenizer)
-    train(model, draw_world("pretrain", settings.scenes, settings.seed, tokenizer), settings, judge)
+    judge = partial(measure, model, draw_world("val", 500, seed, tokenizer), tokenizer)
+    world = draw_world("pretrain", scenes, seed, tokenizer)
+    names = ("steps", "batch", "rate", "decay", "warmup", "seed")
+    for step in train(model, world, **{name: settings[name] for name in names}):
+        if step % 500 == 499:
+            print(judge(), flush=True)
     minutes = (time.perf_counter() - start) / 60
-    halve(model)
-    measured = judge()
+    with torch.no_grad():  # what is saved in half precision is what is measured
+        for value in model.parameters():
+            value.copy_(value.half())
+    built = {
+        "command": "python tools/build_shapes_clip.py",
+        "settings": settings,
+        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+        "minutes": round(minutes, 1),
+        "measured": judge(),
+        "measured_on": "500 val scenes of seed 0; five captions each in retrieval",
+    }
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     (out / "shapes_tiny.safetensors").write_bytes(save(state))
     content = {
@@ -85,60 +154,37 @@ def build(settings: Settings, out: Path) -> None:
         "preprocess_cfg": PREPROCESSING,
         "vocabulary": list(words),
         "word_classes": words,
-        "built": {
-            "command": "python tools/build_shapes_clip.py",
-            "settings": asdict(settings),
-            "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
-            "minutes": round(minutes, 1),
-            "measured": measured,
-            "measured_on": "500 val scenes of seed 0; five captions each in retrieval",
-        },
+        "built": built,
     }
     (out / "shapes_tiny.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content["built"], indent=1))
-
-
-def model_config(settings: Settings, vocabulary_size: int) -> dict[str, Any]:
-    """Arguments of open_clip.CLIP."""
-    return {
-        "embed_dim": settings.width,
-        "vision_cfg": {
-            "image_size": 64,
-            "patch_size": 8,
-            "layers": settings.layers,
-            "width": settings.width,
-            "head_width": 32,
-            "mlp_ratio": 4.0,
-        },
-        "text_cfg": {
-            "context_length": CONTEXT,
-            "vocab_size": vocabulary_size,
-            "width": settings.width,
-            "heads": settings.width // 32,
-            "layers": settings.text_layers,
-        },
-    }
+    print(json.dumps(built, indent=1))
 
 
 def train(
-    model: open_clip.CLIP, world: World, settings: Settings, judge: Callable[[], dict[str, float]]
-) -> None:
+    model: open_clip.CLIP,
+    world: World,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    decay: float,
+    warmup: int,
+    seed: int,
+) -> Iterator[int]:
     """AdamW, warm-up and cosine, open_clip's loss in bfloat16, temperature of at most 100."""
     plain = [value for value in model.parameters() if value.ndim < 2]
     matrices = [value for value in model.parameters() if value.ndim >= 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), eps=1e-6)
-    loss_of = open_clip.ClipLoss()
-    random = torch.Generator().manual_seed(settings.seed)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-6)
+    loss_of, random = open_clip.ClipLoss(), torch.Generator().manual_seed(seed)
     began = time.perf_counter()
     model.train()
-    for step, rows in zip(range(settings.steps), batches(world, settings, random), strict=False):
+    for step, rows in zip(range(steps), batches(world, batch, random), strict=False):
         chosen = torch.randint(world.captions.shape[1], (len(rows),), generator=random)
+        done = (step - warmup) / max(1, steps - warmup)
+        share = (step + 1) / warmup if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate * rate_share(step, settings)
+            group["lr"] = rate * share
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # 1.4 x faster
             output = model(world.pixels(rows), world.captions[rows, chosen])
         loss: Tensor = loss_of(*(part.float() for part in output))
@@ -148,21 +194,19 @@ def train(
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        if step % 50 == 0 or step == settings.steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             seconds = time.perf_counter() - began
             print(f"step {step:5d}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
-        if step % 500 == 499:
-            print(judge(), flush=True)
+        yield step
     model.eval()
 
 
-def batches(world: World, settings: Settings, random: torch.Generator) -> Iterator[Tensor]:
+def batches(world: World, size: int, random: torch.Generator) -> Iterator[Tensor]:
     """Rows of the world, without end: by turns any scenes, and scenes of one colour.
 
     Colours alone tell most scenes of a mixed batch apart, and a small model stops there. Where all
     scenes of a batch share a colour, the shape has to be learned.
     """
-    size = settings.batch
     colour = world.colours
     while True:
         order = torch.randperm(len(colour), generator=random)
@@ -173,20 +217,32 @@ def batches(world: World, settings: Settings, random: torch.Generator) -> Iterat
             yield alike[number]
 
 
-def rate_share(step: int, settings: Settings) -> float:
-    """Share of the learning rate: linear up, then half a cosine down."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
+@torch.no_grad()
+def measure(model: nn.Module, world: World, tokenizer: WordTokenizer) -> Mapping[str, float]:
+    """Retrieval with all captions, and the classes of ground-truth boxes from dense features."""
+    clip = Clip(model)
+    starts = range(0, len(world.images), 100)
+    traces = [clip.image.trace(world.pixels(slice(start, start + 100))) for start in starts]
+    images = unit(torch.cat([trace.embedding for trace in traces]))
+    texts = unit(clip.text.encode(world.captions.flatten(0, 1)))
+    classes = unit(clip.text.encode(tokenizer([PROMPT.format(name) for name in thing_names()])))
+    dense = torch.cat([trace.dense() for trace in traces])
+    scores = pool_boxes(dense, world.boxes, world.owner) @ classes.T
+    owner = torch.arange(len(images)).repeat_interleave(world.captions.shape[1])
+    similarity = images @ texts.T
+    found = {f"boxes/top{k}": hits(scores, world.labels[:, None], k) for k in (1, 5)}
+    for k in (1, 5, 10):
+        found[f"image_retrieval_recall@{k}"] = hits(similarity.T, owner[:, None], k)
+        mine = torch.arange(len(texts)).view(len(images), -1)  # columns of each image's texts
+        found[f"text_retrieval_recall@{k}"] = hits(similarity, mine, k)
+    return found
 
 
-def halve(model: nn.Module) -> None:
-    """Rounds the weights to half precision, which is what is saved and measured."""
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(value.half())
+def hits(scores: Tensor, right: Tensor, k: int) -> float:
+    """Share of rows of which a right column is among the k highest scores."""
+    best = scores.topk(k, dim=1).indices
+    return round((best[:, :, None] == right[:, None]).any(2).any(1).float().mean().item(), 4)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(call(build, sys.argv[1:]))

@@ -1,52 +1,33 @@
 """What things cost: `python -m tools.bench ACTION [key=value ...]`; `out=results/speed` keeps it.
 
-Every action prints a table with the machine, the threads and the versions behind it.
+Every action prints a table with the machine, the threads and the versions.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
-from gradeclip_ft.commands.cli import CONFIGURATION_ERROR, call, usage
-from gradeclip_ft.commands.config import ConfigurationError, suggest
+from gradeclip_ft.commands.cli import call, usage
+from gradeclip_ft.commands.config import perform, wants_traceback
 
-from .evaluate import evaluate
-from .explain import explain
-from .loader import loader
-from .memory import memory
-from .phrases import phrases
-from .startup import startup
-from .step import scaling, step
+from .parts import evaluate, explain, loader, phrases, startup
+from .step import memory, scaling, step
 
-ACTIONS: dict[str, Callable[..., None]] = {
-    "step": step,
-    "scaling": scaling,
-    "memory": memory,
-    "explain": explain,
-    "evaluate": evaluate,
-    "loader": loader,
-    "phrases": phrases,
-    "startup": startup,
+ACTIONS = {
+    action.__name__: action
+    for action in (step, scaling, memory, explain, evaluate, loader, phrases, startup)
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Run one action; the exit code of a command line that cannot be understood is 2."""
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name in ("-h", "--help"):
-        print(__doc__)
-        for action, function in ACTIONS.items():
-            print(f"{action} {usage(function)}\n    {(function.__doc__ or '').splitlines()[0]}")
-        return 0
-    try:
-        if name not in ACTIONS:
-            raise ConfigurationError(f"there is no action {name}; {suggest(name, ACTIONS)}")
-        call(ACTIONS[name], rest)
-    except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CONFIGURATION_ERROR
-    return 0
+    """Run one action, or show them all."""
+    if arguments and arguments[0] in ACTIONS:
+        action = ACTIONS[arguments[0]]
+        return perform(lambda: call(action, arguments[1:]), full=wants_traceback())
+    print(__doc__)
+    for name, action in ACTIONS.items():
+        print(f"{name} {usage(action)}\n    {(action.__doc__ or '').splitlines()[0]}")
+    return 0 if arguments in ([], ["--help"]) else 2
 
 
 if __name__ == "__main__":

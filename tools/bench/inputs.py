@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.data.captions import Sample, collate
@@ -16,20 +15,10 @@ from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, nltk_problem
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini_open"
+LISTING = PHOTOS / "annotations" / "captions_val2017.json"
 PROMPT = "This is a photo of the {}"
 COLOURS = ("red", "blue", "white", "old", "small", "wooden", "striped", "tall", "wet", "bright")
-THINGS = (
-    "dog",
-    "car",
-    "table",
-    "boat",
-    "umbrella",
-    "clock tower",
-    "horse",
-    "kite",
-    "street",
-    "cup",
-)
+THINGS = ("dog", "car", "table", "boat", "umbrella", "tower", "horse", "kite", "street", "cup")
 
 
 @dataclass(frozen=True)
@@ -46,61 +35,43 @@ def tagger_name() -> str:
     return "nltk" if nltk_problem() is None else "textblob"
 
 
-def read_pairs(least: int, folder: Path = PHOTOS) -> tuple[list[Pair], str]:
+def read_pairs(least: int) -> tuple[list[Pair], str]:
     """Pairs with at least so many phrases, and where they are from.
 
-    Args:
-        least: Phrases; an image's first caption seldom has more than four, so those of its other
-            captions follow.
-        folder: COCO's layout.
+    An image's first caption seldom has more than four; those of its other captions follow.
     """
-    listing = folder / "annotations" / "captions_val2017.json"
-    if not listing.is_file():
-        return _written(), "written captions, pixels at random"
+    if not LISTING.is_file():
+        return [written(number) for number in range(64)], "written captions, pixels at random"
     phrases = PhraseFinder(load_tagger(tagger_name()), 100)
     pairs = []
-    for entry in read_captions(listing):
+    for entry in read_captions(LISTING):
         found = tuple(dict.fromkeys(p for caption in entry.captions for p in phrases(caption)))
         if len(found) >= least:
-            with Image.open(folder / "images" / entry.file_name) as image:
+            with Image.open(PHOTOS / "images" / entry.file_name) as image:
                 pairs.append(Pair(image.convert("RGB"), entry.captions, found))
     return pairs, f"{len(pairs)} COCO photos, phrases by {tagger_name()}"
 
 
-def make_batch(loaded: LoadedClip, pairs: list[Pair], size: int, phrases: int) -> CaptionBatch:
+def written(seed: int) -> Pair:
+    """A pair of the same kind: ten phrases, a caption of three of them."""
+    draw = torch.Generator().manual_seed(seed)
+    colours, things = (torch.randperm(10, generator=draw).tolist() for _ in range(2))
+    found = tuple(f"{COLOURS[c]} {THINGS[t]}" for c, t in zip(colours, things, strict=True))
+    pixels = torch.randint(256, (480, 640, 3), generator=draw, dtype=torch.uint8)
+    caption = f"a {found[0]} stands in front of a {found[1]} next to the {found[2]}"
+    return Pair(Image.fromarray(pixels.numpy()), (caption,), found)
+
+
+def take(pairs: list[Pair], size: int) -> list[Pair]:
+    """So many, again from the start if there are fewer."""
+    return [pairs[number % len(pairs)] for number in range(size)]
+
+
+def make_batch(loaded: LoadedClip, pairs: list[Pair], phrases: int) -> CaptionBatch:
     """The batch a loader would give: first captions, the first so many phrases of each."""
     transform = loaded.transform(train=True)
     samples = [
         Sample(str(row), transform(pair.image), pair.captions[0], list(pair.phrases[:phrases]))
-        for row, pair in zip(range(size), _cycle(pairs, size), strict=True)
+        for row, pair in enumerate(pairs)
     ]
     return collate(samples, loaded.tokenizer, PROMPT, {})
-
-
-def full_captions(loaded: LoadedClip, pairs: list[Pair], size: int) -> Tensor:
-    """The captions of `make_batch` at the full context, as open_clip tokenises them."""
-    return loaded.tokenizer([pair.captions[0] for pair in _cycle(pairs, size)])
-
-
-def full_phrases(loaded: LoadedClip, pairs: list[Pair], size: int, phrases: int) -> Tensor:
-    """Every phrase of `make_batch` at the full context, also those that come twice."""
-    return loaded.tokenizer(
-        [PROMPT.format(text) for pair in _cycle(pairs, size) for text in pair.phrases[:phrases]]
-    )
-
-
-def _cycle(pairs: list[Pair], size: int) -> list[Pair]:
-    return [pairs[number % len(pairs)] for number in range(size)]
-
-
-def _written() -> list[Pair]:
-    """Sixty-four pairs of the same kind: ten phrases each, captions of three of them."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for _ in range(64):
-        colours, things = (torch.randperm(10, generator=generator).tolist() for _ in range(2))
-        found = tuple(f"{COLOURS[c]} {THINGS[t]}" for c, t in zip(colours, things, strict=True))
-        pixels = torch.randint(256, (480, 640, 3), generator=generator, dtype=torch.uint8)
-        caption = f"a {found[0]} stands in front of a {found[1]} next to the {found[2]}"
-        pairs.append(Pair(Image.fromarray(pixels.numpy()), (caption,), found))
-    return pairs
