@@ -53,29 +53,17 @@ from gradeclip_ft.results.masking import masked_output
 PROGRAM = f"python -m {PACKAGE.name}"
 CONFIGURATION_ERROR, INTERRUPTED = 2, 130
 
-# --- The table of commands ---
-
 
 @dataclass(frozen=True)
 class Several:
-    """A group of which a command takes several options, each under its own name: `group=[a,b]`.
+    """A group of which a command takes several options, each under its own name: `group=[a,b]`."""
 
-    Attributes:
-        group: Also the key that holds them.
-        default: Option where none is given.
-        never: Options that make no sense here, with the reason; `group=all` leaves them out.
-    """
-
-    group: str
-    default: str
-    never: Mapping[str, str]
+    group: str  # also the key that holds them
+    default: str  # where none is given
+    never: Mapping[str, str]  # options that make no sense here, with the reason
 
     def overrides(self, given: Sequence[str]) -> list[str]:
-        """The command line with every option as an addition of its own.
-
-        Raises:
-            ConfigurationError: An option makes no sense here.
-        """
+        """The command line with every option as an addition of its own."""
         start = f"{self.group}="
         listed = [override for override in given if override.startswith(start)]
         names = [
@@ -94,19 +82,12 @@ class Several:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, config file and groups.
+    """A command: its name, config file and groups."""
 
-    Attributes:
-        name: Of the module in `gradeclip_ft.commands` and of the function in it.
-        config: Primary file, `conf/<config>.yaml`; None for a plain command without Hydra.
-        several: A group of which it takes several options.
-        calls: Name of the function where it is another.
-    """
-
-    name: str
-    config: str | None
-    several: Several | None = None
-    calls: str | None = None
+    name: str  # of the module in gradeclip_ft.commands
+    config: str | None  # primary file, conf/<config>.yaml; None for a plain command without Hydra
+    several: Several | None = None  # a group of which it takes several options
+    calls: str | None = None  # name of the function where it is another than the module's
 
     def overrides(self, given: Sequence[str]) -> list[str]:
         """All overrides of a command line, as Hydra takes them."""
@@ -204,9 +185,6 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see --help")
 
 
-# --- Help ---
-
-
 def program_help(commands: Mapping[str, Command]) -> str:
     """What the program is and which commands it has."""
     width = max(map(len, commands)) + 2
@@ -249,9 +227,6 @@ def command_help(entry: Command) -> str:
     )
 
 
-# --- Plain commands ---
-
-
 def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
     """Call `function` with arguments as typed on a command line.
 
@@ -278,8 +253,9 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
         extra = words[len(places)]
         raise ConfigurationError(f"{extra}: one word too many; expected {usage(function)}")
     fields = [
-        (name, _open(hints[name]), MISSING if p.default is p.empty else p.default)
-        for name, p in keywords.items()
+        # OmegaConf has no Literal: a choice is a word to it.
+        (n, str if _choices(hints[n]) else hints[n], MISSING if p.default is p.empty else p.default)
+        for n, p in keywords.items()
     ]
     values = OmegaConf.structured(make_dataclass("Options", fields))
     for name, text in (argument.split("=", 1) for argument in given):
@@ -319,11 +295,6 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
-def _open(hint: Any) -> Any:
-    """A type that OmegaConf knows: a word in place of a choice between words."""
-    return str if _choices(hint) else hint
-
-
 def _require_choice(name: str, text: str, hint: Any) -> None:
     if _choices(hint) and text not in _choices(hint):
         raise ConfigurationError(f"{name}: there is no {text}; {suggest(text, _choices(hint))}")
@@ -343,8 +314,6 @@ def progress_bar(items: Iterable[Item], what: str, total: int) -> Iterable[Item]
     )
 
 
-# --- Sweeps ---
-
 # These run several jobs in one process, or in workers that cannot start `python -m` again.
 SHARED_PROCESS = ("basic", "joblib")
 
@@ -360,12 +329,7 @@ def jobs(config: str, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def sweep(command: Command, overrides: Sequence[str]) -> int:
-    """Run every job of a sweep. Where jobs run one after another, a failed one stops none.
-
-    Raises:
-        ConfigurationError: If any job cannot be composed, two jobs share a name, or a job wants
-            several processes from a launcher that cannot give them.
-    """
+    """Check every job of a sweep, then run them all; where one fails, the others still run."""
     assert command.config is not None
     wanted, full = jobs(command.config, overrides), wants_traceback()
     columns = [column for column in zip(*wanted, strict=True) if len(set(column)) > 1]
@@ -414,11 +378,7 @@ def _suffix(job: Sequence[str], varied: Sequence[str]) -> str:
 
 
 def refuse_shared_process(cfg: DictConfig, launcher: str) -> None:
-    """Refuse a job that would start other processes from a process that it does not own.
-
-    Raises:
-        ConfigurationError: If the job wants several devices and the launcher cannot give them.
-    """
+    """Refuse a job that would start other processes from a process that it does not own."""
     devices = OmegaConf.select(cfg, "trainer.devices", default=1)
     nodes = OmegaConf.select(cfg, "trainer.num_nodes", default=1)
     if launcher in SHARED_PROCESS and (str(devices) not in ("1", "auto", "[0]") or nodes != 1):
@@ -468,8 +428,6 @@ def _hydra(config: str, arguments: Sequence[str], task: Callable[[DictConfig], N
         os.environ.update({} if full is None else {"HYDRA_FULL_ERROR": full})
 
 
-# --- Processes of a job ---
-
 PARENT = "GRADECLIP_FT_PARENT"  # set where `train` starts the other processes of its job
 # Words of torch.distributed for a process that is gone or does not answer.
 GONE = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
@@ -504,9 +462,6 @@ def require_as_started(cfg: DictConfig) -> None:
     """Refuse a job whose launcher started other processes than the configuration says.
 
     Without this, each process of `torchrun ... trainer=cpu` would train a run of its own.
-
-    Raises:
-        ConfigurationError: Naming both numbers.
     """
     launcher, started = _launcher()
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,12 @@ TARGETS = "targets.json"
 # Keys that hold nodes of a group with another name.
 KINDS = {"explainers": "explainer", "words": "explainer"}
 NODE_KEYS = ("_target_", "_partial_")
-LISTED = 12  # names that an error shows
-LIKE = 0.6  # difflib's usual bound for "similar"
 
 Node = Mapping[str, Any]
 
 
 class ConfigurationError(Exception):
     """A command line or yaml that no command understands; its text is all the user needs."""
-
-
-# --- What conf/ holds ---
 
 
 @cache
@@ -80,10 +75,7 @@ def primary_groups(command: str) -> list[str]:
 @cache
 def targets() -> dict[str, dict[str, Any]]:
     """What yaml may build: `under` which keys, and its `arguments` with their types."""
-    content: dict[str, dict[str, Any]] = json.loads(
-        (conf_dir() / TARGETS).read_text(encoding="utf-8")
-    )
-    return content
+    return dict(json.loads((conf_dir() / TARGETS).read_text(encoding="utf-8")))
 
 
 def kind_of(key: str) -> str:
@@ -101,33 +93,15 @@ def docstring(module: str, name: str) -> str:
     return ""
 
 
-# --- Suggestions ---
-
-
-def close_to(name: str, names: Iterable[str]) -> str | None:
-    """The name most like `name`, or one that it abbreviates; None where none is like it."""
-    listed = list(names)
-    best = max(listed, key=lambda known: _likeness(name, known), default=None)
-    if best is not None and _likeness(name, best) >= LIKE:
-        return best
-    return next((known for known in listed if name and known.startswith(name)), None)
-
-
 def suggest(name: str, names: Iterable[str]) -> str:
-    """The closest name as a question, or else all there is to choose from."""
+    """The closest name, or one that it abbreviates, as a question; else what to choose from."""
     listed = list(dict.fromkeys(names))
-    if close := close_to(name, listed):
+    begun = [known for known in listed if name and known.startswith(name)]
+    for close in (get_close_matches(name, listed, n=1) or begun)[:1]:
         return f"did you mean {close}?"
     if not listed:
         return "there is nothing to choose from"
-    return f"choose from {', '.join(listed[:LISTED])}{', ...' if len(listed) > LISTED else ''}"
-
-
-def _likeness(one: str, other: str) -> float:
-    return SequenceMatcher(None, one, other).ratio()
-
-
-# --- Composition ---
+    return f"choose from {', '.join(listed[:12])}{', ...' if len(listed) > 12 else ''}"
 
 
 def compose(
@@ -199,11 +173,13 @@ def _describe_override(key: str, text: str, command: str, overrides: Sequence[st
         return f"{key}={value}: conf/ leaves this at its default; write +{key}={value}"
 
     def likeness(name: str) -> tuple[float, float]:
-        whole, last = _likeness(key, name), _likeness(*(k.rpartition(".")[2] for k in (key, name)))
-        return max(whole, last), whole
+        """Of the last parts or of the whole keys: a place or a name may be misspelt."""
+        parts = [whole.rpartition(".")[2] for whole in (key, name)]
+        whole = SequenceMatcher(None, key, name).ratio()
+        return max(whole, SequenceMatcher(None, *parts).ratio()), whole
 
     best = max(known, key=likeness, default="")
-    if likeness(best)[0] < LIKE:
+    if likeness(best)[0] < 0.6:
         return f"{key}={value}: there is no key {key}; {command} --cfg job shows all keys"
     plus = "" if known[best] else "+"
     return f"{key}={value}: there is no key {key}; did you mean {plus}{best}?"
@@ -235,9 +211,6 @@ def _dotted(node: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, boo
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
-
-
-# --- The check ---
 
 
 def check(cfg: DictConfig, command: str) -> None:
@@ -299,6 +272,8 @@ def _problems(node: Node, known: Node, key: str = "") -> Iterator[str]:
                 yield from _target_problems(value[entry], f"{inner}.{entry}", kind=kind_of(name))
         elif isinstance(known[name], Mapping):
             yield f"{inner}: got {value!r}, expected keys below it; {suggest(name, known[name])}"
+        elif isinstance(known[name], int | float) and not fits(value, type(known[name]).__name__):
+            yield f"{inner}: got {value!r}, expected {type(known[name]).__name__}"
 
 
 def _target_problems(
@@ -339,9 +314,9 @@ def _value_problems(value: Any, kind: Any, key: str) -> Iterator[str]:
             f"command line; leave them out with '~{key}'"
         )
         return
-    close = close_to(str(value), words)
-    listed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-    yield f"{key}: got {value!r}, expected {listed}{f'; did you mean {close}?' if close else ''}"
+    close = suggest(str(value), words) if isinstance(value, str) else ""
+    hint = f"; {close}" if close.startswith("did") else ""
+    yield f"{key}: got {value!r}, expected {' or '.join(words)}{hint}"
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -387,9 +362,6 @@ def _nested(value: Any) -> Iterator[Node]:
             yield from _nested(entry)
 
 
-# --- The record ---
-
-
 def recorded(cfg: DictConfig | Node) -> dict[str, Any]:
     """Plain containers in which `${oc.env:NAME}` is left as written, and secrets are ***.
 
@@ -418,21 +390,11 @@ def _plain(cfg: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-# --- Failures ---
-
-
 def perform(command: Callable[[], Any], *, full: bool) -> int:
-    """Run a command and report its error, if any.
-
-    Args:
-        command: Its result is the exit code if it is a number.
-        full: Show the traceback of every error.
+    """Run a command and report its error, with `full` always by its traceback.
 
     Returns:
-        Exit code.
-
-    Raises:
-        ConfigurationError: As the command raises it.
+        Exit code: 1 after an error, else what the command returns if that is a number.
     """
     try:
         result = command()
@@ -448,11 +410,7 @@ def perform(command: Callable[[], Any], *, full: bool) -> int:
 
 
 def is_meant(error: Exception) -> bool:
-    """Whether the text of an error is all that a user needs.
-
-    That is so if a `raise` statement of this package made it, or if the operating system refuses a
-    path that it names.
-    """
+    """Whether an error's text is all that a user needs: ours, or about a path, by the system."""
     if isinstance(error, OSError) and error.filename is not None:
         return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -43,7 +43,7 @@ def test_the_list_of_targets_is_current() -> None:
         ("+explainer=grad_cam", "explainer: there is no such key"),
         ("objective.phrase_weight=mx", "got 'mx', expected max or none; did you mean max?"),
         ("objective.explainer.heads=eight", "objective.explainer.heads: got 'eight', expected"),
-        ("+data.tagger=ntlk", "expected auto, nltk or textblob; did you mean nltk?"),
+        ("+data.tagger=ntlk", "expected auto or nltk or textblob; did you mean nltk?"),
         ("optim.optimizer.lr=high", "optim.optimizer.lr: got 'high', expected float"),
         ("trainer.max_steps=1.5", "trainer.max_steps: got 1.5, expected int"),
         ("optim.train_text=1", "optim.train_text: got 1, expected bool"),
