@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gradeclip_ft.commands.config import (
     NODE_KEYS,
@@ -59,6 +59,7 @@ def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Train
     """
     import torch
 
+    from gradeclip_ft.training.callbacks import Evaluate
     from gradeclip_ft.training.data_module import CaptionDataModule
 
     require_evaluator(cfg)
@@ -66,9 +67,17 @@ def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Train
     loaded = build_clip(cfg)
     objective = build_objective(cfg)
     data = CaptionDataModule(build_data(cfg, loaded), seed=cfg.seed)
-    module = build_module(cfg, loaded, objective)
-    evaluate = build_evaluate(cfg, folder, loaded, command)
-    trainer = build_trainer(cfg, folder, [evaluate])
+    module = make(cfg.optim, "optim")(loaded.require_clip("trained"), objective, seed=cfg.seed)
+    evaluate = Evaluate(
+        build_evaluators(cfg),
+        loaded,
+        folder=folder / EVALUATIONS,
+        run=folder.name,
+        command=command,
+        **cfg.evaluation,
+    )
+    loggers = make(cfg.logger, "logger")(folder, recorded(cfg))
+    trainer = make(cfg.trainer, "trainer")(folder, loggers, [evaluate])
     return Training(loaded, data, module, evaluate, trainer)
 
 
@@ -123,37 +132,6 @@ def require_evaluator(cfg: DictConfig) -> None:
         )
 
 
-def build_module(cfg: DictConfig, loaded: LoadedClip, objective: Objective) -> FineTuneModule:
-    """The training step with optimiser and schedule."""
-    module: FineTuneModule = make(cfg.optim, "optim")(
-        loaded.require_clip("trained"), objective, seed=cfg.seed
-    )
-    return module
-
-
-def build_evaluate(
-    cfg: DictConfig, folder: Path, loaded: LoadedClip, command: str | None
-) -> Evaluate:
-    """Evaluation before, during and after training."""
-    from gradeclip_ft.training.callbacks import Evaluate
-
-    return Evaluate(
-        build_evaluators(cfg),
-        loaded,
-        folder=folder / EVALUATIONS,
-        run=folder.name,
-        command=command,
-        **_plain(cfg.evaluation),
-    )
-
-
-def build_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """The trainer with its loggers."""
-    loggers = make(cfg.logger, "logger")(folder, recorded(cfg))
-    trainer: pl.Trainer = make(cfg.trainer, "trainer")(folder, loggers, callbacks)
-    return trainer
-
-
 def make(node: Any, key: str, **runtime: Any) -> Any:
     """Build what a node of the configuration describes.
 
@@ -185,9 +163,3 @@ def _built(node: Any, runtime: Mapping[str, Any]) -> Any:
     if node.get("_partial_"):
         return partial(function, **values, **runtime)
     return function(**{**values, **runtime})
-
-
-def _plain(cfg: DictConfig) -> Mapping[str, Any]:
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}

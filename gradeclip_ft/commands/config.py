@@ -174,9 +174,9 @@ def _describe_override(key: str, text: str, command: str, overrides: Sequence[st
 
     def likeness(name: str) -> tuple[float, float]:
         """Of the last parts or of the whole keys: a place or a name may be misspelt."""
-        parts = [whole.rpartition(".")[2] for whole in (key, name)]
+        last, known_last = key.rpartition(".")[2], name.rpartition(".")[2]
         whole = SequenceMatcher(None, key, name).ratio()
-        return max(whole, SequenceMatcher(None, *parts).ratio()), whole
+        return max(whole, SequenceMatcher(None, last, known_last).ratio()), whole
 
     best = max(known, key=likeness, default="")
     if likeness(best)[0] < 0.6:

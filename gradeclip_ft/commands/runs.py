@@ -7,18 +7,18 @@ continued on request (`resume=auto`) or another name is taken.
 
 from __future__ import annotations
 
-import difflib
 import json
+import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from gradeclip_ft.commands.config import recorded
+from gradeclip_ft.commands.config import recorded, suggest
 from gradeclip_ft.results.masking import masked_values
 from gradeclip_ft.results.record import commit, versions, write_atomically
 from gradeclip_ft.training import ledger
@@ -56,6 +56,7 @@ MAY_CHANGE = (
 RESAMPLED_MAY_CHANGE = ("data.batch_size", "data.workers", "data.start_method")
 
 Json = Any
+logger = logging.getLogger(__name__)
 
 
 def run_dir(name: str, runs_dir: str | Path = "runs") -> Path:
@@ -97,7 +98,23 @@ def claim(
             checkpoints are damaged.
     """
     if rank == 0:
-        _claim(folder, _plain(cfg), resume)
+        begins = would_begin_or_continue(folder, cfg, resume=resume) == "begins"
+        folder.mkdir(parents=True, exist_ok=True)
+        if begins:
+            try:  # two jobs of one name start at once: one of them gets the folder
+                (folder / CONFIG).open("x").close()
+            except FileExistsError:
+                raise FileExistsError(_refusal(folder)) from None
+        if not _recorded_settings(folder):  # new, or emptied by a crash
+            write_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(recorded(cfg))))
+        start = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(["python", "-m", "gradeclip_ft", *sys.argv[1:]]),
+            "commit": commit(),
+            "versions": versions(),
+        }
+        earlier = read_environment(folder).get("starts", [])
+        record(folder, {**start, "starts": [*earlier, start]})
     return newest_good(folder) if resume == "auto" else None
 
 
@@ -105,26 +122,39 @@ def would_begin_or_continue(
     folder: Path, cfg: DictConfig | Mapping[str, Json], *, resume: Literal["auto"] | None = None
 ) -> Literal["begins", "continues"]:
     """What `claim` would do with this folder; raises as it does, and writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another name= or runs_dir=")
     if not any((folder / trace).exists() for trace in TRACES):
         return "begins"
     if resume != "auto":
         raise FileExistsError(_refusal(folder))
-    _require_same(folder, _plain(cfg))
+    before = _recorded_settings(folder)
+    if not before:
+        logger.warning("%s is missing or cut off; it is written again", folder / CONFIG)
+        return "continues"
+    drawn = (before.get("data") or {}).get("resampled") is True
+    may_change = (*MAY_CHANGE, *(RESAMPLED_MAY_CHANGE if drawn else ()))
+    changed = [
+        f"  {key}: {old!r} -> {new!r}"
+        for key, old, new in _differences(before, recorded(cfg))
+        if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was made from another configuration; resume=auto continues the same run.\n"
+            + "\n".join(changed[:10])
+            + "\nTake these changes back, or start another run with name=... "
+            f"(init_from={folder.name} begins with its weights)"
+        )
     return "continues"
 
 
-def _claim(folder: Path, settings: dict[str, Json], resume: Literal["auto"] | None) -> None:
-    if would_begin_or_continue(folder, settings, resume=resume) == "begins":
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_new(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(settings)))
-    start = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(["python", "-m", "gradeclip_ft", *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": versions(),
-    }
-    earlier = read_environment(folder).get("starts", [])
-    record(folder, {**start, "starts": [*earlier, start]})
+def _recorded_settings(folder: Path) -> dict[str, Json]:
+    """What config.yaml holds; empty where a crash left it without contents."""
+    try:
+        return recorded(read_config(folder))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def record(folder: Path, facts: Mapping[str, Json]) -> None:
@@ -134,11 +164,14 @@ def record(folder: Path, facts: Mapping[str, Json]) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Json]:
-    """What `environment.json` holds; empty before the run began."""
-    path = folder / ENVIRONMENT
-    if not path.exists():
+    """What `environment.json` holds; empty before the run began, or where a crash emptied it."""
+    try:
+        return dict(json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")))
+    except FileNotFoundError:
         return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        logger.warning("%s is empty or cut off and is left out", folder / ENVIRONMENT)
+        return {}
 
 
 def read_config(folder: Path) -> DictConfig:
@@ -146,14 +179,25 @@ def read_config(folder: Path) -> DictConfig:
 
     Raises:
         FileNotFoundError: If the folder holds no run; names runs that sound alike.
+        ValueError: The file is empty, cut off, or something else.
     """
     path = folder / CONFIG
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no run in {folder} (it has no {CONFIG}); {_known(folder)}")
-    cfg = OmegaConf.load(path)
-    if not isinstance(cfg, DictConfig):
-        raise ValueError(f"{path} is not the record of a run; remove {folder} and train again")
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as error:  # of yaml or OmegaConf, on arbitrary bytes
+        raise ValueError(_unreadable(path)) from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise ValueError(_unreadable(path))
     return cfg
+
+
+def _unreadable(path: Path) -> str:
+    return (
+        f"{path} is empty or cut off; start `train` again with resume=auto and the settings of the "
+        "run, which writes it again"
+    )
 
 
 def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
@@ -185,15 +229,6 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     )
 
 
-def _write_new(path: Path, text: str) -> None:
-    """Create a file, or fail where another process created it first: two jobs, one name."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise FileExistsError(_refusal(path.parent)) from None
-
-
 def _refusal(folder: Path) -> str:
     number = 2
     while (free := folder.with_name(f"{folder.name}_{number}")).exists():
@@ -203,25 +238,6 @@ def _refusal(folder: Path) -> str:
         f"name={free.name}, or start another from its weights with name={free.name} "
         f"init_from={folder.name}"
     )
-
-
-def _require_same(folder: Path, settings: Mapping[str, Json]) -> None:
-    """Refuse to continue a run under settings that would have led elsewhere."""
-    before = _plain(read_config(folder))
-    drawn = (before.get("data") or {}).get("resampled") is True
-    may_change = (*MAY_CHANGE, *(RESAMPLED_MAY_CHANGE if drawn else ()))
-    changed = [
-        f"{key}: {old!r} -> {new!r}"
-        for key, old, new in _differences(before, settings)
-        if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was made from another configuration; resume=auto continues the same run.\n"
-            + "\n".join(f"  {line}" for line in changed[:10])
-            + "\nTake these changes back, or start another run with name=... "
-            f"(init_from={folder.name} begins with its weights)"
-        )
 
 
 def _differences(before: Json, now: Json, key: str = "") -> Iterator[tuple[str, Json, Json]]:
@@ -234,19 +250,7 @@ def _differences(before: Json, now: Json, key: str = "") -> Iterator[tuple[str, 
         yield key, before, now
 
 
-def _plain(cfg: DictConfig | Mapping[str, Json]) -> dict[str, Json]:
-    """Resolved plain containers without secrets, as after a round trip through yaml."""
-    return recorded(cfg)
-
-
 def _known(folder: Path) -> str:
     """Runs beside `folder`, the likely one first."""
-    runs: Sequence[str] = []
-    if folder.parent.is_dir():
-        runs = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
-    if not runs:
-        return f"there are no runs in {folder.parent}"
-    close = difflib.get_close_matches(folder.name, runs, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"{folder.parent} holds {', '.join(runs[:8])}{', ...' if len(runs) > 8 else ''}"
+    runs = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
+    return suggest(folder.name, runs) if runs else f"there are no runs in {folder.parent}"

@@ -217,3 +217,28 @@ def test_damaged_weights_of_a_run_are_not_taken_for_granted(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="cut off"):
         runs.resolve_weights("a", tmp_path)
     assert runs.resolve_weights(str(weights)) == weights
+
+
+def test_side_files_that_a_crash_emptied_do_not_block_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Would catch a run that cannot be continued, and a traceback of a parser."""
+    runs.claim(tmp_path / "a", SETTINGS)
+    for content in ("", "{", "a: [1,"):
+        (tmp_path / "a" / "config.yaml").write_text(content)
+        (tmp_path / "a" / "environment.json").write_text(content)
+        with pytest.raises(ValueError, match="is empty or cut off; start `train` again"):
+            runs.read_config(tmp_path / "a")
+        with pytest.raises(FileExistsError, match="resume=auto"):
+            runs.claim(tmp_path / "a", SETTINGS)
+        runs.claim(tmp_path / "a", SETTINGS, resume="auto")
+        assert runs.read_config(tmp_path / "a").optim.lr == 1e-5
+        assert runs.read_environment(tmp_path / "a")["starts"]
+        assert "config.yaml is missing or cut off; it is written again" in caplog.text
+
+
+def test_a_file_in_place_of_a_run_is_named(tmp_path: Path) -> None:
+    """Would catch NotADirectoryError from the middle of the start."""
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError, match="is a file; choose another name="):
+        runs.claim(tmp_path / "a", SETTINGS)

@@ -163,13 +163,13 @@ def test_what_a_first_step_that_failed_left_stays(train, home, origin, capsys, m
 
 def test_a_job_that_is_refused_leaves_the_folder_of_the_other(train, home, monkeypatch) -> None:
     """Two jobs of one name start at once: the second sees no folder, and then finds one."""
-    write = runs._write_new
 
-    def late(path: Path, text: str) -> None:
-        path.write_text("of the other")
-        write(path, text)
+    def late(folder: Path, *args: object, **options: object) -> str:
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("of the other")
+        return "begins"
 
-    monkeypatch.setattr(runs, "_write_new", late)
+    monkeypatch.setattr(runs, "would_begin_or_continue", late)
     assert train("name=race", *QUIET) == 1
     assert (home / "runs" / "race" / "config.yaml").read_text() == "of the other"
 
