@@ -225,13 +225,8 @@ def check(cfg: DictConfig, command: str) -> None:
     """
     known = {key: value for key, value in primary(command).items() if key != "defaults"}
     known |= {group.split("@")[-1].split(".")[0]: {} for group in primary_groups(command)}
-    try:
-        found = sorted(f"{key}: has no value; add {key}=..." for key in OmegaConf.missing_keys(cfg))
-        found = found or list(_problems(_plain(cfg), known))
-    except OmegaConfBaseException as error:
-        text = str(error).split("\n")[0]
-        raise ConfigurationError(f"{error.full_key}: {text}" if error.full_key else text) from error
-    refuse(found)
+    found = sorted(f"{key}: has no value; add {key}=..." for key in OmegaConf.missing_keys(cfg))
+    refuse(found or list(_problems(_plain(cfg), known)))
 
 
 def check_node(node: Any, key: str, *, given: Iterable[str] = ()) -> dict[str, Any]:
@@ -385,8 +380,13 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    assert isinstance(plain, dict)
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    except OmegaConfBaseException as error:
+        text = str(error).split("\n")[0]
+        raise ConfigurationError(f"{error.full_key}: {text}" if error.full_key else text) from error
+    if not isinstance(plain, dict):
+        raise ConfigurationError(f"got {plain!r}, expected keys and values")
     return {str(key): value for key, value in plain.items()}
 
 
