@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 
 from gradeclip_ft.models.clip import ImageTextModel, LoadedClip, evaluation_mode
+from gradeclip_ft.results.masking import masked_texts
 from gradeclip_ft.results.record import Json, Measured, Result, read, result_path, versions
 
 Item = TypeVar("Item")
@@ -147,7 +148,7 @@ def _same(
     """The result on disk, if it is one of these weights and this protocol."""
     result = read(path)
     differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
-    wanted = {"precision": None, **evaluator.protocol, **settings}
+    wanted = masked_texts({"precision": None, **evaluator.protocol, **settings})
     differing += [key for key, value in wanted.items() if result.protocol.get(key) != value]
     if differing:
         raise ValueError(

@@ -56,6 +56,15 @@ def masked_values(value: Any) -> Any:
     return masked(value) if isinstance(value, str) else value
 
 
+def masked_texts(value: Any) -> Any:
+    """Plain containers without secrets in their texts; keys, such as class names, say nothing."""
+    if isinstance(value, Mapping):
+        return {key: masked_texts(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_texts(entry) for entry in value]
+    return masked(value) if isinstance(value, str) else value
+
+
 @cache
 def secrets_of_environment() -> tuple[str, ...]:
     """Values of variables with such a name, as they were at the first use."""

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gradeclip_ft.results.masking import masked
+from gradeclip_ft.results.masking import masked_texts
 
 UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
 """Metrics whose last part is one of these are not fractions."""
@@ -90,7 +90,7 @@ class Result:
                 "the model gives no usable features"
             )
         path = result_path(folder, self.evaluator, self.step)
-        content = asdict(self) | {"command": self.command and masked(self.command)}
+        content = masked_texts(asdict(self))
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return path
 
@@ -127,6 +127,10 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # else a machine that loses power keeps the name of an empty file
         Path(aside).chmod(0o644)
         Path(aside).replace(path)
     except BaseException:

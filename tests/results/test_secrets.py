@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from gradeclip_ft.results.masking import (
     masked_values,
     secrets_of_environment,
 )
+from gradeclip_ft.results.record import Result, read
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,16 @@ def test_keys_that_name_a_secret_hide_their_value() -> None:
         "logger": {"extra": {"api_key": "***", "tags": ["https://***@h/", 1]}},
         "token": None,
     }
+
+
+def test_an_evaluation_holds_no_secret_of_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option may be `${oc.env:...}`; its value would be in every shared JSON file."""
+    monkeypatch.setenv("STORE_TOKEN", "correct-horse-battery")
+    secrets_of_environment.cache_clear()
+    protocol = {"prompt": "correct-horse-battery {}", "by_class": {"token": 0.5}}
+    data = {"files": ["https://me:tiger77@host/a.json?Signature=5167"]}
+    path = Result("a", {"x": 0.5}, protocol, data, {}, {}).write(tmp_path)
+    assert read(path).protocol == {"prompt": "*** {}", "by_class": {"token": 0.5}}
+    assert read(path).data == {"files": ["https://***@host/a.json?***"]}
