@@ -35,9 +35,9 @@ class Subject:
 def evaluate(cfg: DictConfig) -> None:
     """Measure a model with one or more evaluators; one JSON each, `<evaluator>@<step>.json`.
 
-    With run= the weights and the model are those of the run, and the results stand beside it in
-    evaluations/. Without it, the model of model= is measured as it is, and the results stand in
-    evaluations/<model>. A result that is there is kept, unless again=true.
+    With run= the weights and the model are those of the run, and the results go to its folder
+    evaluations/. Without it, the model of model= is measured as it is, and the results go to
+    evaluations/<model>. An existing result is kept, unless again=true.
 
     python -m gradeclip_ft evaluate run=shapes
     python -m gradeclip_ft evaluate run=shapes evaluator=[coco_regions_224,coco_retrieval]
@@ -84,7 +84,7 @@ def _subject(cfg: DictConfig) -> Subject:
     step = step_of(weights)
     if step is None:
         raise ValueError(
-            f"{weights} does not say its step, so it is no run's; give it as model.weights= and a "
+            f"{weights} does not say its step, so it does not belong to a run; give it as model.weights= and a "
             "folder for the results as out="
         )
     model = OmegaConf.merge(runs.read_config(home).model, {"weights": str(weights)})

@@ -63,7 +63,7 @@ def run_dir(name: str, runs_dir: str | Path = "runs") -> Path:
     """Folder of the run called `name`.
 
     Raises:
-        ValueError: If the name could leave `runs_dir` or is no portable file name.
+        ValueError: If the name could leave `runs_dir` or is not a portable file name.
     """
     legal = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+@,")
     if not name or name[0] in ".-" or not set(name) <= legal:
@@ -201,7 +201,7 @@ def _unreadable(path: Path) -> str:
 
 
 def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """Weights file behind `init_from=` or `run=`: a file, a run's folder, or a run's name.
+    """Weights file that `init_from=` or `run=` names: a file, a run's folder, or a run's name.
 
     Raises:
         FileNotFoundError: If it is none of them, or the run has not saved weights yet.

@@ -52,12 +52,12 @@ def train(cfg: DictConfig) -> None:
 
 
 def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
-    """Train; say how a run that ended otherwise goes on."""
+    """Train; where the run ends early, say how to continue it."""
     try:
         job.trainer.fit(job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as end:  # our answer to a signal, after all is saved
         if rank == 0:
-            print(f"interrupted behind step {job.trainer.global_step}; resume=auto goes on")
+            print(f"interrupted after step {job.trainer.global_step}; continue with resume=auto")
         # Lightning kills the first process as soon as one that it started ends with an error
         raise SystemExit(0 if started_by_us() else end.code) from end
     except Exception as error:
@@ -65,7 +65,7 @@ def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
             raise RuntimeError(
                 f"process {rank} of {job.trainer.world_size} lost contact with another one of this "
                 f"job at step {job.trainer.global_step + 1}: that one died, or did not answer in "
-                "time; its own message, if any, stands above. Start the job again with "
+                "time; its own message, if any, is above. Start the job again with "
                 f"resume=auto ({str(error).splitlines()[0]})"
             ) from error
         raise
@@ -95,7 +95,7 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
         job.evaluate.measure(job.trainer)
     _print_results(folder, step)
     if step < cfg.trainer.max_steps:
-        print(f"stopped behind step {step} of {cfg.trainer.max_steps}; resume=auto goes on")
+        print(f"stopped after step {step} of {cfg.trainer.max_steps}; continue with resume=auto")
     print(f"{folder / runs.WEIGHTS}  loads in open_clip as it is")
 
 

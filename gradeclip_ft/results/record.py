@@ -128,9 +128,7 @@ def write_atomically(path: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # else a machine that loses power keeps the name of an empty file
+            os.fsync(file.fileno())  # else a loss of power may leave the name without contents
         Path(aside).chmod(0o644)
         Path(aside).replace(path)
     except BaseException:

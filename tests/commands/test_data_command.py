@@ -1,8 +1,6 @@
 """`data` on the command line: every action, and what a wrong one is told."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,17 +30,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_action() -> None:
     assert data.__doc__ is not None
     assert all(f"data {action} " in data.__doc__ for action in ACTIONS)
-
-
-def test_help_is_printed_without_torch(repository: Path) -> None:
-    script = (
-        "import sys, gradeclip_ft.commands.data; "
-        "sys.exit(' '.join({'torch', 'nltk', 'webdataset'} & set(sys.modules)) or 0)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_shapes_are_made_counted_and_verified(
@@ -75,7 +62,7 @@ def test_coco_files_become_shards_that_train(
     out = tmp_path / "coco"
     assert run("coco", f"captions={captions}", f"images={world / 'images_val'}", f"out={out}") == 0
     assert "4  samples in 4 shards" in capsys.readouterr().out
-    assert run("phrases", out, f"out={out}", "tagger=textblob", "workers=1") == 0
+    assert run("phrases", out, f"out={out}", "tagger=textblob", "workers=2") == 0
     assert "phrases per caption; without a phrase: " in capsys.readouterr().out
     loader = CaptionTrainData(
         shards=str(out),
@@ -123,18 +110,3 @@ def test_a_folder_and_a_table_become_shards(world: Path, tmp_path: Path) -> None
 def test_wrong_command_lines_are_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message.replace(".", r"\.")):
         run(*arguments)
-
-
-@pytest.mark.slow
-def test_the_shared_coco_photos_become_shards(
-    shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """39 photos with five captions each; phrases by a pool of processes."""
-    root = shared_dir / "data/coco_mini_open"
-    captions = root / "annotations/captions_train2017.json"
-    out = tmp_path / "coco"
-    assert run("coco", f"captions={captions}", f"images={root / 'images'}", f"out={out}") == 0
-    assert "39  samples in 8 shards" in capsys.readouterr().out
-    assert run("phrases", out, f"out={out}", "tagger=textblob", "workers=2") == 0
-    assert run("verify", out, "workers=2") == 0
-    assert "39 of 39 samples usable in 8 shards" in capsys.readouterr().out

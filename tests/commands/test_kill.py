@@ -49,4 +49,4 @@ def test_a_signal_to_one_process_ends_both_behind_the_same_step(printed: list[st
     assert end["codes"] == [143, 143]
     assert end["seconds"] < 120  # 3 on an idle machine
     assert end["at"] <= end["saved"] <= end["at"] + 2  # a step may be finished, not yet logged
-    assert end["said"] == f"interrupted behind step {end['saved']}; resume=auto goes on"
+    assert end["said"] == f"interrupted after step {end['saved']}; continue with resume=auto"
