@@ -401,10 +401,12 @@ def perform(command: Callable[[], Any], *, full: bool) -> int:
     except (ConfigurationError, BrokenPipeError):
         raise
     except Exception as error:
-        if is_meant(error) and not full:
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        if full or not is_meant(error):
             traceback.print_exception(error)
+        elif isinstance(error, OSError) and error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return result if isinstance(result, int) else 0
 

@@ -84,8 +84,8 @@ def _subject(cfg: DictConfig) -> Subject:
     step = step_of(weights)
     if step is None:
         raise ValueError(
-            f"{weights} does not say its step, so it does not belong to a run; give it as model.weights= and a "
-            "folder for the results as out="
+            f"{weights} does not say its step, so it does not belong to a run; give it as "
+            "model.weights= and a folder for the results as out="
         )
     model = OmegaConf.merge(runs.read_config(home).model, {"weights": str(weights)})
     assert isinstance(model, DictConfig)

@@ -106,7 +106,7 @@ def claim(
             except FileExistsError:
                 raise FileExistsError(_refusal(folder)) from None
         if not _recorded_settings(folder):  # new, or emptied by a crash
-            write_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(recorded(cfg))))
+            write_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(_settings(cfg))))
         start = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join(["python", "-m", "gradeclip_ft", *sys.argv[1:]]),
@@ -136,7 +136,7 @@ def would_begin_or_continue(
     may_change = (*MAY_CHANGE, *(RESAMPLED_MAY_CHANGE if drawn else ()))
     changed = [
         f"  {key}: {old!r} -> {new!r}"
-        for key, old, new in _differences(before, recorded(cfg))
+        for key, old, new in _differences(before, _settings(cfg))
         if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     ]
     if changed:
@@ -149,10 +149,20 @@ def would_begin_or_continue(
     return "continues"
 
 
+def _settings(cfg: DictConfig | Mapping[str, Json]) -> dict[str, Json]:
+    """For the record; files of the model by absolute paths, so that any folder will do."""
+    settings = recorded(cfg)
+    model = settings.get("model") or {}
+    for key in ("name", "weights"):
+        if isinstance(model.get(key), str) and (file := Path(model[key])).exists():
+            model[key] = str(file.absolute())
+    return settings
+
+
 def _recorded_settings(folder: Path) -> dict[str, Json]:
     """What config.yaml holds; empty where a crash left it without contents."""
     try:
-        return recorded(read_config(folder))
+        return _settings(read_config(folder))
     except (FileNotFoundError, ValueError):
         return {}
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.cli import (
+    INTERRUPTED,
     lost_contact,
     process_rank,
     require_as_started,
@@ -58,8 +59,10 @@ def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
     except SystemExit as end:  # our answer to a signal, after all is saved
         if rank == 0:
             print(f"interrupted after step {job.trainer.global_step}; continue with resume=auto")
-        # Lightning kills the first process as soon as one that it started ends with an error
-        raise SystemExit(0 if started_by_us() else end.code) from end
+        # Lightning ends Ctrl-C with 1, and kills the first process as soon as one that it started
+        # ends with an error.
+        code = INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else end.code
+        raise SystemExit(0 if started_by_us() else code) from end
     except Exception as error:
         if job.trainer.world_size > 1 and lost_contact(error):
             raise RuntimeError(

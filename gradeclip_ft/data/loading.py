@@ -82,8 +82,8 @@ def raising(batches: Iterable[Any]) -> Iterator[Any]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise RuntimeError(
-            f"{error} If memory ran out, lower workers= or data.shuffle=; continue with resume=auto from "
-            "the last checkpoint"
+            f"{error} If memory ran out, lower workers= or data.shuffle=; continue with "
+            "resume=auto from the last checkpoint"
         ) from error
 
 

@@ -179,7 +179,7 @@ def test_a_foreign_error_is_not_meant_but_a_refused_path_is(
     (tmp_path / "file").touch()
     assert perform(lambda: (tmp_path / "file" / "below").mkdir(), full=False) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: [Errno 20] Not a directory")
+    assert shown.startswith(f"error: {tmp_path / 'file' / 'below'}: Not a directory")
     assert "Traceback" not in shown
     assert perform(lambda: [][0], full=False) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -68,7 +68,6 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
         ("init_from=nothing", "model", "neither a weights file nor a run"),
         ("name=a/b", "run folder", "not a valid run name"),
-        ("runs_dir=/proc/nowhere", "run folder", "is not writable"),
         ("evaluation.best=shapes_regoins/boxes/top1", "evaluation data", "mean shapes_regions?"),
         ("trainer.stop_at=0", "trainer", "training needs 1 step"),
         ("optim.schedule.warmup=4", "model", "the warm-up takes 4 of 4 steps"),
@@ -85,6 +84,14 @@ def test_what_would_stop_the_run_is_found(
     assert words in lines[check]
     assert "problem" in lines[check]
     assert "ok" in lines["packages"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    _, lines = report(capsys)
+    assert "is not writable; choose another runs_dir=" in lines["run folder"]
 
 
 def test_a_run_of_this_name_is_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,3 +242,15 @@ def test_a_file_in_place_of_a_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(FileExistsError, match="is a file; choose another name="):
         runs.claim(tmp_path / "a", SETTINGS)
+
+
+def test_a_model_in_a_relative_folder_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a run that can be evaluated from one folder alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    settings = {**SETTINGS, "model": {"name": "mine", "weights": None}}
+    runs.claim(tmp_path / "a", settings)
+    assert runs.read_config(tmp_path / "a").model.name == str(tmp_path / "mine")
+    runs.claim(tmp_path / "a", settings, resume="auto")

@@ -211,6 +211,18 @@ def test_a_terminated_run_says_how_to_go_on(train, home, capsys, monkeypatch) ->
     assert list(losses(home / "runs" / "terminated")) == [1, 2, 3, 4]
 
 
+def test_ctrl_c_ends_with_the_code_that_shells_expect(train, home, capsys, monkeypatch) -> None:
+    """Lightning turns it into an exit code of 1."""
+
+    def interrupt(self, trainer, *rest) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "on_train_batch_end", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        train("name=interrupted", *QUIET)
+    assert ended.value.code == 130
+
+
 def test_each_job_of_a_sweep_has_its_run(train, home) -> None:
     assert train("-m", "seed=0,1", "name=sweep_${seed}", *QUIET) == 0
     first, second = (losses(home / "runs" / f"sweep_{seed}") for seed in (0, 1))
