@@ -153,7 +153,9 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
         if (conf_dir() / group).is_dir():
             return f"{group}={option}: there is no {option}; {suggest(option, options(group))}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not a key=value; put special characters in quotes"
+        key, equals, value = str(error.override).partition("=")
+        hint = f"""; quote it twice: "{key}='{value}'\"""" if equals and key else ""
+        return f"{error.override}: not a key=value that Hydra can read{hint}"
     if found := re.search(r"Could not override '([^']+)'", text):
         return _describe_override(found[1], text, command, overrides)
     if found := re.search(r"Multiple values for ([^\s.]+)", text):

@@ -111,6 +111,11 @@ def test_other_training_data_do_not_overlap(coco: Path, capsys: pytest.CaptureFi
     assert image_key("a_cat.png") == "a_cat"
 
 
+def test_an_evaluator_without_data_has_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("timing") == 0
+    assert "timing: it reads no data" in capsys.readouterr().out
+
+
 def test_wrong_words_are_named(coco: Path) -> None:
     with pytest.raises(ConfigurationError, match="the name of an evaluator is missing"):
         run()

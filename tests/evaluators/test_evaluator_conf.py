@@ -55,6 +55,7 @@ def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> 
     for name in SHAPES:
         data = cfg["evaluator"][name]["data"]
         assert data["make"] == cfg["data"]["make"]
+        assert Path(cfg["data"]["shards"]).is_relative_to(data["make"]["folder"])
         assert Path(data["annotations"]).is_relative_to(cfg["data"]["make"]["folder"])
 
 
