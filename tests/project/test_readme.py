@@ -108,8 +108,8 @@ def test_the_python_on_maps_and_words_runs(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     names = python_of("docs/explain.md", tmp_path)
     assert len(names["found"]) == 2
-    assert names["words"][0].words == ("a", "dog", "on", "the", "grass")
-    assert names["words"][0].values["grad_eclip"].shape == (5,)
+    assert names["words"][0].words == ["a", "dog", "on", "the", "grass"]
+    assert len(names["words"][0].values["grad_eclip"]) == 5
 
 
 def test_the_readme_is_not_long() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from gradeclip_ft.commands.compare import compare
 from gradeclip_ft.results.collect import collect
 from gradeclip_ft.results.record import Result
-from gradeclip_ft.results.table import grouped, render, select, tabulate
+from gradeclip_ft.results.table import grouped, metrics_table, render, select, tabulate
 
 GRAD_ECLIP = {
     "_target_": "gradeclip_ft.explain.grad_eclip.GradEclip",
@@ -200,3 +201,61 @@ def test_comparing_does_not_import_torch(write: Write, repository: Path) -> None
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code, str(repository)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def maps(write: Write) -> Path:
+    """A run whose maps were measured before and after, and its regions in between."""
+    folder = write("try", 0.3, steps=(3,)) / "evaluations"
+    before = {"chance/pointing": 0.1, "a/pointing": 0.25, "a/energy": 0.2}
+    after = {"chance/pointing": 0.1, "a/pointing": 0.5, "a/energy": 0.3, "b/pointing": 0.4}
+    _result("try", "pointing", before, 64, 0).write(folder)
+    _result("try", "pointing", after, 64, 7).write(folder)
+    return folder
+
+
+def test_methods_are_rows_and_weights_columns(
+    maps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = ("*/pointing", "*/energy")
+    compare("runs/try", rows="methods", format="csv", steps="all", metrics=metrics, out="methods")
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "method,tiny/pointing,try/pointing,tiny/energy,try/energy,differs",
+        "chance,0.1,0.1,,,",
+        "a,0.25,0.5,0.2,0.3,",
+        "b,,0.4,,,",
+    ]
+    text = Path("methods.md").read_text()
+    assert "| a | 25.0 | 50.0 | 20.0 | 30.0 |" in text
+    assert "rows=methods" in text
+    assert "Metrics in percent." in text
+    rows = json.loads(Path("methods.json").read_text())
+    assert [row["a/pointing"] for row in rows if row.get("a/pointing")] == [0.25, 0.5]
+
+
+def test_weights_of_one_name_are_told_apart_by_their_step(
+    maps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _result("try", "pointing", {"a/pointing": 0.3}, 64, 4).write(maps)
+    compare("runs/try", rows="methods", steps="all", metrics=("a/pointing",))
+    names = ["tiny/pointing", "try step 4/pointing", "try step 7/pointing"]
+    header = capsys.readouterr().out.splitlines()[0]
+    assert re.split(r" {2,}", header) == ["method", *names]
+    with pytest.raises(ValueError, match=r"no metric of a method among text_"):
+        compare("runs/try", rows="methods", steps="all", metrics=("text_*",))
+
+
+def test_seconds_and_multiples_are_not_percentages(
+    maps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"rise/seconds": 6.2376, "rise/times_encode_image": 533.14}
+    _result("x", "timing", times, 64, 0).write(Path("times"))
+    compare("times", rows="methods", metrics=("rise/*",), out="times")
+    assert re.search(r"6\.2376 +533\.14\n", capsys.readouterr().out)
+    assert "Metrics in seconds" in Path("times.md").read_text()
+
+
+def test_what_train_and_evaluate_print_has_the_unit_of_each_metric() -> None:
+    table = metrics_table({"before": {"boxes/top1": 0.069}, "after": {"rise/seconds": 2.0}})
+    lines = [line.split() for line in render(table).splitlines()[2:]]
+    assert lines == [["boxes/top1", "%", "6.9"], ["rise/seconds", "s", "2.0000"]]
