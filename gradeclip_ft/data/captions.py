@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gradeclip_ft.batch import CaptionBatch, PackedTexts
+from gradeclip_ft.data.files import Tokenize
 from gradeclip_ft.data.loading import (
     EXPECTED,
     WorkerError,
@@ -62,18 +64,15 @@ KEY = "phrases"
 SIZES = "sizes.json"
 MOST_BAD_SAMPLES = 10_000
 EMPTY_LENGTH = 8
+logger = logging.getLogger(__name__)
 StartMethod = Literal["fork", "forkserver", "spawn"]
 Transform = Callable[[Image.Image], Tensor]
 """Image to pixels (3, H, W); draws random numbers from torch's default generator alone."""
 
 
 @runtime_checkable
-class Tokenize(Protocol):
-    """Texts to token ids (M, L); `trim` cuts after the longest text where that is exact."""
-
-    def __call__(self, texts: list[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
-        """Token ids of some texts."""
-        ...
+class PackingTokenize(Tokenize, Protocol):
+    """Texts to token ids, also packed."""
 
     def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
         """Token ids in few rows, for towers that take them."""
@@ -108,7 +107,7 @@ class CaptionTrainData:
 
     shards: str | Sequence[str]
     batch_size: int
-    tokenizer: Tokenize
+    tokenizer: PackingTokenize
     transform: Transform
     samples_per_epoch: int | None = None
     workers: int = 2
@@ -138,6 +137,16 @@ class CaptionTrainData:
         if self.make is not None:
             self.make()
         urls = self.urls()
+        if not self.resampled:
+            empty = [url for url, size in zip(urls, sample_counts(urls), strict=True) if not size]
+            if empty:
+                logger.warning(
+                    "%d of %d shards hold no sample, first %s: an epoch is shorter; see why with "
+                    "`data verify`",
+                    len(empty),
+                    len(urls),
+                    printable(empty[0]),
+                )
         return {
             "tagger": prepare_tagger(self.tagger) if self.max_phrases else None,
             "shards": len(urls),
@@ -365,7 +374,7 @@ def _augmented(transform: Transform, image: Image.Image, seed: int) -> Tensor:
 
 
 def collate(
-    samples: Sequence[Sample], tokenizer: Tokenize, prompt: str, skipped: dict[str, int]
+    samples: Sequence[Sample], tokenizer: PackingTokenize, prompt: str, skipped: dict[str, int]
 ) -> CaptionBatch:
     """Samples to one batch; each distinct phrase is tokenised once.
 

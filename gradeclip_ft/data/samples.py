@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from gradeclip_ft.data.shards import BadSampleError, RawSample, escaped, shard_name
+from gradeclip_ft.data.shards import BadSampleError, RawSample, printable, shard_name
 from gradeclip_ft.images import IMAGE_SUFFIXES, ImageError, check_image, read_image
 
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -34,7 +34,7 @@ def sample_name(raw: RawSample) -> str:
     >>> sample_name({"__url__": "data/cc3m-train-0004.tar", "__key__": "000041"})
     'cc3m-train-0004.tar:000041'
     """
-    return f"{shard_name(raw['__url__'])}:{escaped(raw['__key__'])}"
+    return f"{shard_name(raw['__url__'])}:{printable(raw['__key__'])}"
 
 
 def read_record(raw: RawSample) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import subprocess
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from io import BufferedReader, RawIOBase
@@ -53,7 +53,7 @@ MOST_BYTES = 64 * 2**20  # of a sample's files together; the largest photos have
 MOST_CLAIMED = 2**30  # of a file: a larger size is a damaged number
 MOST_GAP = 2**21  # blocks without a header: 1 GiB
 MOST_NOTE = 2**20  # of a header that only describes the next file
-DESCRIPTIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)
+DESCRIPTIONS = (b"L", b"K", b"x", b"g", b"X")  # long names and links, pax headers of all kinds
 NEIGHBOURS = "files of one sample must be neighbours, as `tar --sort=name` writes them"
 LOG_EVERY = 1000
 LONGEST_LOG = 300
@@ -132,18 +132,14 @@ class Skips:
 
 
 def printable(text: str) -> str:
-    """A text from foreign data as one line without secrets or control characters."""
-    line = escaped(masked(text[: 2 * LONGEST_LOG]))
-    return line if len(line) <= LONGEST_LOG else f"{line[: LONGEST_LOG - 3]}..."
+    r"""A text from foreign data as one line without secrets or control characters.
 
-
-def escaped(text: str) -> str:
-    r"""Control characters and broken ones as escapes.
-
-    >>> escaped("a\nb")
+    >>> printable("a\nb")
     'a\\nb'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = masked(text[: 2 * LONGEST_LOG])
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= LONGEST_LOG else f"{line[: LONGEST_LOG - 3]}..."
 
 
 def stable_hash(text: str) -> int:
@@ -299,10 +295,16 @@ def _samples(
         while (member := archive.next()) is not None:
             archive.members.clear()  # else it keeps the headers of the whole shard
             headers.tell()
-            if member.size > MOST_CLAIMED:  # by a pax header: tarfile would look for its end
+            if not 0 <= member.size <= MOST_CLAIMED:  # by a pax header; tarfile would believe it
                 raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
             key, suffix = base_plus_ext(member.name)
             if not member.isreg() or key is None or META.match(member.name):
+                continue
+            suffix = suffix.lower()
+            is_wanted = wanted is None or suffix in wanted
+            if member.size > MOST_BYTES:
+                if is_wanted:
+                    skips.add("oversized_file", url, f"{member.name} has {member.size:,} bytes")
                 continue
             if sample.get("__key__") != key:
                 if sample:
@@ -311,11 +313,10 @@ def _samples(
                     skips.add("scattered_sample", url, f"{key} comes again; {NEIGHBOURS}")
                 seen.add(key)
                 sample, left = {"__key__": key, "__url__": url}, MOST_BYTES
-            suffix = suffix.lower()
             content = archive.extractfile(member)
             if suffix in sample:
                 skips.add("duplicate_name", url, f"{member.name}: a second .{suffix} of its sample")
-            elif wanted is not None and suffix not in wanted:
+            elif not is_wanted:
                 content.seek(max(member.size - 1, 0))  # its last byte tells whether it is complete
                 sample[suffix] = content.read()[:0]
             elif member.size > left:
@@ -422,39 +423,47 @@ class _Web:
             "http", skip_instance_cache=True, client_kwargs=options, encoded="%" in url
         )
         self._seconds = seconds
+        self.answer: ClientResponse | None = None
         try:
-            self.answer: ClientResponse = sync(
-                self._files.loop, self._get, url, start, timeout=seconds
-            )
+            self._within(self._get(url, start))
         except BaseException:
             self.close()
             raise
 
-    async def _get(self, url: str, start: int) -> ClientResponse:
-        session = await self._files.set_session()
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        answer: ClientResponse = await session.get(self._files.encode_url(url), headers=headers)
-        answer.raise_for_status()
-        given = answer.headers.get("Content-Range", "")
-        if answer.status == 206 and not given.startswith(f"bytes {start}-"):
-            raise OSError(f"the server sent {given or 'no range'} where bytes {start}- were wanted")
-        return answer
-
     def read(self, size: int) -> bytes:
-        async def fill() -> bytes:
-            data = b""
-            while len(data) < size and (more := await self.answer.content.read(size - len(data))):
-                data += more
-            return data
-
-        content: bytes = sync(self._files.loop, fill, timeout=self._seconds)
-        return content
+        data: bytes = self._within(self._fill(size))
+        return data
 
     def close(self) -> None:
-        async def end() -> None:
-            await (await self._files.set_session()).close()
+        self._within(self._end())
 
-        sync(self._files.loop, end)
+    def _within(self, exchange: Coroutine[Any, Any, Any]) -> Any:
+        return sync(self._files.loop, lambda: exchange, timeout=self._seconds)
+
+    async def _get(self, url: str, start: int) -> None:
+        session = await self._files.set_session()
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        self.answer = await session.get(self._files.encode_url(url), headers=headers)
+        self.answer.raise_for_status()
+        given = self.answer.headers.get("Content-Range", "")
+        if self.answer.status == 206 and not given.startswith(f"bytes {start}-"):
+            raise OSError(f"the server sent {given or 'no range'} where bytes {start}- were wanted")
+
+    async def _fill(self, size: int) -> bytes:
+        assert self.answer is not None
+        data = b""
+        try:
+            while len(data) < size and (more := await self.answer.content.read(size - len(data))):
+                data += more
+        except Exception:
+            if not data:
+                raise  # else what came before counts, and the next read meets the error
+        return data
+
+    async def _end(self) -> None:
+        if self.answer is not None:
+            self.answer.close()
+        await (await self._files.set_session()).close()
 
 
 class _Command:
@@ -532,6 +541,7 @@ class _Resumed(RawIOBase):
         scheme, start = urlsplit(self._url).scheme, self._position
         if scheme in ("http", "https"):
             self._file = web = _Web(self._url, start, self._patience.seconds)
+            assert web.answer is not None
             version = web.answer.headers.get("ETag") or web.answer.headers.get("Last-Modified")
             if self._version not in (None, version):
                 raise PermanentError("it has changed on the server since its beginning was read")
@@ -557,7 +567,9 @@ class _Resumed(RawIOBase):
         self._failures += 1
         answer = getattr(error, "response", None)  # of huggingface_hub; aiohttp has the number
         status = getattr(error, "status", None) or getattr(answer, "status_code", None)
-        if status is None:
+        if isinstance(error, TimeoutError):
+            is_permanent, reason = False, str(error) or f"no data in {self._patience.seconds:g} s"
+        elif status is None:
             is_permanent = isinstance(error, (*LASTING, NonHttpUrlClientError))
             reason = masked(str(error)) or type(error).__name__
         else:

@@ -121,8 +121,8 @@ def test_other_files_are_not_archives(read: Read, content: bytes) -> None:
     assert read(content) == ({}, {"unreadable_shard": 1})
 
 
-@pytest.mark.parametrize("size", [2**31, 2**40, 10**13])
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [2**31, 10**13])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, *shards.DESCRIPTIONS])
 def test_claimed_terabytes_are_not_believed(read: Read, size: int, kind: bytes) -> None:
     """The claim costs its file; the samples after it are read."""
     content = archive(THREE)

@@ -92,6 +92,18 @@ def test_every_sample_once_whatever_the_number_of_workers(
     assert max(Counter(keys(batches)).values()) <= 2
 
 
+def test_an_empty_shard_is_named_before_the_run(
+    tmp_path: Path, make_shards: Make, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no part in any slice, so nothing opened it, and the epoch was shorter in silence."""
+    paths = make_shards(tmp_path, sizes=[6, 6, 6])
+    paths[1].write_bytes(b"")
+    data = source(str(tmp_path), resampled=False)
+    assert data.prepare()["samples_per_epoch"] == 12
+    assert "1 of 3 shards hold no sample, first" in caplog.text
+    assert sorted(keys(epoch_of(data))) == [f"{n:09d}" for n in (*range(6), *range(12, 18))]
+
+
 @pytest.mark.parametrize("resampled", [True, False])
 def test_processes_have_equal_lengths_and_do_not_share_samples(
     shards: str, source: Source, resampled: bool

@@ -24,7 +24,7 @@ Files = Callable[..., dict[str, bytes]]
 
 @pytest.fixture
 def shard(tmp_path: Path, sample: Files, write_shard: Write) -> Path:
-    """Six samples: two good ones, one with more captions, three with faults."""
+    """Seven samples: two good ones, one with more captions, three with faults, one of JSON."""
     rows = [
         sample(0, "a black dog"),
         sample(1, " a  cat\non a red house "),
@@ -32,6 +32,7 @@ def shard(tmp_path: Path, sample: Files, write_shard: Write) -> Path:
         {name: data for name, data in sample(3).items() if not name.endswith("json")},
         {**sample(4), "000000004.json": b"{"},
         {**sample(5), "000000005.txt": b"\xff"},
+        {"6.jpg": sample(6)["000000006.jpg"], "6.json": b'{"captions": ["a red horse"]}'},
     ]
     return write_shard(tmp_path / "in/part-0000.tar", rows)
 
@@ -58,11 +59,12 @@ def test_every_caption_gets_its_phrases_and_nothing_else_changes(
     assert found[1]["found"] == {"a cat on a red house": ["cat", "red house"]}
     assert found[2]["found"] == {"and of the": [], "a cow and a bird": ["cow", "bird"]}
     assert list(found[3]["found"].values()) == [["black bird", "house"]]
-    assert found[4:] == [None, None]
+    assert found[4:6] == [None, None]
+    assert found[6]["found"] == {"a red horse": ["red horse"]}
     assert numbers == {
-        "samples": 6,
-        "captions": 5,
-        "phrases": 7,
+        "samples": 7,
+        "captions": 6,
+        "phrases": 8,
         "captions_without_phrase": 1,
         "broken_json": 1,
         "bad_encoding": 1,
@@ -70,10 +72,10 @@ def test_every_caption_gets_its_phrases_and_nothing_else_changes(
     for before, after in zip(
         read_shard(str(shard), Skips()), read_shard(str(written), Skips()), strict=True
     ):
-        assert (before["__key__"], before["jpg"], before["txt"]) == (
+        assert (before["__key__"], before["jpg"], before.get("txt")) == (
             after["__key__"],
             after["jpg"],
-            after["txt"],
+            after.get("txt"),
         )
 
 
@@ -88,6 +90,16 @@ def test_a_finished_shard_is_left_alone_and_others_are_made_again(shard: Path) -
     add_phrases(str(shard), folder, tagger="textblob", max_phrases=1)
     assert entries(shard)[0]["max_phrases"] == 1
     assert os.listdir(folder) == [shard.name]
+
+
+def test_a_remote_shard_is_written_under_its_name_without_the_signature(
+    shard: Path, tmp_path: Path, web: str
+) -> None:
+    """No loader finds `part-0000.tar?X-Amz-Signature=...`, and the signature is a secret."""
+    (tmp_path / "out").mkdir()
+    url = f"{web}/in/{shard.name}?X-Amz-Signature=dead/beef"
+    assert add_phrases(url, tmp_path / "out", tagger="textblob", max_phrases=5)["captions"] == 6
+    assert os.listdir(tmp_path / "out") == [shard.name]
 
 
 def test_batches_are_the_same_with_stored_and_with_found_phrases(
@@ -129,8 +141,9 @@ def test_splitting_keeps_every_sample_in_order(tmp_path: Path, make_shards: Make
 
 
 def test_a_report_names_what_training_would_skip(shard: Path, write_shard: Write) -> None:
+    """And nothing else: captions in a .json alone were called missing."""
     report = verify_shard(str(shard))
-    assert (report.samples, report.usable) == (6, 4)
+    assert (report.samples, report.usable) == (7, 5)
     assert report.causes == {"broken_json": 1, "bad_encoding": 1}
     assert report.examples["broken_json"].startswith("part-0000.tar:000000004: ")
     dotted = write_shard(shard.parent / "b.tar", [{"my.photo.jpg": b"", "my.photo.txt": b"x"}])
@@ -141,7 +154,7 @@ def test_a_report_names_what_training_would_skip(shard: Path, write_shard: Write
     assert total.causes["missing_text"] == 1
     total.join(verify_shard(str(shard.parent / "none.tar")))
     assert total.causes["unreadable_shard"] == 1
-    assert (total.shards, total.samples, total.usable) == (3, 7, 4)
+    assert (total.shards, total.samples, total.usable) == (3, 8, 5)
 
 
 def test_white_bars_are_seen() -> None:

@@ -1,11 +1,8 @@
 """Addresses of shards, reading that survives broken ones, and counting."""
 
-import functools
-import http.server
 import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -184,22 +181,6 @@ def test_too_large_a_share_of_failures_ends_the_reading(part: Part, least: int) 
 def test_hashes_do_not_depend_on_the_process() -> None:
     """Python's own hash does; the value is `b2sum -l 64` prints, shifted by one bit."""
     assert stable_hash("black car") == int("12100969a7e878ea", 16) >> 1
-
-
-@pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setenv("no_proxy", "*")
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def test_addresses_are_read_like_files(five: list[Path], web: str) -> None:
