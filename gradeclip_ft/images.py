@@ -171,8 +171,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _in_eight_bits(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits, or of floats, which PIL would cut off at 255.
 
-    Files seldom say where white is, so it is the smallest usual range that holds all values: 12
-    bits in a file of 16 are as bright as in one of 12. Beyond 16 bits the maximum is white.
+    Files rarely say which value is white, so it is the smallest usual range that holds all values:
+    12 bits in a file of 16 are as bright as in one of 12. Beyond 16 bits the maximum is white.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     peak = values.max(initial=0.0)

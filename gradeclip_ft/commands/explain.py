@@ -242,7 +242,7 @@ def _targets(loaded: Loaded, item: ExplainInput) -> Tensor:
         return loaded.encode_texts(item.prompted)
     if item.caption:
         raise ValueError(
-            f"{loaded.name} knows classes, no captions; give class names as phrases=[...]"
+            f"{loaded.name} knows classes, not captions; give class names as phrases=[...]"
         )
     return loaded.targets(item.phrases)
 

@@ -2,7 +2,7 @@
 
 `CaptionTrainData` is the settings, `prepare` runs once before workers start, `loader` gives one
 epoch of one process. Everything is a function of (seed, epoch, rank, world size, workers): there
-is no state to save, and an interrupted epoch goes on with `start`.
+is no state to save, and an interrupted epoch continues with `start`.
 """
 
 from __future__ import annotations

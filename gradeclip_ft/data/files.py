@@ -156,7 +156,7 @@ def prepare_files(
     for folder in folders:
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(
-                f"no folder {folder} beside {annotations}; unpack it there or set its path"
+                f"no folder {folder} next to {annotations}; unpack it there or set its path"
             )
 
 

@@ -29,7 +29,7 @@ class ClassFolders:
     Attributes:
         folder: Of the folders.
         classes: Number of classes there must be; any other number is refused.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
     """
 
@@ -92,7 +92,7 @@ class ClassShards:
 
     Attributes:
         folder: Of the split, with the shards.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
     """
 
@@ -131,7 +131,7 @@ class ClassShards:
     def _lines(self, name: str) -> list[str]:
         path = Path(self.folder).parent / name
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}; it belongs beside the folder of the split")
+            raise FileNotFoundError(f"no {path}; it belongs next to the folder of the split")
         return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 

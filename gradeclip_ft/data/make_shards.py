@@ -54,11 +54,11 @@ def write_shards(
     """Writes the files as shards `NAME-0000.tar` and so on, at least 8 where that is possible.
 
     Args:
-        files: What to write, in order. Files that are no usable image or have no caption are left
+        files: What to write, in order. Files that are not usable images or have no caption are left
             out and counted.
         out: A new or empty folder; it is filled at once, when all is written.
         name: Of the shards.
-        shard_size: At most so many samples per shard.
+        shard_size: Samples per shard, at most.
         skips: Counts what is left out.
 
     Returns:

@@ -255,7 +255,7 @@ class CaptionFile:
         part: Which split of a file that holds several.
         names: Text file that names the images of the split, where the captions have more.
         expected: Number of images the split has; any other number is refused.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
         make: Called when the annotation file does not exist, to make it.
     """
@@ -310,7 +310,7 @@ class RetrievalShards:
         folder: Of the split, with `nshards.txt` and the shards.
         split: Its name in the protocol.
         expected: Number of images the split has; any other number is refused.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
     """
 
@@ -385,7 +385,7 @@ class CaptionChoices:
         folder: Of the JSON files.
         images: Folder of the images, COCO val2017 for SugarCrepe.
         kinds: Names of the files without `.json`; None for all.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
     """
 

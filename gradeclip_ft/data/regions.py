@@ -302,14 +302,14 @@ class CocoRegions:
         images: Folder of the images.
         segments: Folder of the panoptic PNGs; None for an instances file.
         min_area: Regions whose box has fewer pixels (of the original image) are left out.
-        max_regions: Only the first so many of an image count.
+        max_regions: Regions per image; further ones are left out.
         crowd: Keep regions that are groups (`iscrowd`).
         mask_antialias: Antialias when masks are resized to the patch grid.
         fit: "letterbox" pads, "stretch" distorts both sides to the square.
         clipself: Crops and boxes of stuff exactly as CLIPSelf's program cuts them: crops are
             padded on all sides and their edges rounded, boxes of stuff end at the last pixel
             instead of after it.
-        limit: Only so many images, drawn with `limit_seed`; None for all.
+        limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
         make: Called when the annotation file does not exist, to make it.
     """

@@ -240,7 +240,7 @@ STREAMS: dict[Split, int] = {"train": 0, "val": 1, "pretrain": 2}
 """Each split has random numbers of its own; `pretrain` is what the packaged model saw."""
 
 EASY = (0.55, 0.25, 0.12, 0.08)
-"""Shares of 1 to 4 objects in `pretrain`: a small model learns shapes where one stands alone."""
+"""Shares of 1 to 4 objects in `pretrain`: a small model learns shapes from scenes with only one."""
 
 SHARD_SIZE = 1000
 LEAST_SHARDS = 8
@@ -280,11 +280,11 @@ class Sample:
 def make_shapes(
     folder: str | Path, *, train: int, val: int, seed: int, workers: int = 2, image_size: int = 64
 ) -> None:
-    """Writes the shapes world below `folder`, or does nothing when it already stands there.
+    """Writes the shapes world below `folder`, or does nothing if it is already there.
 
     A stamp file holds the parameters and a hash of the generator. Other parameters mean a new
-    build, which takes the place of the old one at the end; an interrupted build leaves nothing
-    behind in `folder`.
+    build, which takes the place of the old one at the end; an interrupted build leaves
+    nothing in `folder`.
 
     Args:
         folder: Ours alone; its old content is deleted on a rebuild.
@@ -402,7 +402,7 @@ def _is_current(folder: Path, stamp: dict[str, Any]) -> bool:
 
 
 def _replace(target: Path, fresh: Path, old: Path, stamp: dict[str, Any]) -> None:
-    """Two renames; a second process that built the same world meanwhile is no error."""
+    """Two renames; a second process may have built the same world meanwhile."""
     if _is_current(target, stamp):
         return
     if target.exists():

@@ -1,4 +1,4 @@
-"""Scenes of the shapes world: what stands where, in which colour, on which background.
+"""Scenes of the shapes world: which shapes are where, in which colour, on which background.
 
 A scene is a plain description in units of the image side; `shapes_draw` turns it into pixels and
 `shapes_captions` into sentences. A colour and a shape together are a class ("red circle"): 8 x 8
@@ -117,7 +117,7 @@ def thing_names() -> list[str]:
 
 
 def stuff_names() -> list[str]:
-    """The stuff classes, in the order of their ids (behind the things)."""
+    """The stuff classes, in the order of their ids, which follow those of the things."""
     return [f"{texture} background" for texture in TEXTURES]
 
 

@@ -1,7 +1,7 @@
 """Shards to raw samples: their addresses, and reading that survives broken ones and counts them.
 
 Every shard is read on its own, so a broken one costs what is broken in it and nothing else. A
-remote one is read in one stream that goes on after a broken connection, with the byte that follows.
+remote one is read in one stream that continues after a broken connection with the next byte.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ class Patience:
 
     Attributes:
         seconds: For a connection and its first 256 kB, and for each 256 kB that follow.
-        attempts: To open or go on, in a row without a new byte.
+        attempts: To open or continue, in a row without a new byte.
         pause: Seconds before the second attempt; doubled each time.
     """
 

@@ -76,7 +76,7 @@ def run_all(
         loaded: The model.
         folder: Where the results go, `<evaluator>@<step>.json`.
         run: Name of the run the weights come from.
-        step: Optimiser steps behind the weights.
+        step: Optimiser steps of the weights.
         command: Command line for the record.
         again: Replace results that are there; else those of the same weights and protocol are kept.
         precision: Number type that the model computes in; similarities are float32 all the same.

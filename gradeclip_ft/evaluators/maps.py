@@ -1,7 +1,7 @@
 """Where maps point, and what they cost.
 
 The pointing game asks, for every class in a picture: is the hottest place on an object of it?
-`any_object` asks for an object of whatever class, which a method that knows no text can find too.
+`any_object` asks for an object of any class, which a method that ignores the text can find too.
 All methods read one pass over the same pixels and text vectors; maps are enlarged bilinearly.
 """
 
@@ -367,14 +367,14 @@ def chosen(
 
 
 def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
-    """What each method was told, as it stands in a JSON file."""
+    """The settings of each method, as plain JSON."""
     told = {name: _settings(method) for name, method in explainers.items()}
     plain: dict[str, Json] = json.loads(json.dumps(told))
     return plain
 
 
 def require_float32(clip: ImageTextModel, name: str) -> None:
-    """Refuse a model in half precision, whose gradients are no reference.
+    """Refuse a model in half precision, whose gradients are not a reference.
 
     Raises:
         ValueError: It is one.

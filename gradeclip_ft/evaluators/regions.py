@@ -48,8 +48,9 @@ def square_side(loaded: LoadedClip, wanted: int | None, name: str) -> int:
     if side % tower.patch:
         below = side // tower.patch * tower.patch
         raise ValueError(
-            f"{name} asks for {side} pixels, no multiple of the model's patch size {tower.patch}; "
-            f"set the evaluator's image_size to {below or tower.patch} or {below + tower.patch}"
+            f"{name} asks for {side} pixels, which is not a multiple of the model's patch size "
+            f"{tower.patch}; set the evaluator's image_size to {below or tower.patch} or "
+            f"{below + tower.patch}"
         )
     return side
 

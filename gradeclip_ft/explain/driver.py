@@ -87,7 +87,7 @@ class Supported:
                 del self.methods[name]
                 if not self.methods:
                     raise UnsupportedTowerError(
-                        f"this model can do none of {', '.join(self.left_out)}: {error}"
+                        f"this model supports none of {', '.join(self.left_out)}: {error}"
                     ) from error
         return answers
 

@@ -17,7 +17,7 @@ class Game:
     """R starts as I; by layer C = mean over heads of ReLU(∂s/∂A ⊙ A), R <- R + C R; H = R[query].
 
     Here s is the logit, for a CLIP the cosine over its temperature. With several layers its scale
-    changes more than that of the map, because products of layers stand beside the layers alone.
+    changes more than that of the map, because it sums products of layers and single layers.
 
     Attributes:
         layers: All, the generic definition; or the last alone, as in the authors' script.

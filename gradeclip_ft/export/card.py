@@ -150,7 +150,7 @@ class Scores:
 
     Attributes:
         before: At step 0; None where that was not measured.
-        after: The newest behind step 0; None where there is none.
+        after: The newest after step 0; None where there is none.
     """
 
     before: Result | None
@@ -165,7 +165,7 @@ class Origin:
         start: Weights before fine-tuning: a tag of open_clip, `packaged`, `random`, or a file.
         alpha: Share of the fine-tuned weights.
         run: Name of the run; None for weights without one.
-        step: Optimiser steps behind the weights.
+        step: Optimiser steps of the weights.
         config_hash: Of the run's configuration.
         scores: Results of the run by evaluator.
     """

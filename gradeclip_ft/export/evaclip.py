@@ -187,7 +187,7 @@ def write_evaclip(job: Job, stage: Path) -> Written:
         stage: Folder to write into.
 
     Raises:
-        ValueError: The model is no EVA, or a key of it is not known; the message names it.
+        ValueError: The model is not an EVA, or one of its keys is unknown; the message names it.
         ExportError: Read back, it is another model.
     """
     trunk = _trunk(job)

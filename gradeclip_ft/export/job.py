@@ -103,7 +103,7 @@ NOTE = "gradeclip_ft.json"
 
 @contextmanager
 def staged(folder: Path, kind: str) -> Iterator[Path]:
-    """A folder to write into; its files stand in `folder` once the block ends without an error.
+    """A folder to write into; its files are moved to `folder` when the block ends without an error.
 
     Args:
         folder: Absent, empty, or an earlier export in the same format, whose files are replaced.
@@ -207,7 +207,7 @@ def write_description(loaded: LoadedClip, folder: Path) -> bool:
         parts = True
     tokenizer = loaded.tokenizer.tokenize
     if isinstance(tokenizer, HFTokenizer):
-        # open_clip looks for it here whatever name stands in the description.
+        # open_clip looks for it here, whatever name the description has.
         tokenizer.tokenizer.save_pretrained(folder)
         model["text_cfg"] = {**model["text_cfg"], "hf_tokenizer_name": "."}
     if "hf_model_name" in model["text_cfg"]:

@@ -44,8 +44,8 @@ def write_openclip(job: Job, stage: Path) -> Written:
     registered = loaded.architecture.registered
     if job.form != "safetensors" and not registered:
         raise ValueError(
-            f"open_clip knows no architecture {loaded.name}, so its export is a folder with a "
-            "description, whose weights are safetensors; use format=safetensors"
+            f"open_clip does not know the architecture {loaded.name}, so its export is a folder "
+            "with a description, whose weights are safetensors; use format=safetensors"
         )
     parts = write_description(loaded, stage)
     file = stage / FILES[job.form]

@@ -3,7 +3,7 @@
 With a causal mask a token depends on the tokens before it and on nothing else. Texts that begin
 alike therefore share the beginning's tokens: the prompt of all phrases is computed once per row,
 and a phrase costs its own words. Several texts are in one row, where a mask lets every token see
-its own beginning alone, so hardly anything is computed for padding. Embeddings are the same.
+its own beginning alone, so very little is computed for padding. Embeddings are the same.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _read(file: Path) -> object:
                 "weights take the tag `openai`, or a .safetensors file"
             ) from error
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} is not a readable weights file, or damaged: {reason}") from error
+        raise ValueError(f"{file} is not a weights file, or is damaged: {reason}") from error
 
 
 def _unwrap(content: object, file: Path) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def anywhere(here: bool, device: torch.device) -> bool:
 def patient_barrier(patience: timedelta) -> Callable[[], None]:
     """A barrier for work that one process does while the others wait. All processes make it.
 
-    It has a process group of its own: the ordinary collectives keep a short limit, behind which a
+    It has a process group of its own: the ordinary collectives keep a short limit, after which a
     process that hangs is given up. Over gloo, a process that dies ends the wait at once.
     """
     if world_size() == 1:

@@ -97,7 +97,7 @@ def differences(entries: Sequence[Entry]) -> list[str]:
     """For each entry, where its protocols or data differ from the first entry that has them.
 
     A paper names fewer settings than we record, so only those count there; and it has no hash of
-    its data, so the number of images stands in for that.
+    its data, so the number of images is compared instead.
     """
     first: dict[str, Result] = {}
     found: list[str] = []

@@ -244,7 +244,7 @@ def _present() -> list[Path]:
 def _fetch() -> str | None:
     """Downloads aside, then renames: a parallel run never sees half a file.
 
-    In a process of its own, because NLTK's downloader knows no time limit.
+    In a process of its own, because NLTK's downloader has no time limit.
 
     Returns:
         What went wrong, or None.

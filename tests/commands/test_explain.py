@@ -187,7 +187,7 @@ def test_a_classifier_is_explained_by_class_names(caplog: pytest.LogCaptureFixtu
     assert "clip_surgery is left out" in caplog.text
     assert json.loads(Path("explanations/a/words.json").read_text()) == []
     assert "logit" in Path("explanations/index.html").read_text()
-    with pytest.raises(ValueError, match="knows classes, no captions"):
+    with pytest.raises(ValueError, match="knows classes, not captions"):
         run(*given, "captions=[a red square]")
 
 

@@ -257,7 +257,9 @@ def test_the_evaluator_s_own_size_is_used_and_recorded(world: Any, load: Load) -
     assert measured.protocol["image_size"] == 448
     assert measured.protocol["grid"] == 28
     assert measured.metrics["boxes/top1"] == 1.0
-    with pytest.raises(ValueError, match=r"no multiple of the model's patch size 14; set .* 322"):
+    with pytest.raises(
+        ValueError, match=r"not a multiple of the model's patch size 14; set .* 322"
+    ):
         evaluator(world, image_size=330)(load(336, 14))
 
 

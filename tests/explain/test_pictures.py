@@ -123,7 +123,7 @@ def test_what_no_method_can_do_is_said() -> None:
         explain_pictures(loaded, pictures, target, METHODS)
     (found,) = explain_pictures(loaded, pictures, target, METHODS, skip=True)
     assert list(found.heat) == ["grad_eclip"]
-    with pytest.raises(UnsupportedTowerError, match="this model can do none of rollout"):
+    with pytest.raises(UnsupportedTowerError, match="this model supports none of rollout"):
         explain_pictures(loaded, pictures, target, {"rollout": Rollout()}, skip=True)
 
 

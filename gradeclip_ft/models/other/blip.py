@@ -1,6 +1,6 @@
 """BLIP's contrastive branch (Hugging Face's BlipForImageTextRetrieval) as a CLIP.
 
-S = cos(vision_proj(class token), text_proj(first token)). The matching head behind cross-attention
+S = cos(vision_proj(class token), text_proj(first token)). The matching head after cross-attention
 is left out: after fusion no linear path leads from a layer's attention to an embedding.
 """
 

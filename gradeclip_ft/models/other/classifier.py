@@ -328,10 +328,10 @@ def _read_classes(path: str | Path) -> tuple[str, ...]:
     """Names from a text file, one a line, in the order of the logits."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"no file {file} with class names; give one with a name a line")
+        raise FileNotFoundError(f"no file {file} with class names; give one with a name per line")
     names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
     if not names:
-        raise ValueError(f"{file} holds no class name; write one a line, in the order of logits")
+        raise ValueError(f"{file} holds no class name; write one per line, in the order of logits")
     return names
 
 
