@@ -12,6 +12,11 @@ from torch import Tensor
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.evaluators.maps import LocalisationEvaluator, phrases_of
+from gradeclip_ft.explain.game import Game
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.itsm import Itsm
+from gradeclip_ft.explain.raw_attention import RawAttention
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from tests.evaluators.conftest import NAMES, Load, World, modes
 
@@ -103,6 +108,16 @@ def test_what_a_tower_cannot_do_is_left_out_and_said(
     assert modes(loaded.clip) == before
     with pytest.raises(UnsupportedTowerError, match="no such layer"):
         evaluator(world, {"unable": Unable()}, limit=5)(loaded)
+
+
+def test_one_image_pass_serves_all_methods(world: World) -> None:
+    """Catches a pass for each method, or for the phrases of a second method."""
+    loaded, passes = load_clip("shapes_tiny"), []
+    loaded.clip.model.visual.conv1.register_forward_hook(lambda *call: passes.append(call[2]))
+    methods = {"grad_eclip": GradEclip(), "raw": RawAttention(), "game": Game(), "itsm": Itsm()}
+    measured = evaluator(world, methods, limit=5)(loaded)
+    assert [len(batch) for batch in passes] == [4, 1]
+    assert {key.split("/")[0] for key in measured.metrics} == {"chance", *methods}
 
 
 def test_methods_are_chosen_by_name_and_their_settings_recorded(world: World, load: Load) -> None:

@@ -199,7 +199,7 @@ def test_every_model_is_built(option: str) -> None:
     """Would catch a model name that open_clip does not know, or towers without an adapter."""
     random = {} if option == "shapes_tiny" else {"weights": "random"}
     model = instantiate(composed("model", option).model, **random)
-    assert model.clip.image.width > 0
+    assert model.image_model.image.width > 0
 
 
 @pytest.mark.slow
