@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from gradeclip_ft.export.card import Origin
     from gradeclip_ft.models.clip import LoadedClip
 
-
 TARGETS = ("openclip", "huggingface", "evaclip", "class_embed")
 
 
@@ -30,8 +29,15 @@ def export(cfg: DictConfig) -> None:
     python -m gradeclip_ft export run=NAME pixels=FOLDER        compared on your photos
     python -m gradeclip_ft export weights=FILE model=eva02_b16  weights without a run
     """
-    _check(cfg)
-    start, weights = _origin(cfg)
+    if (cfg.run is None) == (cfg.weights is None):
+        raise ValueError("give either run=NAME or weights=FILE")
+    unknown = [target for target in cfg.to if target not in TARGETS]
+    if unknown or not cfg.to:
+        raise ValueError(f"to={list(cfg.to)}: there is {', '.join(TARGETS)}; write to=[openclip]")
+    weights = runs.resolve_weights(cfg.run or cfg.weights, cfg.runs_dir)
+    start = cfg if cfg.run is None else runs.read_config(weights.parent)
+    keys = ("model", "init_from", "runs_dir")  # how the model was built before training
+    start = OmegaConf.create({key: start.get(key) for key in keys})
     loaded = _load(start, weights, cfg.alpha)
     from gradeclip_ft.export.export import write_export
 
@@ -49,26 +55,6 @@ def export(cfg: DictConfig) -> None:
         )
         print(folder, *written.checks, sep="\n  ")
         print(f"\n{written.usage}\n")
-
-
-def _check(cfg: DictConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    if (cfg.run is None) == (cfg.weights is None):
-        raise ValueError("give either run=NAME or weights=FILE")
-    unknown = [target for target in cfg.to if target not in TARGETS]
-    if unknown or not cfg.to:
-        raise ValueError(f"to={list(cfg.to)}: there is {', '.join(TARGETS)}; write to=[openclip]")
-
-
-def _origin(cfg: DictConfig) -> tuple[DictConfig, Path]:
-    """How the model was built before training, and the file of the weights to export."""
-    if cfg.run is None:
-        start = OmegaConf.create({"model": cfg.model, "runs_dir": cfg.runs_dir})
-        return start, runs.resolve_weights(cfg.weights, cfg.runs_dir)
-    weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
-    record = runs.read_config(weights.parent)
-    keys = ("model", "init_from", "runs_dir")
-    return OmegaConf.create({key: record.get(key) for key in keys}), weights
 
 
 def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
@@ -94,7 +80,7 @@ def _load(start: DictConfig, weights: Path, alpha: float) -> LoadedClip:
 def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
     from gradeclip_ft.export.card import Origin, scores_of
     from gradeclip_ft.results.record import hash_json
-    from gradeclip_ft.training.checkpoints import step_of
+    from gradeclip_ft.training.run_files import step_of
 
     before = _start_weights(start)
     if cfg.run is None:

@@ -1,7 +1,7 @@
 """EVA models as F-ViT and CLIPSelf load them: backbone and text vectors of one fine-tuned model.
 
-F-ViT skips unknown names without a word, so the backbone would stay random: nothing is written
-whose names are not exactly EVA-CLIP's, and timm's reader of such files finds the same trunk.
+F-ViT silently skips unknown names, so the backbone would stay random: nothing is written unless all
+names are exactly EVA-CLIP's, and timm's reader of such files finds the same trunk.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from open_clip.timm_model import TimmModel
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor
 
-from gradeclip_ft.export.job import Job, Written, save_state
-from gradeclip_ft.export.openclip import read_tensors
+from gradeclip_ft.export.job import Job, Written, read_tensors, save_state
+from gradeclip_ft.export.openclip import code
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
 from gradeclip_ft.models.clip import LoadedClip, class_embeddings
 from gradeclip_ft.models.names import OURS, THEIRS, from_evaclip, name_table, to_evaclip
 from gradeclip_ft.text.prompts import VILD
-
-OTHER = "eva_clip_model.pt"
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,8 @@ class Detector:
 
     Attributes:
         file: Name that its configuration of the fine-tuned backbone asks for.
-        config: That configuration.
+        vectors: Name that it asks for the class vectors under.
+        size: Of the backbone, in the name of that configuration.
         model: Name of the architecture there.
         layers: Blocks, from 0, whose outputs the pyramid takes.
         image: Side of its images in pixels.
@@ -42,7 +40,8 @@ class Detector:
     """
 
     file: str
-    config: str
+    vectors: str
+    size: str
     model: str
     layers: tuple[int, ...]
     image: int
@@ -52,14 +51,11 @@ class Detector:
     patch: int
 
 
-def _config(size: str) -> str:
-    return f"configs/ov_coco/fvit_{size}_upsample_fpn_bs64_3e_ovcoco_eva_clipself_patches.py"
-
-
 DETECTORS = {
     "EVA02-B-16": Detector(
         file="eva_vitb16_coco_clipself_patches.pt",
-        config=_config("vitb16"),
+        vectors="coco_with_background_evaclip_vitb_16.pt",
+        size="vitb16",
         model="EVA02-CLIP-B-16",
         layers=(3, 5, 7, 11),
         image=640,
@@ -70,7 +66,8 @@ DETECTORS = {
     ),
     "EVA02-L-14-336": Detector(
         file="eva_vitl14_coco_clipself_patches.pt",
-        config=_config("vitl14"),
+        vectors="coco_with_background_evaclip_vitl14x336.pt",
+        size="vitl14",
         model="EVA02-CLIP-L-14-336",
         layers=(6, 10, 14, 23),
         image=896,
@@ -80,48 +77,7 @@ DETECTORS = {
         patch=14,
     ),
 }
-
-
-def usage(folder: Path, detector: Detector | None, file: str, vectors: str) -> str:
-    """How F-ViT takes both files: its configuration's name and lines, as Markdown."""
-    copies = [
-        f"cp {folder / file} checkpoints/",
-        f"cp {folder / vectors} datasets/embeddings/",
-    ]
-    if detector is None:
-        lines = [
-            "F-ViT has configurations for EVA02-B-16 and EVA02-L-14-336. In one of your own:",
-            "",
-            *("```", *copies, f"model.backbone.pretrained = 'checkpoints/{file}'"),
-            f"model.roi_head.bbox_head.class_embed = 'datasets/embeddings/{vectors}'",
-            "```",
-        ]
-        return "\n".join(lines)
-    roi = "model.roi_head."
-    settings = {
-        "model.backbone.model_name": detector.model,
-        "model.backbone.pretrained": f"checkpoints/{detector.file}",
-        "model.backbone.out_indices": list(detector.layers),
-        "model.neck.in_channels": [detector.width] * 4,
-        "model.rpn_head.anchor_generator.strides": list(detector.strides),
-        f"{roi}bbox_head.class_embed": f"datasets/embeddings/{vectors}",
-        f"{roi}vlm_roi_extractor.out_channels": detector.embedding,
-        f"{roi}vlm_roi_extractor.featmap_strides": [detector.patch],
-        "image_size": (detector.image, detector.image),
-    }
-    return "\n".join(
-        [
-            f"In F-ViT, `{detector.config}` runs unedited:",
-            "",
-            *("```", *copies, "```"),
-            "",
-            "It says, with the file that it builds on:",
-            "",
-            *("```python", *(f"{key} = {value!r}" for key, value in settings.items()), "```"),
-        ]
-    )
-
-
+OTHER, OTHER_VECTORS = "eva_clip_model.pt", "coco_with_background.pt"
 # fmt: off
 COCO = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
@@ -137,87 +93,72 @@ COCO = (
 )
 # fmt: on
 BACKGROUND = "background"
-FILES = {
-    "EVA02-B-16": "coco_with_background_evaclip_vitb_16.pt",
-    "EVA02-L-14-336": "coco_with_background_evaclip_vitl14x336.pt",
-}
-OTHER_CLASSES = "coco_with_background.pt"
 LENGTH_TOLERANCE = 1e-5  # of a unit vector in fp32; rounding gives about 1e-7
-
-
-def write_class_embed(loaded: LoadedClip, folder: Path) -> Path:
-    """Embed the 80 names and the background in the 63 templates, write, and read back.
-
-    Returns:
-        The file: a dict from name to a float32 unit vector of D numbers.
-
-    Raises:
-        ExportError: What was read back is not what was computed.
-    """
-    names = [*COCO, BACKGROUND]
-    rows = class_embeddings(loaded.clip, loaded.tokenizer, names, VILD).float().cpu()
-    vectors = {name: row.clone() for name, row in zip(names, rows, strict=True)}
-    path = folder / FILES.get(loaded.name, OTHER_CLASSES)
-    save_state(vectors, path)
-    _check(vectors, path)
-    return path
-
-
-def _check(vectors: dict[str, Tensor], path: Path) -> None:
-    again = torch.load(path, map_location="cpu", weights_only=True)
-    wrong = [
-        name
-        for name, vector in vectors.items()
-        if name not in again
-        or not torch.equal(again[name], vector)
-        or not abs(float(again[name].norm()) - 1) <= LENGTH_TOLERANCE
-    ]
-    if wrong or len(again) != len(vectors):
-        raise ExportError(
-            f"{path.name} holds {len(again)} vectors, expected {len(vectors)} of length 1 as "
-            f"computed; wrong: {', '.join(wrong[:5]) or 'none'}. Look for NaN in the text tower"
-        )
 
 
 def write_evaclip(job: Job, stage: Path) -> Written:
     """Backbone and class vectors; the names are compared with EVA-CLIP's complete list.
 
-    Args:
-        job: What to write.
-        stage: Folder to write into.
-
     Raises:
-        ValueError: The model is not an EVA, or one of its keys is unknown; the message names it.
+        ValueError: The model is not an EVA, or a key of it is not known; the message names it.
         ExportError: Read back, it is another model.
     """
-    trunk = _trunk(job)
+    visual = job.loaded.clip.model.visual
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+    if not isinstance(trunk, Eva):
+        raise ValueError(
+            f"to=[evaclip] takes EVA models, {job.loaded.name} has a {type(trunk).__name__}; use "
+            "to=[openclip] or to=[huggingface]"
+        )
     detector = DETECTORS.get(job.loaded.name)
     file = stage / (detector.file if detector else OTHER)
     save_state(to_evaclip(job.state), file)
-    again = check_evaclip(job, file, trunk)
+    again = _read_back(job, file, trunk)
     model = deepcopy(job.loaded.clip.model)
     model.load_state_dict(again, strict=True)
     difference = check_embeddings(job.loaded, model, job.inputs, half=job.half)
-    vectors = write_class_embed(job.loaded, stage)
-    visual = sum(key.startswith(OURS) for key in again)
+    vectors = write_class_embed(job, stage)
+    images = sum(key.startswith(OURS) for key in again)
     checks = (
-        f"{file.name}: {len(again)} tensors, {visual} of them visual, names complete",
+        f"{file.name}: {len(again)} tensors, {images} of them visual, names complete",
         f"timm's reader of EVA-CLIP files: trunk bit-equal, embeddings equal to {difference:.0e}",
-        f"{vectors.name}: 80 classes and background, unit vectors read back bit-equal",
+        *vectors.checks,
     )
-    return Written(checks, usage(job.folder, detector, file.name, vectors.name))
+    return Written(checks, _usage(job, detector, file.name))
 
 
-def check_evaclip(job: Job, file: Path, trunk: Eva) -> dict[str, Tensor]:
-    """Read the file as timm and as this package do.
+def write_class_embed(job: Job, stage: Path) -> Written:
+    """The 80 names of COCO and the background in the 63 templates of ViLD, read back.
 
-    Args:
-        job: What was written.
-        file: Under EVA-CLIP's names.
-        trunk: timm's module, which says what its reader must find.
+    The file is a dict from name to a float32 unit vector of D numbers.
 
-    Returns:
-        The tensors under open_clip's names, the trunk through timm's reader.
+    Raises:
+        ExportError: What was read back is not what was computed.
+    """
+    loaded, file = job.loaded, stage / _vectors_name(job.loaded)
+    names = [*COCO, BACKGROUND]
+    rows = class_embeddings(loaded.clip, loaded.tokenizer, names, VILD).float().cpu()
+    vectors = {name: row.clone() for name, row in zip(names, rows, strict=True)}
+    save_state(vectors, file)
+    check_tensors(vectors, read_tensors(file), file.name)
+    lengths = rows.norm(dim=1)
+    if not bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all()):
+        raise ExportError(
+            f"class vectors have lengths from {lengths.min():g} to {lengths.max():g}, expected 1. "
+            "Look for NaN in the text tower"
+        )
+    checks = (f"{file.name}: 80 classes and background, unit vectors read back bit-equal",)
+    call = f'vectors = torch.load("{job.folder / file.name}")'
+    return Written(checks, code("import torch", call))
+
+
+def _vectors_name(loaded: LoadedClip) -> str:
+    detector = DETECTORS.get(loaded.name)
+    return detector.vectors if detector else OTHER_VECTORS
+
+
+def _read_back(job: Job, file: Path, trunk: Eva) -> dict[str, Tensor]:
+    """Tensors under open_clip's names, the trunk by timm's reader; compared with what was written.
 
     Raises:
         ExportError: A name is missing or unknown, or a tensor differs; the message names it.
@@ -232,12 +173,42 @@ def check_evaclip(job: Job, file: Path, trunk: Eva) -> dict[str, Tensor]:
     return {**by_timm, **rest}
 
 
-def _trunk(job: Job) -> Eva:
-    visual = job.loaded.clip.model.visual
-    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
-    if not isinstance(trunk, Eva):
-        raise ValueError(
-            f"to=[evaclip] takes EVA models, {job.loaded.name} has a {type(trunk).__name__}; use "
-            "to=[openclip] or to=[huggingface]"
-        )
-    return trunk
+def _usage(job: Job, detector: Detector | None, file: str) -> str:
+    """How F-ViT takes both files: its configuration's name and lines, as Markdown."""
+    vectors = _vectors_name(job.loaded)
+    copies = [
+        f"cp {job.folder / file} checkpoints/",
+        f"cp {job.folder / vectors} datasets/embeddings/",
+    ]
+    if detector is None:
+        lines = [
+            "F-ViT has configurations for EVA02-B-16 and EVA02-L-14-336. In one of your own:",
+            "",
+            *("```", *copies, f"model.backbone.pretrained = 'checkpoints/{file}'"),
+            f"model.roi_head.bbox_head.class_embed = 'datasets/embeddings/{vectors}'",
+            "```",
+        ]
+        return "\n".join(lines)
+    config = f"fvit_{detector.size}_upsample_fpn_bs64_3e_ovcoco_eva_clipself_patches.py"
+    roi = "model.roi_head."
+    settings = {
+        "model.backbone.model_name": detector.model,
+        "model.backbone.pretrained": f"checkpoints/{detector.file}",
+        "model.backbone.out_indices": list(detector.layers),
+        "model.neck.in_channels": [detector.width] * 4,
+        "model.rpn_head.anchor_generator.strides": list(detector.strides),
+        f"{roi}bbox_head.class_embed": f"datasets/embeddings/{detector.vectors}",
+        f"{roi}vlm_roi_extractor.out_channels": detector.embedding,
+        f"{roi}vlm_roi_extractor.featmap_strides": [detector.patch],
+        "image_size": (detector.image, detector.image),
+    }
+    lines = [
+        f"In F-ViT, `configs/ov_coco/{config}` runs unedited:",
+        "",
+        *("```", *copies, "```"),
+        "",
+        "It says, with the file that it builds on:",
+        "",
+        code(*(f"{key} = {value!r}" for key, value in settings.items())),
+    ]
+    return "\n".join(lines)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from gradeclip_ft.export.card import Origin, card, facts
 from gradeclip_ft.export.evaclip import write_class_embed, write_evaclip
 from gradeclip_ft.export.huggingface import write_huggingface
-from gradeclip_ft.export.job import NOTE, Job, Written, files_of, staged, state_of, write_json
-from gradeclip_ft.export.openclip import code, write_openclip
+from gradeclip_ft.export.job import Job, Written, state_of, write_json
+from gradeclip_ft.export.openclip import write_openclip
 from gradeclip_ft.export.verify import Inputs
 from gradeclip_ft.models.clip import LoadedClip
 
 CARD = "README.md"
+NOTE = "gradeclip_ft.json"
+TARGETS: dict[str, Callable[[Job, Path], Written]] = {
+    "openclip": write_openclip,
+    "huggingface": write_huggingface,
+    "evaclip": write_evaclip,
+    "class_embed": write_class_embed,
+}
 
 
 def write_export(
@@ -55,9 +66,9 @@ def write_export(
         folder=folder,
         form=form,
     )
-    with staged(folder, target) as stage:
+    with staged(folder, job.facts) as stage:
         written = TARGETS[target](job, stage)
-        # The card travels: it names the folder, not where it stood.
+        # The card travels: it names the folder, not where it was.
         told = replace(written, usage=written.usage.replace(str(folder), folder.absolute().name))
         (stage / CARD).write_text(card(job.facts, told), encoding="utf-8")
         note = {**job.facts, "checks": list(written.checks), "files": files_of(stage)}
@@ -65,20 +76,57 @@ def write_export(
     return written
 
 
-def _class_embed(job: Job, stage: Path) -> Written:
-    file = write_class_embed(job.loaded, stage)
-    checks = (f"{file.name}: 80 classes and background, unit vectors read back bit-equal",)
-    return Written(
-        checks, code("import torch", f'vectors = torch.load("{job.folder / file.name}")')
+@contextmanager
+def staged(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to write into; its files are in `folder` once the block ends without an error.
+
+    Args:
+        folder: Absent, empty, or an earlier export of the same weights in the same format, whose
+            files are replaced.
+        facts: Of this export; see `card.facts`.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+    """
+    target = folder.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    earlier = _replaceable(target, facts)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as home:
+        stage = Path(home) / target.name
+        stage.mkdir()
+        yield stage
+        if not earlier:
+            stage.replace(target)
+            return
+        names = files_of(stage)
+        for name in [*names, NOTE]:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (stage / name).replace(target / name)
+        for name in set(earlier) - {*names, NOTE}:
+            if (target / name).resolve().is_relative_to(target.resolve()):
+                (target / name).unlink(missing_ok=True)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Files below a folder, relative to it, without the note."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != NOTE)
+
+
+def _replaceable(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Files of an earlier export that this one may replace; none where there is nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return []
+    found = f"files but no {NOTE}"
+    if (folder / NOTE).is_file():
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        if note.get("target") == facts["target"]:
+            return [NOTE, *note.get("files", [])]
+        found = str(note.get("target"))
+    raise FileExistsError(
+        f"{folder} holds {found}, which an export to {facts['target']} does not replace; choose "
+        "another folder with out=DIR"
     )
-
-
-TARGETS: dict[str, Callable[[Job, Path], Written]] = {
-    "openclip": write_openclip,
-    "huggingface": write_huggingface,
-    "evaclip": write_evaclip,
-    "class_embed": _class_embed,
-}
 
 
 def mix(
@@ -108,10 +156,9 @@ def mix(
             f"start and fine-tuned weights differ in {len(differing)} tensors, for example "
             f"{', '.join(differing[:3])}; mix weights of one architecture"
         )
-    return {name: _between(start[name], value, alpha) for name, value in tuned.items()}
-
-
-def _between(start: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    if not tuned.is_floating_point():
-        return tuned
-    return (alpha * tuned.double() + (1 - alpha) * start.double()).to(tuned.dtype)
+    return {
+        name: (alpha * value.double() + (1 - alpha) * start[name].double()).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in tuned.items()
+    }

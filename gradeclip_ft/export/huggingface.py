@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradeclip_ft.export.card import as_strings
 from gradeclip_ft.export.job import (
     Job,
     Written,
+    read_tensors,
     save_state,
     write_clip_tokenizer,
     write_description,
@@ -56,17 +56,13 @@ class AsEncoders(nn.Module):
 def write_huggingface(job: Job, stage: Path) -> Written:
     """Everything of the folder; read back by open_clip and by transformers where it fits.
 
-    Args:
-        job: What to write.
-        stage: Folder to write into.
-
     Raises:
         ExportError: Read back, it is another model.
     """
     parts = write_description(job.loaded, stage)
     note = as_strings(job.facts)
     save_state(job.state, stage / OPENCLIP, note)
-    check_tensors(job.state, load_file(stage / OPENCLIP), OPENCLIP)
+    check_tensors(job.state, read_tensors(stage / OPENCLIP), OPENCLIP)
     difference = check_folder(job, stage, parts=parts)
     checks = [
         f"{OPENCLIP}: {len(job.state)} tensors read back bit-equal",
@@ -96,10 +92,12 @@ def _write_transformers(job: Job, stage: Path, note: dict[str, str]) -> None:
     write_json(config, stage / "config.json")
     write_json(_preprocessor(job), stage / "preprocessor_config.json")
     write_clip_tokenizer(loaded, stage)
-    save_state(to_huggingface(job.state), stage / TRANSFORMERS, note)
+    renamed = to_huggingface(job.state)
+    save_state(renamed, stage / TRANSFORMERS, note)
+    stored = read_tensors(stage / TRANSFORMERS)
+    check_tensors(renamed, stored, TRANSFORMERS)
     nested = "text.positional_embedding" in job.state
-    again = from_huggingface(load_file(stage / TRANSFORMERS), nested=nested)
-    check_tensors(job.state, again, TRANSFORMERS)
+    check_tensors(job.state, from_huggingface(stored, nested=nested), f"{TRANSFORMERS} renamed")
 
 
 def _preprocessor(job: Job) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradeclip_ft.export.verify import SHOWN, Inputs
@@ -21,6 +19,9 @@ from gradeclip_ft.models.architecture import CONFIG_NAME, FOLDER, WORDS_NAME
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.load import describe
 from gradeclip_ft.results.record import Json
+
+TRUNK, TEXT = "timm_trunk", "text"
+START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Job:
     Attributes:
         loaded: The model, in fp32.
         state: The tensors to write under open_clip's names, rounded if asked for.
-        facts: See `origin.facts`.
+        facts: See `card.facts`.
         inputs: Shown to the model and to its export.
-        folder: Where the files will stand; formats write into another folder first.
+        folder: Where the files will be; formats write into another folder first.
         form: "safetensors" or "pt", for formats that have both.
     """
 
@@ -98,37 +99,6 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-NOTE = "gradeclip_ft.json"
-
-
-@contextmanager
-def staged(folder: Path, kind: str) -> Iterator[Path]:
-    """A folder to write into; its files are moved to `folder` when the block ends without an error.
-
-    Args:
-        folder: Absent, empty, or an earlier export in the same format, whose files are replaced.
-        kind: The format, as the note says it under `target`.
-
-    Raises:
-        FileExistsError: The folder holds something else.
-    """
-    target = folder.absolute()
-    found = _kind(target)
-    if found not in (None, kind):
-        raise FileExistsError(
-            f"{folder} holds {found}, which an export to {kind} does not replace; choose another "
-            "folder with out=DIR"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        stage.chmod(0o755)
-        yield stage
-        _publish(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def save_state(
     state: Mapping[str, Tensor], path: Path, note: Mapping[str, str] | None = None
 ) -> None:
@@ -146,44 +116,18 @@ def save_state(
     path.chmod(0o644)
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file as they are stored."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
+
+
 def write_json(content: object, path: Path) -> None:
     """JSON as people read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def files_of(folder: Path) -> list[str]:
-    """Files below a folder, relative to it, without the note."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != NOTE)
-
-
-def _kind(folder: Path) -> str | None:
-    """What a folder holds: None if nothing, an export's format, or words for something else."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not (folder / NOTE).is_file():
-        return f"files but no {NOTE}"
-    return str(json.loads((folder / NOTE).read_text(encoding="utf-8")).get("target"))
-
-
-def _publish(stage: Path, folder: Path) -> None:
-    if _kind(folder) is None:
-        stage.replace(folder)
-        return
-    earlier = json.loads((folder / NOTE).read_text(encoding="utf-8")).get("files", [])
-    names = files_of(stage)
-    for name in [*names, NOTE]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (stage / name).replace(folder / name)
-    for name in set(earlier) - set(names):
-        path = (folder / name).resolve()
-        if path.is_relative_to(folder.resolve()):
-            path.unlink(missing_ok=True)
-
-
-TRUNK, TEXT = "timm_trunk", "text"
-START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
 
 
 def write_description(loaded: LoadedClip, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Weights in the forms that open_clip loads: one file, beside it a description of the model.
+"""Weights in the forms that open_clip loads: one file, and beside it a description of the model.
 
 The file goes into `open_clip.create_model(name, pretrained=FILE)`. As safetensors the folder also
 goes into `open_clip.create_model("local-dir:FOLDER")`, which needs no registered name.
@@ -6,16 +6,14 @@ goes into `open_clip.create_model("local-dir:FOLDER")`, which needs no registere
 
 from __future__ import annotations
 
-from contextlib import chdir
+from contextlib import chdir, nullcontext
 from pathlib import Path
 
 import open_clip
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from gradeclip_ft.export.card import as_strings
-from gradeclip_ft.export.job import Job, Written, save_state, write_description
+from gradeclip_ft.export.job import Job, Written, read_tensors, save_state, write_description
 from gradeclip_ft.export.verify import check_embeddings, check_tensors
 from gradeclip_ft.models.architecture import pair
 from gradeclip_ft.models.load import describe
@@ -28,10 +26,6 @@ FILES = {
 
 def write_openclip(job: Job, stage: Path) -> Written:
     """Weights and description; read back by `open_clip.create_model`.
-
-    Args:
-        job: What to write.
-        stage: Folder to write into.
 
     Raises:
         ValueError: If the form is unknown, or does not suit an architecture without a registered
@@ -87,37 +81,18 @@ def open_folder(folder: Path) -> nn.Module:
 def check_folder(job: Job, stage: Path, *, parts: bool) -> float:
     """Load the folder with open_clip and compare embeddings.
 
-    Args:
-        job: What was written.
-        stage: The folder.
-        parts: Whether the description names parts in the folder, which open_clip takes relative to
-            the working directory.
-
-    Returns:
-        Largest difference of unit embeddings.
+    Where the description names `parts` in the folder, open_clip takes them relative to the working
+    directory.
     """
-    again: nn.Module
-    if parts:
-        with chdir(stage):
-            again = open_folder(Path())
-    else:
-        again = open_folder(stage)
+    with chdir(stage) if parts else nullcontext():
+        again = open_folder(Path() if parts else stage)
     return check_embeddings(job.loaded, again, job.inputs, half=job.half)
 
 
 def folder_call(folder: Path, *, parts: bool) -> str:
     """How open_clip loads the folder, as code."""
-    if parts:
-        return f'open_clip.create_model_and_transforms("local-dir:.")  # from inside {folder}'
-    return f'open_clip.create_model_and_transforms("local-dir:{folder}")'
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file as they are stored."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return state
+    place, where = (".", f"  # from inside {folder}") if parts else (folder, "")
+    return f'open_clip.create_model_and_transforms("local-dir:{place}"){where}'
 
 
 def code(*lines: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradeclip_ft.images import IMAGE_SUFFIXES, images_in, read_image
 from gradeclip_ft.models.architecture import pair
@@ -110,21 +110,16 @@ def check_embeddings(loaded: LoadedClip, other: Any, inputs: Inputs, *, half: bo
 @torch.no_grad()
 def largest_difference(loaded: LoadedClip, other: Any, inputs: Inputs) -> float:
     """Largest difference of the unit embeddings of two models on pictures and texts."""
-    model = loaded.clip.model
-    image, text = _embed(model, inputs)
-    image_again, text_again = _embed(other, inputs)
-    return max(_distance(image, image_again), _distance(text, text_again))
-
-
-def _embed(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Embeddings in evaluation mode, on the CPU; the mode is as before afterwards."""
-    module: nn.Module = model
-    device, mode = next(module.parameters()).device, module.training
-    module.eval()
-    image = model.encode_image(inputs.pixels.to(device))
-    text = model.encode_text(inputs.tokens.to(device))
-    module.train(mode)
-    return image.cpu(), text.cpu()
+    embeddings = []
+    for model in (loaded.clip.model, other):
+        device, training = next(model.parameters()).device, model.training
+        model.eval()
+        image = model.encode_image(inputs.pixels.to(device))
+        text = model.encode_text(inputs.tokens.to(device))
+        model.train(training)
+        embeddings.append((unit(image).cpu(), unit(text).cpu()))
+    pairs = zip(*embeddings, strict=True)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 
 
 def photos(folder: Path) -> list[Image.Image]:
@@ -152,7 +147,3 @@ def pictures() -> Sequence[Image.Image]:
     picture = gradient.astype(np.uint8)
     turned = np.ascontiguousarray(picture[:, ::-1].transpose(1, 0, 2))
     return [Image.fromarray(picture), Image.fromarray(turned)]
-
-
-def _distance(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> float:
-    return float((unit(a) - unit(b)).abs().max())

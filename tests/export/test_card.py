@@ -103,4 +103,4 @@ def test_every_fact_fits_a_header_of_strings(packaged) -> None:
     ],
 )
 def test_licences_that_are_not_known_are_not_guessed(model, weights, licence) -> None:
-    assert licence_of(model, weights).name == licence
+    assert licence_of(model, weights)[0] == licence

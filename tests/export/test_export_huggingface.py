@@ -119,7 +119,7 @@ def test_a_tensor_that_transformers_lacks_stops_the_export(vit, tmp_path, monkey
         save_state({name: value for name, value in state.items() if name != key}, path, note)
 
     monkeypatch.setattr("gradeclip_ft.export.huggingface.save_state", lossy)
-    with pytest.raises(ValueError, match=r"1 missing: vision_model.*\.1\.mlp\.fc2\.bias"):
+    with pytest.raises(ExportError, match=r"1 missing: vision_model.*\.1\.mlp\.fc2\.bias"):
         write_export(vit, "huggingface", tmp_path / "out", ORIGIN)
     assert names_in(tmp_path) == []
 
