@@ -36,6 +36,7 @@ import lightning.pytorch as pl
 import numpy as np
 import open_clip
 import torch
+import wandb
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
@@ -58,6 +59,7 @@ from gradeclip_ft.training.callbacks import DUMP, NonFiniteError
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine
+from gradeclip_ft.training.run_files import read_lines
 from gradeclip_ft.training.trainer import make_trainer
 from tools.damage import BLOCK, DAMAGES, Damage, good, pack, source, tar_header
 
@@ -459,8 +461,6 @@ def numbers_rows(folder: Path) -> Iterator[Row]:
     yield number(folder / "b", "a gradient that is infinite", callbacks=gradient, most=1)
     yield number(folder / "c", "more such steps than max_non_finite", broken=(2, 3), most=1)
     yield number(folder / "d", "bf16-mixed", precision="bf16-mixed", most=0)
-    with mock.patch("importlib.util.find_spec", return_value=None):
-        yield tracker(folder / "e", "wandb is not installed")
     with fake_wandb(start=ConnectionError("api_key=0123456789abcdef was refused")):
         yield tracker(folder / "f", "wandb cannot start, and says the key")
     with fake_wandb(log=ConnectionError("no route to host")):
@@ -494,7 +494,7 @@ def tracker(folder: Path, fault: str, *, kill: bool = False) -> Row:
         receivers = loggers.files_and_wandb(folder, {}, mode="offline")
         train(folder, receivers=receivers, callbacks=(Kill(),) if kill else ())
     said = [str(entry.message) for entry in seen if "sent" in str(entry.message)]
-    steps = [line["step"] for line in loggers.read_lines(folder / "metrics.jsonl")]
+    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
     leaked = "0123456789abcdef" in "".join(said)
     handled = steps == [*range(1, STEPS + 1)] and len(said) <= 1 and not leaked
     return Row(fault, "survived", "none", said[0] if said else "", handled)
@@ -508,12 +508,12 @@ def fake_wandb(start: Exception | None = None, log: Exception | None = None) -> 
         if log is not None and next(calls) >= 2:
             raise log
 
-    def begin(settings: Mapping[str, Any]) -> Any:
+    def begin(**settings: Any) -> Any:
         if start is not None:
             raise start
         return SimpleNamespace(log=fail, finish=lambda exit_code: None)
 
-    return mock.patch.object(loggers, "_start_wandb", begin)
+    return mock.patch.object(wandb, "init", begin)
 
 
 # Safety: attacks through files, addresses and configurations, and leaks of secrets.

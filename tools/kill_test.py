@@ -33,7 +33,7 @@ from safetensors.numpy import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import call, run
-from gradeclip_ft.training.ledger import CHECKPOINT, WEIGHTS, newest_good
+from gradeclip_ft.training.run_files import CHECKPOINT, WEIGHTS, newest_good
 
 PATIENCE = 900.0  # seconds that anything may take
 # What `train` imports late, and we before the first fork only: workers that are spawned to draw

@@ -6,7 +6,7 @@ tokenizer and transform, the run's folder) is added here by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -49,13 +49,20 @@ class Training:
     trainer: pl.Trainer
 
 
-def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Training:
+def build(
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    command: str | None = None,
+    on_prepared: Callable[[dict[str, Any]], None] = lambda facts: None,
+) -> Training:
     """All objects of a training run.
 
     Args:
         cfg: Composed from conf/train.yaml.
         folder: Of the run.
         command: Command line for the record.
+        on_prepared: Called with the facts that the data found.
     """
     import torch
 
@@ -66,7 +73,8 @@ def build(cfg: DictConfig, folder: Path, *, command: str | None = None) -> Train
     torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
     loaded = build_clip(cfg)
     objective = build_objective(cfg)
-    data = CaptionDataModule(build_data(cfg, loaded), seed=cfg.seed)
+    source = build_data(cfg, loaded)
+    data = CaptionDataModule(source, seed=cfg.seed, on_prepared=on_prepared)
     module = make(cfg.optim, "optim")(loaded.require_clip("trained"), objective, seed=cfg.seed)
     evaluate = Evaluate(
         build_evaluators(cfg),

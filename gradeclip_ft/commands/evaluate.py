@@ -77,7 +77,7 @@ def _subject(cfg: DictConfig) -> Subject:
         name = Path(str(cfg.model.name)).name
         folder = Path(cfg.out) if cfg.out else Path(EVALUATIONS) / name
         return Subject(cfg.model, run=None, step=0, folder=folder)
-    from gradeclip_ft.training.checkpoints import step_of
+    from gradeclip_ft.training.run_files import step_of
 
     weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
     home = weights.parent

@@ -30,7 +30,7 @@ from gradeclip_ft.results.record import Json, versions
 from gradeclip_ft.results.table import Row, Table, differences, render
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
-from gradeclip_ft.training.loggers import JSONL, read_lines
+from gradeclip_ft.training.run_files import METRICS_JSONL, read_lines
 
 UNTOUCHED = "Untouched"
 # Heat maps as `results.collect` calls them, and as people do.
@@ -198,7 +198,7 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
             config=config,
             environment=read_environment(folder),
             results=results,
-            lines=read_lines(folder / JSONL) if (folder / JSONL).is_file() else [],
+            lines=read_lines(folder / METRICS_JSONL) if (folder / METRICS_JSONL).is_file() else [],
         )
         for kind, folder, config, results in zip(kinds, folders, configs, by_run, strict=True)
     ]

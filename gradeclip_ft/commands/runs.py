@@ -21,14 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from gradeclip_ft.commands.config import recorded, suggest
 from gradeclip_ft.results.masking import masked_values
 from gradeclip_ft.results.record import commit, versions, write_atomically
-from gradeclip_ft.training import ledger
-from gradeclip_ft.training.ledger import fault, newest_good
+from gradeclip_ft.training import run_files
+from gradeclip_ft.training.run_files import METRICS_CSV, METRICS_JSONL, damage, newest_good
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
-CHECKPOINT, WEIGHTS = ledger.CHECKPOINT, ledger.WEIGHTS
+CHECKPOINT, WEIGHTS = run_files.CHECKPOINT, run_files.WEIGHTS
 # Any of these makes a folder a run. Other files in it are none of our business.
-TRACES = (CONFIG, CHECKPOINT, WEIGHTS, "metrics.jsonl", "metrics.csv")
+TRACES = (CONFIG, CHECKPOINT, WEIGHTS, METRICS_JSONL, METRICS_CSV)
 # Any of these came of a run.
 OUTCOMES = (*TRACES[1:], "non_finite.jsonl", "evaluations")
 # What a resumed run may change, because the weights it ends with do not depend on it.
@@ -224,10 +224,10 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     if folder is None and len(path.parts) == 1:
         folder = run_dir(str(spec), runs_dir)
     if folder is not None and (folder / WEIGHTS).is_file():
-        if reason := fault(folder / WEIGHTS):
+        if reason := damage(folder / WEIGHTS):
             raise ValueError(
-                f"{folder / WEIGHTS}: {reason}. Name the file itself to take it all the same, or "
-                "continue the run with resume=auto, which writes it again"
+                f"{folder / WEIGHTS}: {reason}. Continue the run with resume=auto, which writes it "
+                "again"
             )
         return folder / WEIGHTS
     if folder is not None and (folder / CONFIG).exists():

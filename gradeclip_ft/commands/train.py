@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -42,11 +42,17 @@ def train(cfg: DictConfig) -> None:
     rank = process_rank()
     with _claimed(folder, cfg, rank) as checkpoint:
         from gradeclip_ft.commands.build import build
+        from gradeclip_ft.training.trainer import silence_libraries
 
+        silence_libraries()
         stay_with_parent()
-        job = build(cfg, folder, command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}")
-        if rank == 0:
-            job.data.on_prepared = lambda facts: runs.record(folder, {"data": facts})
+
+        def on_prepared(facts: dict[str, Any]) -> None:
+            if rank == 0:
+                runs.record(folder, {"data": facts})
+
+        command = f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}"
+        job = build(cfg, folder, command=command, on_prepared=on_prepared)
         _fit(job, checkpoint, rank)
         if rank == 0:
             _finish(job, cfg, folder)

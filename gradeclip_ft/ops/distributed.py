@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,17 +37,20 @@ def anywhere(here: bool, device: torch.device) -> bool:
 
 
 def patient_barrier(patience: timedelta) -> Callable[[], None]:
-    """A barrier for work that one process does while the others wait. All processes make it.
+    """A barrier for work that one process does while the others wait. All processes call it.
 
-    It has a process group of its own: the ordinary collectives keep a short limit, after which a
-    process that hangs is given up. Over gloo, a process that dies ends the wait at once.
+    It has a process group of its own, made at the first call: the ordinary collectives keep a short
+    limit, after which a process that hangs is given up. Over gloo, a process that dies ends the
+    wait at once.
     """
-    if world_size() == 1:
-        return lambda: None
-    group = dist.new_group(backend="gloo", timeout=patience)
+    groups: list[Any] = []
 
     def wait() -> None:
-        dist.barrier(group)  # type: ignore[arg-type]
+        if world_size() == 1:
+            return
+        if not groups:
+            groups.append(dist.new_group(backend="gloo", timeout=patience))
+        dist.barrier(groups[0])
 
     return wait
 

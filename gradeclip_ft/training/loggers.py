@@ -6,25 +6,22 @@ Lightning calls loggers on the first process only.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gradeclip_ft.results.masking import masked
 from gradeclip_ft.results.record import write_atomically
-
-JSONL = "metrics.jsonl"
-CSV = "metrics.csv"
+from gradeclip_ft.training.run_files import METRICS_CSV, METRICS_JSONL, read_lines
 
 
 class FileLogger(Logger):
@@ -51,11 +48,14 @@ class FileLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line; values that are not finite become null."""
-        row = {"step": step, **{name: _number(value) for name, value in metrics.items()}}
+        numbers = {
+            name: float(value) if math.isfinite(value) else None for name, value in metrics.items()
+        }
+        row = {"step": step, **numbers}
         self._folder.mkdir(parents=True, exist_ok=True)
-        _append(self._folder / JSONL, json.dumps(row) + "\n")
-        if set(row) <= set(self._columns):
-            _append(self._folder / CSV, _table([row], self._columns))
+        _append(self._folder / METRICS_JSONL, json.dumps(row))
+        if row.keys() <= set(self._columns):
+            _append(self._folder / METRICS_CSV, _csv(row.get(name) for name in self._columns))
         else:
             self._rewrite_table()
 
@@ -65,72 +65,58 @@ class FileLogger(Logger):
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
-        """Drop lines behind a checkpoint's step, which a resumed run writes again."""
-        path = self._folder / JSONL
-        if not path.exists():
-            return
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._rewrite_table()
+        """Drop lines after a checkpoint's step, which a resumed run writes again."""
+        path = self._folder / METRICS_JSONL
+        if path.exists():
+            kept = [json.dumps(line) for line in read_lines(path) if line["step"] <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            self._rewrite_table()
 
     def _rewrite_table(self) -> None:
-        rows = read_lines(self._folder / JSONL)
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        header = _table([dict(zip(columns, columns, strict=True))], columns)
-        write_atomically(self._folder / CSV, header + _table(rows, columns))
-        self._columns = columns
+        rows = read_lines(self._folder / METRICS_JSONL)
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = ([row.get(name) for name in self._columns] for row in rows)
+        lines = [_csv(self._columns), *map(_csv, cells)]
+        write_atomically(self._folder / METRICS_CSV, "".join(f"{line}\n" for line in lines))
 
 
-class WandbLogger(Logger):
-    """Sends metrics to Weights & Biases; a failure there ends the sending, never the run."""
+class OptionalWandbLogger(WandbLogger):
+    """Lightning's logger for Weights & Biases; an error there ends the logging, never the run."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._settings = dict(settings)
-        self._run: Any = None
-        self._broken = False
+    _broken = False
 
     @property
-    def name(self) -> str:
-        """Project in Weights & Biases."""
-        return str(self._settings["project"])
-
-    @property
-    def version(self) -> str:
-        """Name of the run."""
-        return str(self._settings["name"])
+    def experiment(self) -> Any:
+        """The run there, begun at the first call; None after an error."""
+        return self._try(lambda: super(OptionalWandbLogger, self).experiment)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send the metrics of one step."""
-        self._try(lambda run: run.log({**metrics, "step": step}))
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration is sent at the start."""
+        self._try(lambda: super(OptionalWandbLogger, self).log_metrics(metrics, step))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the run there, so that the next job of a sweep begins its own."""
-        if self._run is not None:
-            self._try(lambda run: run.finish(exit_code=0 if status == "success" else 1))
-            self._run = None
+        if self._experiment is not None:
+            self._try(lambda: self.experiment.finish(exit_code=0 if status == "success" else 1))
 
-    def _try(self, action: Callable[[Any], Any]) -> None:
+    def _try(self, action: Callable[[], Any]) -> Any:
         if self._broken:
-            return
+            return None
         try:
-            if self._run is None:
-                self._run = _start_wandb(self._settings)
-            action(self._run)
+            return action()
         except Exception as error:  # a tracker must not end a run of days
-            self._broken = True
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"Weights & Biases failed ({masked(reason)}); nothing more is sent. "
-                f"{JSONL} and {CSV} are complete; WANDB_MODE=offline needs no network",
-                stacklevel=2,
-            )
+            if not self._broken:
+                self._broken = True
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"Weights & Biases failed ({masked(reason)}); nothing more is sent. "
+                    "metrics.jsonl and metrics.csv are complete; WANDB_MODE=offline needs no "
+                    "network",
+                    stacklevel=2,
+                )
+            return None
 
 
 def files(folder: Path, config: Mapping[str, Any]) -> list[Logger]:
@@ -153,72 +139,38 @@ def files_and_wandb(
         folder: Of the run; its name is the name of the run there, and resuming continues it.
         config: Sent along as the run's configuration.
         project: Project in Weights & Biases.
-        mode: "offline" stores below `folder`, for `wandb sync`; None: as WANDB_MODE says.
+        mode: "offline" stores below `folder`, for `wandb sync`; None leaves it to WANDB_MODE.
         entity: User or team; the account's own if None.
         extra: Further arguments of `wandb.init`.
-
-    Where wandb is not installed, a warning says so and the files alone are written.
     """
-    if importlib.util.find_spec("wandb") is None:
-        warnings.warn(
-            "logger=wandb needs the package wandb, which is not installed; nothing is sent. "
-            f"{JSONL} and {CSV} are complete; pip install 'gradeclip_ft[wandb]'",
-            stacklevel=2,
-        )
-        return [FileLogger(folder)]
-    settings = {
+    path = folder / "wandb" / "id"  # a resumed run finds it again, another of this name does not
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:12])
+    settings: dict[str, Any] = {
         "project": project,
-        "mode": mode,
         "entity": entity,
-        "dir": str(folder),
+        "save_dir": folder,
         "name": folder.name,
-        "id": _wandb_id(folder),
-        "resume": "allow",
+        "id": path.read_text(encoding="utf-8"),
         "config": dict(config),
+        **({} if mode is None else {"mode": mode}),
         **(extra or {}),
     }
-    return [FileLogger(folder), WandbLogger(settings)]
+    return [FileLogger(folder), OptionalWandbLogger(**settings)]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
-
-
-def _append(path: Path, text: str) -> None:
-    """Add whole lines, or nothing where the disk is full."""
+def _append(path: Path, line: str) -> None:
+    """Add a whole line, or nothing where the disk is full."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text)
+            file.write(f"{line}\n")
     except OSError:
         os.truncate(path, size)
         raise
 
 
-def _wandb_id(folder: Path) -> str:
-    """Identifier that a resumed run finds again and no other run of that name has."""
-    path = folder / "wandb" / "id"
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8")
-
-
-def _start_wandb(settings: Mapping[str, Any]) -> Any:
-    import wandb  # an extra: present only where asked for
-
-    run = wandb.init(**settings)
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def _csv(cells: Iterable[Any]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

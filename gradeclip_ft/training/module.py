@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,7 +37,8 @@ class FineTuneModule(pl.LightningModule):
         train_image: Whether the image tower learns.
         train_text: Whether the text tower learns.
         train_temperature: Whether the temperature learns.
-        image_blocks: Number of last image blocks that learn; all if None.
+        image_blocks: Number of last image blocks that learn, with final norm and projection; all if
+            None.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Backend of `torch.compile` for the transformer blocks; None compiles nothing.
     """
@@ -81,16 +82,14 @@ class FineTuneModule(pl.LightningModule):
         terms = self.objective(self.clip, batch)
         # DDP wants every parameter in the graph, also a temperature that this objective ignores
         loss = terms.total + 0.0 * self.clip.log_scale
-        return {"loss": loss, "metrics": {**terms.parts, **self._describe(batch)}}
-
-    def _describe(self, batch: CaptionBatch) -> dict[str, Tensor | float]:
         images = len(batch.images)
         served = batch.owner.new_zeros(images).index_fill(0, batch.owner, 1)
-        return {
+        make_up = {
             "temperature": self.clip.log_scale.detach().exp(),
             "phrases_per_caption": len(batch.phrase) / images,
             "captions_without_phrase": 1 - served.float().mean(),
         }
+        return {"loss": loss, "metrics": {**terms.parts, **make_up}}
 
     def on_fit_start(self) -> None:
         """Loaded models come in evaluation mode."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -32,16 +31,9 @@ def freeze(
     train_temperature: bool = True,
     image_blocks: int | None = None,
 ) -> None:
-    """Sets `requires_grad` of an open_clip model's parameters.
+    """Set `requires_grad` of an open_clip model's parameters; the options are FineTuneModule's.
 
-    Args:
-        model: An open_clip model: `visual.*` is the image tower, `logit_*` the temperature, the
-            rest the text tower.
-        train_image: Whether the image tower learns.
-        train_text: Whether the text tower learns.
-        train_temperature: Whether the temperature learns. DDP wants False where no loss uses it.
-        image_blocks: Number of last blocks of the image tower that learn, with final norm and
-            projection; all if None.
+    `visual.*` is the image tower, `logit_*` the temperature, the rest the text tower.
 
     Raises:
         ValueError: If the tower has fewer blocks than asked for, or nothing is left to train.
@@ -120,12 +112,12 @@ def warmup_cosine(optimizer: Optimizer, *, warmup: int, steps: int, final: float
         raise ValueError(
             f"the warm-up takes {warmup} of {steps} steps; set optim.schedule.warmup below that"
         )
-    return LambdaLR(optimizer, partial(_factor, warmup=warmup, steps=steps, final=final))
 
+    def factor(step: int) -> float:
+        """Share of the full learning rate that step `step`, counted from 0, uses."""
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / (steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
-def _factor(step: int, *, warmup: int, steps: int, final: float) -> float:
-    """Share of the full learning rate that step `step`, counted from 0, uses."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / (steps - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+    return LambdaLR(optimizer, factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -13,22 +14,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy
 
-from gradeclip_ft.training.callbacks import Record, StopOnNonFinite, StopOnSignal, progress
+from gradeclip_ft.training.callbacks import Bar, MetricsRecorder, NonFiniteGuard, StopOnSignal
 from gradeclip_ft.training.checkpoints import Checkpoints, OnSaveError
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
-
-ALWAYS = {
-    "max_epochs": -1,
-    "enable_checkpointing": False,  # Lightning's own
-    "inference_mode": False,  # explanations need gradients, also in evaluation
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
 
 
 def make_trainer(
@@ -61,7 +53,7 @@ def make_trainer(
         loggers: Receivers of the metrics.
         callbacks: Further callbacks, evaluation for example.
         max_steps: Optimiser steps of the whole run.
-        stop_at: Stop behind this step; the run can be resumed.
+        stop_at: Stop after this step; the run can be resumed.
         accelerator: Where to compute; "auto" takes a GPU if there is one.
         devices: Processes per machine.
         num_nodes: Machines.
@@ -71,8 +63,8 @@ def make_trainer(
         accumulate: Batches per step. Saves memory, adds no negatives: a loss sees one batch.
         log_every: Steps between two records of the metrics.
         checkpoint_every: Steps between two checkpoints.
-        max_non_finite: Steps of the run whose loss or gradient may be not finite; they are left
-            out, and one more stops the run.
+        max_non_finite: Steps whose loss or gradient may be not finite; they are skipped, and one
+            more stops the run.
         keep: Checkpoints on disk: `last.ckpt` and those before it.
         on_save_error: Whether a checkpoint that cannot be written (a full disk) ends the run.
         timeout_minutes: How long a process waits for the others of a step before it gives up.
@@ -87,68 +79,54 @@ def make_trainer(
         raise ValueError(
             f"max_steps is {max_steps} and stop_at {stop_at}; training needs 1 step or more"
         )
+    timeout = timedelta(minutes=timeout_minutes)
     if threads is not None:
         torch.set_num_threads(threads)
-    _quieten()
-    checkpoints = Checkpoints(folder, every=checkpoint_every, keep=keep, on_error=on_save_error)
-    guard = StopOnNonFinite(folder, checkpoints, most=max_non_finite)
-    own = _own_callbacks(guard, checkpoints, log_every)
+    bar = sys.stdout.isatty()
+    recorder = MetricsRecorder(every=log_every, lines=not bar)
+    checkpoints = Checkpoints(
+        folder, recorder.collect, every=checkpoint_every, keep=keep, on_error=on_save_error
+    )
+    guard = NonFiniteGuard(folder, checkpoints, recorder, most=max_non_finite)
+    # In the order of their turns: a step is saved before it is evaluated, which may take longer
+    # than a node lives.
+    own = [guard, recorder, StopOnSignal(checkpoints), checkpoints]
     arguments: dict[str, Any] = {
         "max_steps": max_steps if stop_at is None else min(stop_at, max_steps),
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": num_nodes,
-        "strategy": _strategy(strategy, timedelta(minutes=timeout_minutes)),
+        "strategy": DDPStrategy(timeout=timeout) if strategy == "ddp" else strategy,
         "precision": precision,
         "gradient_clip_val": gradient_clip,
         "accumulate_grad_batches": accumulate,
         "logger": list(loggers),
-        "callbacks": [*own, *callbacks],
+        "callbacks": [*own, *([Bar(recorder)] if bar else []), *callbacks],
         "log_every_n_steps": log_every,
         "default_root_dir": folder,
-        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in own),
-        "plugins": _plugins(),
-        **ALWAYS,
+        "enable_progress_bar": bar,
+        # Without Lightning's own way of requeueing: the batch script does it.
+        "plugins": [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [],
+        "max_epochs": -1,
+        "enable_checkpointing": False,  # Lightning's own
+        "inference_mode": False,  # explanations need gradients, also in evaluation
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
     }
-    return _start(arguments, extra or {}, f"{accelerator=!s} {devices=!s} {strategy=!s}")
-
-
-def _own_callbacks(
-    guard: StopOnNonFinite, checkpoints: Checkpoints, log_every: int
-) -> list[pl.Callback]:
-    """What every run has, in the order of their turns.
-
-    A step is saved before it is evaluated, which may take longer than a node lives.
-    """
-    record = Record(guard, every=log_every)
-    checkpoints.collect = record.collect
-    return [guard, record, progress(record), StopOnSignal(checkpoints), checkpoints]
-
-
-def _start(arguments: dict[str, Any], extra: Mapping[str, Any], asked: str) -> pl.Trainer:
-    """The trainer, or in words what this machine cannot do."""
-    if taken := sorted(arguments.keys() & extra.keys()):
+    if taken := sorted(arguments.keys() & (extra or {}).keys()):
         raise ValueError(f"trainer.extra holds {', '.join(taken)}, which the trainer sets itself")
     try:
-        return pl.Trainer(**arguments, **extra)
+        return pl.Trainer(**arguments, **(extra or {}))
     except MisconfigurationException as error:
+        asked = f"{accelerator=!s} {devices=!s} {strategy=!s}"
         raise ValueError(f"{asked}: {error} trainer=cpu works on every machine") from error
 
 
-def _strategy(name: str, timeout: timedelta) -> str | Strategy:
-    return DDPStrategy(timeout=timeout) if name == "ddp" else name
-
-
-def _plugins() -> list[Any]:
-    """Under SLURM, Lightning without its own way of requeueing: the batch script does it."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-
-
-def _quieten() -> None:
-    """Notes on hardware, workers and names that libraries call outdated; none is for the user."""
+def silence_libraries() -> None:
+    """Silence library warnings that users cannot act on, in the whole process."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What it says when it ends a job of which one process has died; else that job ends mute.
+    # What it says when it ends a job of which one process has died; otherwise that job ends mute.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel("INFO")
     for message in (
         "The .* does not have many workers",

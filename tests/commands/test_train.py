@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.training.callbacks import Record
-from gradeclip_ft.training.loggers import read_lines
+from gradeclip_ft.training.callbacks import MetricsRecorder
 from gradeclip_ft.training.module import FineTuneModule
+from gradeclip_ft.training.run_files import read_lines
 
 SMOKE = ("train", "+exp=smoke", "data.workers=0")
 QUIET = ("evaluation.before=false", "evaluation.after=false")
@@ -56,7 +56,6 @@ def test_a_run_leaves_the_files_that_others_rely_on(train, home, capsys) -> None
     assert train("name=whole") == 0
     folder = home / "runs" / "whole"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints.json",
         "config.yaml",
         "environment.json",
         "evaluations",
@@ -194,19 +193,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(train, home, caps
 
 def test_a_terminated_run_says_how_to_go_on(train, home, capsys, monkeypatch) -> None:
     """A cluster that takes the node away must not read an exit code of 0."""
-    record = Record.on_train_batch_end
+    record = MetricsRecorder.on_train_batch_end
 
     def terminate(self, trainer, *rest) -> None:
         record(self, trainer, *rest)
         if trainer.global_step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Record, "on_train_batch_end", terminate)
+    monkeypatch.setattr(MetricsRecorder, "on_train_batch_end", terminate)
     with pytest.raises(SystemExit) as ended:
         train("name=terminated", *QUIET)
     assert ended.value.code == 143
     assert "interrupted after step 3; continue with resume=auto" in capsys.readouterr().out
-    monkeypatch.setattr(Record, "on_train_batch_end", record)
+    monkeypatch.setattr(MetricsRecorder, "on_train_batch_end", record)
     assert train("name=terminated", "resume=auto", *QUIET) == 0
     assert list(losses(home / "runs" / "terminated")) == [1, 2, 3, 4]
 
@@ -217,7 +216,7 @@ def test_ctrl_c_ends_with_the_code_that_shells_expect(train, home, capsys, monke
     def interrupt(self, trainer, *rest) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Record, "on_train_batch_end", interrupt)
+    monkeypatch.setattr(MetricsRecorder, "on_train_batch_end", interrupt)
     with pytest.raises(SystemExit) as ended:
         train("name=interrupted", *QUIET)
     assert ended.value.code == 130

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradeclip_ft.training.loggers import read_lines
+from gradeclip_ft.training.run_files import read_lines
 
 PATIENCE = 500  # seconds; the work itself takes 25 on an idle machine
 pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.timeout(PATIENCE + 60)]

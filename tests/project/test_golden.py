@@ -6,7 +6,7 @@ import pytest
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
-from gradeclip_ft.training.loggers import read_lines
+from gradeclip_ft.training.run_files import read_lines
 
 # By `python -m gradeclip_ft train +exp=smoke name=golden`. A commit that changes them says why.
 GOLDEN = [1.51191, 0.491784, 0.821181, 0.398107]

@@ -12,16 +12,17 @@ import lightning.pytorch as pl
 import open_clip
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.training.data_module import CaptionDataModule
-from gradeclip_ft.training.ledger import newest_good
-from gradeclip_ft.training.loggers import files, read_lines
+from gradeclip_ft.training.loggers import files
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine
+from gradeclip_ft.training.run_files import newest_good, read_lines
 from gradeclip_ft.training.trainer import make_trainer
 
 VOCABULARY, CONTEXT, IMAGES = 40, 8, 6
@@ -127,6 +128,7 @@ class SmallRun:
         clip: Clip | None = None,
         on_prepared: Callable[[dict[str, Any]], None] = lambda facts: None,
         parts: dict[str, Any] | None = None,
+        loggers: list[Logger] | None = None,
         **options: Any,
     ) -> pl.Trainer:
         module = FineTuneModule(
@@ -139,12 +141,11 @@ class SmallRun:
         )
         trainer = make_trainer(
             self.folder,
-            files(self.folder, {}),
+            loggers or files(self.folder, {}),
             callbacks,
             **{"max_steps": self.steps, "log_every": 1, **options},
         )
-        data = CaptionDataModule(self.source, seed=seed)
-        data.on_prepared = on_prepared
+        data = CaptionDataModule(self.source, seed=seed, on_prepared=on_prepared)
         trainer.fit(
             module,
             datamodule=data,

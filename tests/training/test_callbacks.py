@@ -11,7 +11,8 @@ from gradeclip_ft.models.clip import LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
 from gradeclip_ft.results.record import Measured, read
 from gradeclip_ft.training.callbacks import Evaluate
-from gradeclip_ft.training.checkpoints import step_of
+from gradeclip_ft.training.checkpoints import keep_best
+from gradeclip_ft.training.run_files import step_of
 
 
 class Watch:
@@ -79,35 +80,25 @@ def test_the_first_result_is_the_untouched_model(small_run, evaluation, small_cl
     assert (content["run"], content["step"]) == ("run", 8)
 
 
-def test_the_best_weights_are_kept_beside_the_last(small_run, evaluation) -> None:
-    """By hand: the value falls and rises, step 6 is best; a resumed run does not forget it."""
-    values = {0: 0.2, 2: 0.1, 4: 0.3, 6: 0.5, 8: 0.5}
+def test_the_best_weights_are_kept_beside_the_last(tmp_path) -> None:
+    """The value falls and rises; of equal ones the first; another metric begins anew."""
+    for step, value in enumerate([0.2, 0.1, 0.5, 0.5]):
+        weights = {"weight": torch.full((2,), float(step))}
+        keep_best(tmp_path, "watch/top1", {"watch/top1": value}, weights, step=step)
+    best = tmp_path / "best.safetensors"
+    assert step_of(best) == 2
+    assert load_file(best)["weight"].tolist() == [2, 2]
+    keep_best(tmp_path, "watch/top5", {"watch/top5": 0.1}, weights, step=9)
+    assert step_of(best) == 9
 
-    def go(steps_done: int, **options: object) -> tuple:
-        clip, watch, callback, folder = evaluation(every=2, best="watch/boxes/top1")
-        type(watch).__call__ = lambda self, loaded, **_: Measured(
-            metrics={"boxes/top1": values[trainer_step(clip)]}, protocol={}, data={}
-        )
-        run = small_run()
-        seen: list[int] = []
 
-        def trainer_step(clip) -> int:
-            seen.append(1)
-            return sorted(values)[len(seen) - 1 + steps_done]
-
-        run.train(clip=clip, callbacks=(callback,), **options)
-        return clip, folder.parent / "best.safetensors"
-
-    original = Watch.__call__
-    try:
-        _, best = go(0, stop_at=6)
-        assert step_of(best) == 6
-        clip, best = go(4, resume=True)
-    finally:
-        Watch.__call__ = original
-    assert step_of(best) == 6
-    kept, last = load_file(best), clip.model.state_dict()
-    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+def test_the_best_of_a_run_is_among_its_evaluations(small_run, evaluation) -> None:
+    clip, _, callback, folder = evaluation(every=2, best="watch/boxes/top1")
+    small_run().train(clip=clip, callbacks=(callback,))
+    values = {
+        step: read(folder / f"watch@{step}.json").metrics["boxes/top1"] for step in range(0, 9, 2)
+    }
+    assert values[step_of(folder.parent / "best.safetensors")] == max(values.values())
 
 
 def test_a_metric_that_nobody_measures_is_named(small_run, evaluation) -> None:

@@ -53,17 +53,12 @@ def test_an_epoch_that_ends_too_early_is_an_error() -> None:
         take(loader(Epochs(given=0)), 1)
 
 
-def test_another_number_of_processes_is_refused_on_resume() -> None:
+def test_another_number_of_processes_is_refused_on_resume_with_the_reason() -> None:
     state = loader(Epochs(), world_size=2).state_dict()
-    with pytest.raises(ValueError, match="world_size was 2, is 1"):
+    words = r"world_size was 2, is 1: data.resampled=false gives every process its own share"
+    with pytest.raises(ValueError, match=words):
         loader(Epochs(), world_size=1).load_state_dict(state)
     loader(Epochs(), world_size=2).load_state_dict(state)
-
-
-def test_a_reason_is_given_where_samples_have_owners() -> None:
-    state = loader(Epochs(), world_size=2).state_dict()
-    with pytest.raises(ValueError, match=r"resampled=false gives every process its own share"):
-        loader(Epochs(), world_size=1).load_state_dict(state)
 
 
 def drawing(length: int, position: int, world_size: int) -> RunLoader:
@@ -77,17 +72,14 @@ def drawing(length: int, position: int, world_size: int) -> RunLoader:
 
 
 def test_drawn_samples_go_on_with_other_processes_and_new_draws(caplog) -> None:
-    """Would catch draws that repeat: epoch 0 of one process holds what epochs 0 and 1 of two do."""
+    """Would catch draws that repeat: epoch 0 of one process holds what epochs 0 and 1 of two do.
+
+    Also a second interruption that falls back to the first draws.
+    """
     other = drawing(8, position=6, world_size=1)
     other.load_state_dict(drawing(4, position=6, world_size=2).state_dict())
     assert take(other, 9) == [*((0, number, 6) for number in range(8)), (1, 0, 6)]
     assert "world_size was 2, is 1" in caplog.text
-
-
-def test_the_new_draws_go_on_at_the_next_resume() -> None:
-    """Would catch a second interruption that falls back to the first draws."""
-    other = drawing(8, position=6, world_size=1)
-    other.load_state_dict(drawing(4, position=6, world_size=2).state_dict())
     again = drawing(8, position=9, world_size=1)
     again.load_state_dict(other.state_dict())
     assert take(again, 2) == [(0, 3, 6), (0, 4, 6)]

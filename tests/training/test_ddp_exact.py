@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_every_trained_parameter_is_in_the_graph(family: str, phrases: int, loss
         pytest.skip("no heat maps, so no local loss")
     freeze(clip.model)
     batch = two_ranks.part(two_ranks.joined((phrases, 0)), (phrases, 0), 0)
-    batch = two_ranks.with_images(batch, images(clip, two_ranks.IMAGES))
+    batch = replace(batch, images=images(clip, two_ranks.IMAGES))
     objective = GlobalLocal(GradEclip()) if loss == "local" else GlobalOnly()
     objective(clip, batch).total.backward()
     learning = [(name, p) for name, p in clip.model.named_parameters() if p.requires_grad]

@@ -4,13 +4,12 @@ import csv
 import json
 import warnings
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import wandb
 
-from gradeclip_ft.training import loggers
-from gradeclip_ft.training.loggers import FileLogger, files_and_wandb, read_lines
+from gradeclip_ft.training.loggers import FileLogger, files_and_wandb
+from gradeclip_ft.training.run_files import read_lines
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -38,8 +37,10 @@ def test_lines_are_valid_json_also_where_a_number_is_not_finite(tmp_path) -> Non
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "rate": None}
 
 
-def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path, ended) -> None:
+    text = '{"step": 1, "loss": 2.0}\n{"step": 2, "lo' + ("\n" if ended else "")
+    (tmp_path / "metrics.jsonl").write_text(text)
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
@@ -67,53 +68,54 @@ def test_wandb_offline_gets_every_line_and_ends_with_its_job(tmp_path) -> None:
     assert identifiers[0] != identifiers[1]
 
 
-def test_a_resumed_run_finds_its_identifier_again(tmp_path, monkeypatch) -> None:
-    started = []
-    monkeypatch.setattr(
-        loggers, "_start_wandb", lambda settings: (started.append(settings), Mock())[1]
-    )
-    for _ in range(2):
-        _, logger = files_and_wandb(tmp_path / "run", {}, mode="offline")
-        logger.log_metrics({}, step=1)
-    assert started[0]["id"] == started[1]["id"]
+def test_a_resumed_run_finds_its_identifier_again(tmp_path) -> None:
+    first, second = (files_and_wandb(tmp_path / "run", {})[1].version for _ in range(2))
+    assert first == second != files_and_wandb(tmp_path / "other", {})[1].version
+
+
+@pytest.mark.parametrize(("option", "files"), [(None, 1), ("disabled", 0)])
+def test_the_environment_decides_where_the_option_does_not(
+    tmp_path, monkeypatch, option, files
+) -> None:
+    """WANDB_MODE=offline on a machine without a network; a default of `online` overruled it."""
+    wandb.teardown()  # it reads the environment once
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, logger = files_and_wandb(tmp_path, {}, mode=option)
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.finalize("success")
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == files
+
+
+def refuse(**settings: object) -> None:
+    raise ConnectionError("api_key=0123456789 refused by https://me:word@host")
 
 
 class BrokenRun:
-    """A tracker without a network."""
+    """A tracker that loses its network after it started."""
 
     def log(self, metrics: dict) -> None:
         raise ConnectionError("no route to host")
 
+    finish = log
 
-def test_a_failing_tracker_is_reported_once_and_stops_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loggers, "_start_wandb", lambda settings: BrokenRun())
-    files, tracker = files_and_wandb(tmp_path / "run", {})
+
+@pytest.mark.parametrize(
+    ("init", "words"), [(refuse, "refused by"), (lambda **_: BrokenRun(), "no route to host")]
+)
+def test_a_failing_tracker_is_reported_once_and_stops_nothing(
+    small_run, monkeypatch, init, words
+) -> None:
+    """Its own words are shown without keys and passwords."""
+    monkeypatch.setattr(wandb, "init", init)
+    run = small_run()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for step in (1, 2):
-            files.log_metrics({"loss": 1.0}, step=step)
-            tracker.log_metrics({"loss": 1.0}, step=step)
-        tracker.finalize("success")
+        run.train(loggers=files_and_wandb(run.folder, {}), max_steps=3)
+    seen = [warning for warning in seen if "Biases" in str(warning.message)]
     (warning,) = seen
-    assert "no route to host" in str(warning.message)
-    assert "logger.mode=offline" in str(warning.message)
-    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
-
-
-def test_a_missing_tracker_stops_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match=r"pip install 'gradeclip_ft\[wandb\]'"):
-        (only,) = files_and_wandb(tmp_path, {})
-    assert isinstance(only, FileLogger)
-
-
-def test_what_a_tracker_says_in_failing_shows_no_key(tmp_path, monkeypatch) -> None:
-    def refuse(settings: dict) -> None:
-        raise ConnectionError("api_key=0123456789 refused by https://me:word@host")
-
-    monkeypatch.setattr(loggers, "_start_wandb", refuse)
-    _, tracker = files_and_wandb(tmp_path / "run", {})
-    with pytest.warns(UserWarning, match="refused by") as seen:
-        tracker.log_metrics({"loss": 1.0}, step=1)
-    assert "0123456789" not in str(seen[0].message)
-    assert "word" not in str(seen[0].message)
+    said = str(warning.message)
+    assert words in said
+    assert "WANDB_MODE=offline" in said
+    assert "0123456789" not in said
+    assert "word@" not in said
+    assert list(run.losses) == [1, 2, 3]

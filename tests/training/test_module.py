@@ -25,23 +25,15 @@ def test_a_step_past_a_bound_of_the_temperature_ends_on_it(
     assert scale == pytest.approx(0.0 if sign > 0 else math.log(100.0))
 
 
-def test_a_frozen_text_tower_does_not_move(small_run, small_clip) -> None:
+@pytest.mark.parametrize("tower", ["text", "image"])
+def test_a_frozen_tower_does_not_move(small_run, small_clip, tower) -> None:
+    """Maps need gradients inside a frozen image tower; its weights need none."""
     before = small_clip().model.state_dict()
-    trainer = small_run(steps=3).train(parts={"train_text": False})
+    trainer = small_run(steps=3).train(parts={f"train_{tower}": False})
     after = trainer.lightning_module.clip.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved
-    assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)
-
-
-def test_a_frozen_image_tower_does_not_move(small_run, small_clip) -> None:
-    """The maps still need gradients inside the frozen tower; its weights need none."""
-    before = small_clip().model.state_dict()
-    trainer = small_run(steps=3).train(parts={"train_image": False})
-    after = trainer.lightning_module.clip.model.state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved
-    assert not any(name.startswith("visual.") for name in moved)
+    moving = {name.startswith("visual.") for name in moved - {"logit_scale"}}
+    assert moving == {tower == "text"}
 
 
 def test_checkpointed_activations_give_the_same_losses(small_run) -> None:
@@ -102,12 +94,3 @@ def test_every_batch_of_a_step_draws_random_numbers_of_its_own(small_run) -> Non
     first = one.seeds[0][1]
     assert one.seeds == [(step, first + step) for step in range(4)]
     assert both.seeds == [(0, first), (0, first + 1), (1, first + 2), (1, first + 3)]
-
-
-def test_bf16_trains_with_losses_in_fp32(small_run) -> None:
-    """D5: a focal loss in bf16 is NaN after some steps."""
-    plain, mixed = small_run("plain", steps=3), small_run("mixed", steps=3)
-    plain.train()
-    mixed.train(precision="bf16-mixed")
-    assert mixed.losses[1] == pytest.approx(plain.losses[1], rel=0.1)  # 8 bits of mantissa
-    assert all(math.isfinite(loss) for loss in mixed.losses.values())

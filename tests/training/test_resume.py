@@ -53,54 +53,43 @@ def assert_same_end(run, trainer: pl.Trainer, whole, expected: pl.Trainer) -> No
     assert all(torch.equal(value, end[name]) for name, value in weights(trainer).items())
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 7])
-def test_resumed_training_equals_uninterrupted(small_run, stop) -> None:
+@pytest.mark.parametrize(("stop", "accumulate"), [(1, 1), (3, 1), (4, 1), (7, 1), (4, 2)])
+def test_resumed_training_equals_uninterrupted(small_run, stop, accumulate) -> None:
     """4 + 4 = 8 steps: also at the end of an epoch (3) and in the middle of one (B5, B6)."""
     whole, parts = small_run("whole"), small_run("parts")
-    expected = whole.train()
-    parts.train(stop_at=stop)
-    assert_same_end(parts, parts.train(resume=True), whole, expected)
+    expected = whole.train(accumulate=accumulate)
+    parts.train(stop_at=stop, accumulate=accumulate)
+    trainer = parts.train(resume=True, accumulate=accumulate)
+    assert_same_end(parts, trainer, whole, expected)
 
 
-def test_resumed_training_equals_uninterrupted_with_accumulation(small_run) -> None:
-    """The position in the data counts batches, the step counts updates."""
+@pytest.mark.parametrize(
+    ("accumulate", "when"),
+    [
+        (1, {"step": 5}),
+        (1, {"step": 5, "inside": True}),
+        (2, {"step": 5, "inside": True}),
+        (2, {"step": 5, "inside": True, "batch": 2}),
+        (2, {"step": 7, "inside": True, "batch": 2}),
+    ],
+)
+def test_a_failure_loses_nothing(small_run, accumulate, when) -> None:
+    """The steps since the last checkpoint are saved although the loops are inside a step.
+
+    Would catch a run that continues inside the step while its data begin at the step again.
+    """
     whole, parts = small_run("whole"), small_run("parts")
-    expected = whole.train(accumulate=2)
-    parts.train(accumulate=2, stop_at=4)
-    assert_same_end(parts, parts.train(resume=True, accumulate=2), whole, expected)
-
-
-def test_a_failure_inside_a_step_loses_nothing(small_run) -> None:
-    """The steps since the last checkpoint are saved although the loops stand inside a step."""
-    whole, parts = small_run("whole"), small_run("parts")
-    expected = whole.train()
+    expected = whole.train(accumulate=accumulate)
     with pytest.raises(RuntimeError, match="out of memory"):
-        parts.train(callbacks=(At(5, fail, inside=True),))
-    assert parts.losses.keys() == {1, 2, 3, 4, 5}
-    assert_same_end(parts, parts.train(resume=True), whole, expected)
-
-
-@pytest.mark.parametrize(("step", "batch"), [(5, 1), (5, 2), (7, 2)])
-def test_a_failure_inside_an_accumulated_step_loses_nothing(small_run, step, batch) -> None:
-    """Would catch a run that goes on inside the step while its data begin at the step again."""
-    whole, parts = small_run("whole"), small_run("parts")
-    expected = whole.train(accumulate=2)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        parts.train(accumulate=2, callbacks=(At(step, fail, inside=True, batch=batch),))
-    parts.train(accumulate=2, resume=True, stop_at=step)
-    assert_same_end(parts, parts.train(accumulate=2, resume=True), whole, expected)
-
-
-def test_a_failure_between_steps_loses_nothing(small_run) -> None:
-    whole, parts = small_run("whole"), small_run("parts")
-    expected = whole.train()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        parts.train(callbacks=(At(5, fail),))
-    assert_same_end(parts, parts.train(resume=True), whole, expected)
+        parts.train(accumulate=accumulate, callbacks=(At(action=fail, **when),))
+    assert max(parts.losses) == when["step"]
+    parts.train(accumulate=accumulate, resume=True, stop_at=when["step"])
+    trainer = parts.train(accumulate=accumulate, resume=True)
+    assert_same_end(parts, trainer, whole, expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_inside_a_step_ends_the_run_behind_it(small_run, number) -> None:
+def test_a_signal_inside_a_step_ends_the_run_after_it(small_run, number) -> None:
     """What a cluster sends before it takes a node away; the step is finished and saved."""
     whole, parts = small_run("whole"), small_run("parts")
     expected = whole.train()
@@ -144,11 +133,11 @@ def test_only_saves_of_all_processes_gather_what_was_skipped(small_run, monkeypa
     with pytest.raises(RuntimeError, match="out of memory"):
         run.train(callbacks=(At(5, fail),), log_every=8, checkpoint_every=3)
     assert calls == [{"broken image": 3}]
-    saved = torch.load(run.folder / "last.ckpt", weights_only=True)["callbacks"]["Record"]
+    saved = torch.load(run.folder / "last.ckpt", weights_only=True)["callbacks"]["MetricsRecorder"]
     assert saved == {"skipped": {"broken image": 2 * 3 + 2}}
 
 
-def test_lines_behind_the_checkpoint_are_written_once(small_run) -> None:
+def test_lines_after_the_checkpoint_are_written_once(small_run) -> None:
     """A killed run has logged further than it has saved; steps must not appear twice."""
     run = small_run()
     run.train(stop_at=4)
@@ -177,7 +166,7 @@ def test_resuming_on_other_batches_is_refused(small_run) -> None:
         run.train(resume=True)
 
 
-def seen_behind_a_change(run, name: str) -> tuple[list[str], list[str]]:
+def seen_after_a_change(run, name: str) -> tuple[list[str], list[str]]:
     """First samples of the batches before and behind a resume with another setting of the data."""
     seen: list[str] = []
     run.source.change = lambda batch: (seen.append(batch.keys[0]), batch)[1]
@@ -193,7 +182,7 @@ def test_other_workers_or_batches_begin_new_draws(small_run, name, caplog) -> No
     """Would catch other workers that draw from the start what was drawn before."""
     run = small_run()
     run.source.resampled = True
-    before, behind = seen_behind_a_change(run, name)
+    before, behind = seen_after_a_change(run, name)
     assert before[:2] == ["0-0", "1-0"]
     assert not {"0-0", "1-0", "2-0", "100-0", "101-0", "102-0"} & set(behind)
     assert len(set(behind)) == len(behind) >= 2
@@ -204,7 +193,7 @@ def test_other_workers_or_batches_begin_new_draws(small_run, name, caplog) -> No
 @pytest.mark.parametrize("name", ["workers", "batch_size"])
 def test_other_workers_or_batches_are_refused_where_samples_come_once(small_run, name) -> None:
     with pytest.raises(ValueError, match=rf"{name} was \d, is 3: data.resampled=false"):
-        seen_behind_a_change(small_run(), name)
+        seen_after_a_change(small_run(), name)
 
 
 def test_the_order_differs_between_epochs_and_seeds(small_run) -> None:

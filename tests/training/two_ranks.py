@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,6 @@ def part(batch: CaptionBatch, counts: tuple[int, int], rank: int) -> CaptionBatc
     )
 
 
-def with_images(batch: CaptionBatch, images: Tensor) -> CaptionBatch:
-    """The same texts beside other pixels."""
-    return replace(batch, images=images)
-
-
 @dataclass
 class OneBatch:
     """A source of one batch, the part of each process."""
@@ -176,25 +171,25 @@ class Keep(pl.Callback):
         self.kept["loss"] = outputs["loss"].detach().clone()
 
 
-def frozen(case: Case) -> dict[str, bool]:
-    """Switches of the module."""
-    return {} if case.frozen == "nothing" else {f"train_{case.frozen}": False}
-
-
-def step(case: Case, folder: Path) -> dict[str, Tensor]:
-    """One step of this process; the gradients after DDP, the loss before."""
-    module = FineTuneModule(
+def module_of(case: Case) -> FineTuneModule:
+    """The training step of a case; a rate of 0, so that only gradients are seen."""
+    frozen = {} if case.frozen == "nothing" else {f"train_{case.frozen}": False}
+    return FineTuneModule(
         make_tiny_clip(case.family),
         objective(case),
         optimizer=partial(adamw, lr=0.0),
         schedule=partial(warmup_cosine, warmup=0, steps=1),
-        **frozen(case),
+        **frozen,
     )
+
+
+def step(case: Case, folder: Path) -> dict[str, Tensor]:
+    """One step of this process; the gradients after DDP, the loss before."""
     keep = Keep()
     trainer = make_trainer(
         folder / case.name, [], [keep], max_steps=1, devices=RANKS, strategy="ddp"
     )
-    trainer.fit(module, datamodule=CaptionDataModule(OneBatch(case), seed=0))
+    trainer.fit(module_of(case), datamodule=CaptionDataModule(OneBatch(case), seed=0))
     loss = keep.kept["loss"]
     torch.distributed.all_reduce(loss)
     return {**keep.kept, "loss": loss / RANKS}
@@ -206,19 +201,14 @@ def alone(case: Case) -> dict[str, Tensor]:
     Negatives per process have another meaning: the global loss of the joined batch, and the mean
     of the local losses of the two halves.
     """
-    module = FineTuneModule(
-        make_tiny_clip(case.family),
-        objective(case),
-        optimizer=partial(adamw, lr=0.0),
-        schedule=partial(warmup_cosine, warmup=0, steps=1),
-        **frozen(case),
-    )
-    clip, batch = module.clip.train(), joined(case.counts)
+    clip, batch = module_of(case).clip.train(), joined(case.counts)
+    loss = objective(case)(clip, batch).total
     if case.loss == "rank":
-        halves = [_local(case, clip, part(batch, case.counts, rank)) for rank in range(RANKS)]
-        loss = GlobalOnly()(clip, batch).total + sum(halves) / RANKS
-    else:
-        loss = objective(case)(clip, batch).total
+        loss = GlobalOnly()(clip, batch).total
+        for rank in range(RANKS):
+            half = part(batch, case.counts, rank)
+            local = objective(case)(clip, half).total - GlobalOnly()(clip, half).total
+            loss = loss + local / RANKS
     loss.backward()
     found = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -226,14 +216,6 @@ def alone(case: Case) -> dict[str, Tensor]:
         if parameter.requires_grad
     }
     return {**found, "loss": loss.detach()}
-
-
-def _local(case: Case, clip: Clip, batch: CaptionBatch) -> Tensor:
-    """The local loss of a batch alone: the total without the global part."""
-    whole = objective(case)
-    assert isinstance(whole, GlobalLocal)
-    both = whole(clip, batch).total
-    return both - GlobalOnly()(clip, batch).total
 
 
 def record_collectives() -> list[str]:
