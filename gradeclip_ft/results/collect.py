@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from gradeclip_ft.results.record import Json, Result, read
 Steps = Literal["ends", "last", "all"]
 UNTOUCHED = "untouched"
 ORDINARY = "ordinary"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,24 @@ def describe(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     return facts
 
 
+def _side_file(path: Path, load: Callable[[str], Any]) -> Mapping[str, Any]:
+    """What a file beside the results holds; empty without it, or where a crash cut it off."""
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, Mapping):
+        logger.warning("%s is empty or cut off and is left out", path)
+        return {}
+    return content
+
+
 def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entry]:
     """Entries of one folder; weights without a run have no configuration."""
-    config: Mapping[str, Any] = {}
-    if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    command = None
-    if (folder / "environment.json").is_file():
-        command = json.loads((folder / "environment.json").read_text("utf-8")).get("command")
+    config = _side_file(folder / "config.yaml", yaml.safe_load)
+    command = _side_file(folder / "environment.json", json.loads).get("command")
     by_step: dict[int, dict[str, Result]] = {}
     for path in sorted(results_folder(folder).glob("*@*.json")):
         result = read(path)

@@ -192,6 +192,16 @@ def test_a_folder_of_results_without_a_run_can_be_compared(write: Write) -> None
     assert (row["run"], row["map"], row["boxes/top1"]) == ("tiny", "untouched", 0.2)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]"])
+def test_side_files_that_a_crash_emptied_are_left_out(write: Write, content: str) -> None:
+    """Would catch a traceback of a parser where the results themselves are whole."""
+    write("a", 0)
+    for name in ("config.yaml", "environment.json"):
+        Path("runs/a", name).write_text(content)
+    (last,) = collect(["runs/a"], steps="last")
+    assert (last.run, last.command) == ("a", None)
+
+
 def test_comparing_does_not_import_torch(write: Write, repository: Path) -> None:
     write("a", 0.5)
     code = (
