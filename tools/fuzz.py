@@ -42,6 +42,7 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from gradeclip_ft.commands.build import make
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.commands.config import (
     ConfigurationError,
@@ -50,6 +51,7 @@ from gradeclip_ft.commands.config import (
     is_meant,
     perform,
     recorded,
+    targets,
     wants_traceback,
 )
 from gradeclip_ft.data.captions import KEY, CaptionTrainData, read_batches
@@ -73,6 +75,13 @@ WORDS = (
     *("{}", "${seed}", "${oc.env:HOME}", "a\nb", "\u202e", "[", "'", '"', "null", "[1,2]", "{a:1}"),
     "x" * 9000,
 )
+# What nobody's configuration may build.
+FOREIGN = (
+    *("os.system", "os.remove", "builtins.eval", "subprocess.Popen", "pathlib.Path.write_text"),
+    *("gradeclip_ft.data.shapes.make_shapes", "gradeclip_ft.results.record.write_atomically"),
+    *("gradeclip_ft.data.captions.shard_sizes", "gradeclip_ft.training.run_files.sweep"),
+)
+BUILT = ("data", "objective", "optim", "logger", "trainer")  # nodes; a model would be fetched
 NAMES = ("captions", "phrases", "_target_", "_args_", "_partial_", "name", "tagger", "max", "x")
 PIECES = ("a dog ", "the ", "(", "I ", "-", "0", "\u0301", "of the red ", "x")
 LETTERS = "abc  .,-'\"()/&;:!?#\t\u00e9\u4e2d\U0001f600"
@@ -394,23 +403,33 @@ def known() -> dict[str, Any]:
 
 
 def config_input(rng: random.Random, folder: Path) -> Path:
-    """Up to four changes."""
+    """Up to four changes; in every second one a node that builds something is hidden."""
     node = known()
     for _ in range(rng.choice((1, 1, 2, 4))):
         node = changed(node, rng)
+    if rng.random() < 0.5:
+        place = node[rng.choice([key for key in node if isinstance(node[key], dict)] or ["x"])]
+        while (inner := [x for x in place.values() if x and isinstance(x, dict)]) and (
+            rng.random() < 0.5
+        ):
+            place = rng.choice(inner)
+        hidden = {"_target_": rng.choice((*FOREIGN, *targets())), "_partial_": rng.random() < 0.3}
+        place[rng.choice([*place, "x"])] = hidden | {rng.choice(NAMES): value(rng)}
     path = folder / "input.yaml"
     path.write_text(json.dumps(node))
     return path
 
 
 def run_config(path: Path) -> str:
-    """Read, check, and write into a record."""
+    """Read, check, write into a record, and build what commands build from the record of a run."""
     try:
         cfg = OmegaConf.create(json.loads(path.read_text()))
     except Exception as error:  # not ours: it is not a configuration at all
         return f"no yaml: {type(error).__name__}"
     check(cfg, "train")
     recorded(cfg)
+    for key in BUILT:
+        make(cfg[key], key)
     return "accepted"
 
 

@@ -66,10 +66,11 @@ def primary(command: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def primary_groups(command: str) -> list[str]:
-    """Groups that a command's defaults list chooses from, in its order."""
+def primary_groups(command: str) -> dict[str, Any]:
+    """Groups that a command's defaults list chooses from, with its choices, in its order."""
     entries = [entry for entry in primary(command)["defaults"] if isinstance(entry, Mapping)]
-    return [str(group) for entry in entries for group in entry if " " not in str(group)]
+    pairs = [(str(group), option) for entry in entries for group, option in entry.items()]
+    return {group: option for group, option in pairs if " " not in group}
 
 
 @cache
@@ -225,10 +226,15 @@ def check(cfg: DictConfig, command: str) -> None:
     Raises:
         ConfigurationError: Naming every key that is unknown, open, or of a wrong value.
     """
-    known = {key: value for key, value in primary(command).items() if key != "defaults"}
-    known |= {group.split("@")[-1].split(".")[0]: {} for group in primary_groups(command)}
+    known = {k: v for k, v in primary(command).items() if k not in ("defaults", "hydra")}
+    chosen = primary_groups(command)
+    plain = _plain(cfg)
+    needed = [*known, *(group for group, option in chosen.items() if isinstance(option, str))]
+    known |= {group.split("@")[-1].split(".")[0]: {} for group in chosen}
     found = sorted(f"{key}: has no value; add {key}=..." for key in OmegaConf.missing_keys(cfg))
-    refuse(found or list(_problems(_plain(cfg), known)))
+    absent = [key for key in needed if "@" not in key and key not in plain]
+    found += [f"{key}: is missing; leave out ~{key}" for key in absent]
+    refuse(found or list(_problems(plain, known)))
 
 
 def check_node(node: Any, key: str, *, given: Iterable[str] = ()) -> dict[str, Any]:
