@@ -280,11 +280,11 @@ class Sample:
 def make_shapes(
     folder: str | Path, *, train: int, val: int, seed: int, workers: int = 2, image_size: int = 64
 ) -> None:
-    """Writes the shapes world below `folder`, or does nothing if it is already there.
+    """Write the shapes world below `folder`, or do nothing when it is already there.
 
     A stamp file holds the parameters and a hash of the generator. Other parameters mean a new
-    build, which takes the place of the old one at the end; an interrupted build leaves
-    nothing in `folder`.
+    build, which takes the place of the old one at the end; an interrupted build leaves nothing in
+    `folder`.
 
     Args:
         folder: Ours alone; its old content is deleted on a rebuild.
@@ -312,7 +312,9 @@ def make_shapes(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
         fresh = Path(aside) / "fresh"
         _write_shards(fresh, {"train": train, "val": val}, seed, image_size, workers)
-        _write_annotations(fresh, val, seed, image_size)
+        pictures = _pictures(fresh / "images_val", val, seed, image_size)
+        things, stuff = thing_names(), stuff_names()
+        write_coco(fresh / "annotations", "val", pictures, things=things, stuff=stuff)
         (fresh / STAMP).write_text(json.dumps(stamp, indent=1))
         _replace(target, fresh, Path(aside) / "old", stamp)
 
@@ -370,15 +372,9 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     shard.addfile(entry, io.BytesIO(content))
 
 
-def _write_annotations(folder: Path, count: int, seed: int, image_size: int) -> None:
-    images = folder / "images_val"
-    images.mkdir(parents=True)
-    pictures = _pictures(images, count, seed, image_size)
-    write_coco(folder / "annotations", "val", pictures, things=thing_names(), stuff=stuff_names())
-
-
 def _pictures(images: Path, count: int, seed: int, image_size: int) -> Iterator[DrawnScene]:
     """Saves each image and yields its annotations; the background is segment 0."""
+    images.mkdir(parents=True)
     things = thing_names()
     for index in range(count):
         sample = make_sample(seed, "val", index, image_size)

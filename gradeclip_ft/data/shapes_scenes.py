@@ -1,8 +1,8 @@
-"""Scenes of the shapes world: which shapes are where, in which colour, on which background.
+"""Scenes of the shapes world: what is where, in which colour, on which background, and pictures.
 
-A scene is a plain description in units of the image side; `shapes_draw` turns it into pixels and
-`shapes_captions` into sentences. A colour and a shape together are a class ("red circle"): 8 x 8
-thing classes, plus one stuff class per texture.
+A scene is a plain description in units of the image side; `draw_scene` turns it into pixels. A
+colour and a shape together are a class ("red circle"): 8 x 8 thing classes, plus one stuff class
+per texture.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def thing_names() -> list[str]:
 
 
 def stuff_names() -> list[str]:
-    """The stuff classes, in the order of their ids, which follow those of the things."""
+    """The stuff classes, in the order of their ids, which follow the things'."""
     return [f"{texture} background" for texture in TEXTURES]
 
 
@@ -207,7 +207,7 @@ class Drawing:
 
 
 def draw_scene(scene: Scene, size: int) -> Drawing:
-    """Draws the things from back to front over the background."""
+    """The things over the background, each covering those before it."""
     fine = size * FINER
     canvas = draw_background(scene.background, fine)
     owner = np.zeros((fine, fine), np.uint8)

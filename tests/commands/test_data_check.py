@@ -1,6 +1,7 @@
 """`data check`: what it counts, what it finds wrong, and its exit code."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,31 @@ def test_images_of_the_training_data_are_found(
     assert call(data, ["coco", *source, f"out={coco / 'shards'}"]) == 0
     assert run(*captions(coco), f"against={coco / 'shards'}") == 1
     assert "in the training data too: 2 of 2" in capsys.readouterr().out
+
+
+def test_shards_that_do_not_name_their_photos_are_not_compared(
+    coco: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their keys are running numbers, which equal many names of files."""
+    with tarfile.open(coco / "a.tar", "w") as shard:
+        shard.add(coco / "val2017" / NAMES[0], f"./{NAMES[0]}")
+    with pytest.raises(ValueError, match="no sample says which photo it is"):
+        run(*captions(coco), f"against={coco / 'a.tar'}")
+
+
+def test_images_that_other_programs_show_differently_are_counted(
+    coco: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(coco / "val2017" / NAMES[0], exif=exif)
+    assert run(*instances(coco), "read=true") == 0
+    assert "turned by EXIF: 1 (other programs" in capsys.readouterr().out
+
+
+def test_an_evaluator_without_data_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("timing") == 0
+    assert "timing: it reads no data" in capsys.readouterr().out
 
 
 def test_other_training_data_do_not_overlap(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """Captions in every public layout, written here as they are published, give the same pairs."""
 
+import csv
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from gradeclip_ft.data.pairs import CaptionFile, RetrievalShards
+from gradeclip_ft.data.pairs import (
+    CaptionFile,
+    RetrievalShards,
+    read_captioned,
+    table_files,
+)
 
 CAPTIONS = {
     "1007129816.jpg": ("A man, with pierced ears.", 'He says "hello, you".', "  third "),
@@ -123,7 +130,36 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(entry, io.BytesIO(content))
 
 
+def caption_list(folder: Path) -> Source:
+    """A row per caption."""
+    entries = [{"image": n, "caption": text} for n, texts in CAPTIONS.items() for text in texts]
+    (folder / "captions.json").write_text(json.dumps(entries))
+    return CaptionFile(str(folder / "captions.json"), str(folder / "images"), "test")
+
+
+def coco_by_caption(folder: Path) -> Source:
+    """An image id per caption."""
+    rows = [(name, text) for name, texts in CAPTIONS.items() for text in texts]
+    images = [{"id": n, "file_name": name} for n, (name, _) in enumerate(rows)]
+    annotations = [{"image_id": n, "caption": text} for n, (_, text) in enumerate(rows)]
+    path = folder / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return CaptionFile(str(path), str(folder / "images"), "test")
+
+
+def quoted_table(folder: Path) -> Source:
+    """As spreadsheets write it: quotes around what holds a tab, a quotation mark or a comma."""
+    with (folder / "captions.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writerow(["image", "caption"])
+        writer.writerows((name, text) for name, texts in CAPTIONS.items() for text in texts)
+    return CaptionFile(str(folder / "captions.tsv"), str(folder / "images"), "test")
+
+
 LAYOUTS = (
+    caption_list,
+    coco_by_caption,
+    quoted_table,
     karpathy_text,
     token_file,
     karpathy_json,
@@ -238,3 +274,51 @@ def test_a_subset_of_the_images_is_drawn_by_seed(folder: Path) -> None:
     assert opened(part).counts["images"] == 2
     assert opened(part).names == opened(part).names
     assert part.protocol["subset"] == "2 images drawn with seed 0"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "dropped"),
+    [
+        ('1.jpg\t"a ""big"" dog"\n1.jpg\tplain\n', {"1.jpg": ['a "big" dog', "plain"]}, 0),
+        ('1.jpg\t"two\nlines"\n2.jpg\tb\n', {"1.jpg": ["two lines"], "2.jpg": ["b"]}, 0),
+        ('image,caption\n1.jpg,"a, b"\n', {"1.jpg": ["a, b"]}, 0),
+        ('image,caption,x\n1.jpg,"a ""b""",3\n', {"1.jpg": ['a "b"']}, 0),
+        # not csv's rules: as it is written, and the rows after it stay rows
+        ('1.jpg\t"Stop" says the sign\n2.jpg\t"b\n3.jpg\tc "d"\n',
+         {"1.jpg": ['"Stop" says the sign'], "2.jpg": ['"b'], "3.jpg": ['c "d"']}, 0),
+        ('1.jpg,"Yes", he said, "no"\n', {"1.jpg": ['"Yes", he said, "no"']}, 0),
+        ("1.jpg\ta\r\n2.jpg\r\n\tb\r\n\r\n3.jpg\tc\r\n", {"1.jpg": ["a"], "3.jpg": ["c"]}, 2),
+    ],
+)  # fmt: skip
+def test_tables_follow_the_rules_of_csv_where_their_rows_do(
+    tmp_path: Path, text: str, expected: dict[str, list[str]], dropped: int
+) -> None:
+    """Kept quotes, cut rows and rows that vanish uncounted."""
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    skipped: Counter[str] = Counter()
+    found = read_captioned(tmp_path / "a.txt", None, skipped)
+    assert {image.file_name: list(image.captions) for image in found} == expected
+    assert sum(skipped.values()) == dropped
+
+
+def test_captions_of_a_list_that_are_not_text_are_counted(folder: Path) -> None:
+    entries = [{"image": "101362133.jpg", "caption": [None, "a dog"]}]
+    entries += [{"image": "1009434119.jpg", "caption": None}]
+    (folder / "a.json").write_text(json.dumps(entries))
+    pairs = opened(CaptionFile(str(folder / "a.json"), str(folder / "images"), "x"))
+    assert pairs.captions == [("a dog",)]
+    assert pairs.counts["skipped"] == {"caption that is not text": 2, "image without caption": 1}
+    (folder / "a.json").write_text(json.dumps([{"image": None, "caption": "a"}]))
+    with pytest.raises(ValueError, match="image number 0 is None, expected a file name"):
+        opened(CaptionFile(str(folder / "a.json"), str(folder / "images"), "x"))
+
+
+def test_absolute_names_below_the_folder_are_taken(folder: Path) -> None:
+    table = folder / "a.tsv"
+    table.write_text(f"{folder}/images/101362133.jpg\ta child\n")
+    (file,) = table_files(table, folder / "images")
+    assert file.image == folder / "images" / "101362133.jpg"
+    for name in ("../x.jpg", "/etc/x.jpg"):
+        table.write_text(f"{name}\ta child\n")
+        with pytest.raises(ValueError, match=f"names {name}, which is not below"):
+            table_files(table, folder / "images")

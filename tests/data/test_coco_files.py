@@ -1,6 +1,8 @@
 """COCO's files: known values, and every kind of damage with its message."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +77,82 @@ def test_captions_keep_their_number_per_image(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"image_id": 8}, "images that are not listed, first image_id 8"),
+        ({"image_id": "7"}, r"first image_id '7' \(images have ids such as 7\)"),
         ({"category_id": 2}, "region 5 has category 2, which is not listed"),
         ({"bbox": [1, 2, 3]}, "box of region 5"),
+        ({"bbox": None}, "box of region 5 is None"),
+        ({"bbox": [1, 2, float("nan"), 3]}, r"box of region 5 is \[1, 2, nan, 3\]"),
+        ({"bbox": [1, 2, "3", 3]}, "box of region 5"),
+        ({"segmentation": [1, 2, 4, 2, 4, 4]}, "region 5 is a flat list"),
     ],
 )
-def test_ids_that_do_not_match_are_named(
+def test_an_annotation_that_makes_no_sense_is_named(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"instances.json: .*{message}"):
         read_regions(instances(tmp_path, instance(**change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [IMAGE, IMAGE]}, "1 entries of images have an id .*, first 7"),
+        ({"categories": [*CATEGORIES, CATEGORIES[0]]}, "entries of categories .* first 90"),
+        ({"categories": [{"id": 90}]}, "entry 90 has no name"),
+        ({"images": [{**IMAGE, "height": None}]}, "entry 7 has height None"),
+        ({"annotations": None}, "annotations is not a list of objects"),
+        ({"images": ["a.jpg"]}, "images is not a list of objects"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_regions, read_captions])
+def test_lists_that_make_no_sense_are_named(
+    tmp_path: Path, change: dict[str, Any], message: str, read: Callable[[Path], object]
+) -> None:
+    """Of two images with one id, both would get the annotations, and no number would be right."""
+    content = {"images": [IMAGE], "annotations": [], "categories": CATEGORIES, **change}
+    path = write(tmp_path / "a.json", content)
+    if read is read_captions and ("categories" in change or "height" in message):
+        assert read(path)  # which it has no use for
+        return
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_two_panoptic_annotations_of_one_image_are_refused(tmp_path: Path) -> None:
+    entry = {"image_id": 7, "file_name": "a.png", "segments_info": []}
+    content = {"images": [IMAGE], "annotations": [entry, entry], "categories": CATEGORIES}
+    with pytest.raises(ValueError, match="image 7 has two panoptic annotations"):
+        read_regions(write(tmp_path / "a.json", content))
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        {"size": [6, 8], "counts": "~~~~"},
+        {"size": [6, 8], "counts": [40, "x"]},
+        {"size": [6, 8]},
+        [["a", "b", "c", "d", "e", "f"]],
+    ],
+)
+def test_a_broken_outline_is_named(tmp_path: Path, outline: Any) -> None:
+    _, (picture,) = read_regions(instances(tmp_path, instance(segmentation=outline)))
+    with pytest.raises(ValueError, match="outline of region 5, image 7: neither polygons nor run"):
+        region_masks(picture, picture.regions, None)
+
+
+def test_captions_that_are_not_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    """As texts they would be "None" and "nan", and an image's only right answer."""
+    captions = [{"image_id": 7, "caption": text} for text in (None, "a dog", float("nan"), 5)]
+    skipped: Counter[str] = Counter()
+    path = write(tmp_path / "a.json", {"images": [IMAGE], "annotations": captions})
+    assert read_captions(path, skipped)[0].captions == ("a dog",)
+    assert skipped == {"caption that is not text": 3}
+
+
+def test_deep_nesting_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a.json is not complete JSON"):
+        read_captions(tmp_path / "a.json")
 
 
 def test_truncated_json_missing_file_and_other_kinds_are_named(tmp_path: Path) -> None:

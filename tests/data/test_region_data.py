@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F  # noqa: N812
 
 from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.regions import CocoRegions, RegionImages
@@ -84,6 +87,53 @@ def test_sample_holds_boxes_masks_and_black_padding(write: Callable[..., CocoReg
     assert sample.masks[1, 6:].max() == 0
     assert sample.image[:, :48].abs().max() < 0.01  # grey 128 is 0 behind the normalisation
     assert torch.equal(sample.image[:, 48:], torch.full((3, 16, 64), -1.0))  # black is -1
+
+
+def published_crop(image: Image.Image, box: tuple[float, ...], thing: bool) -> torch.Tensor:
+    """CLIPSelf's crop, written after its `COCOPanopticDataset` and `ResizeMaxSize`."""
+    x, y, w, h = box
+    if thing:
+        cx, cy = x + w * 0.5, y + h * 0.5
+        x0, y0 = max(cx - w * 0.75, 0), max(cy - h * 0.75, 0)
+        x1, y1 = min(cx + w * 0.75, image.width), min(cy + h * 0.75, image.height)
+    else:
+        x0, y0, x1, y1 = x, y, x + w - 1, y + h - 1  # mask2box: from the first to the last pixel
+    crop = image.crop((x0, y0, x1, y1))
+    scale = 32 / max(crop.height, crop.width)
+    height, width = round(crop.height * scale), round(crop.width * scale)
+    crop = F.resize(crop, [height, width], InterpolationMode.BICUBIC)
+    spare = 32 - width, 32 - height
+    left, top = spare[0] // 2, spare[1] // 2
+    crop = F.pad(crop, [left, top, spare[0] - left, spare[1] - top], fill=0)
+    return F.normalize(F.to_tensor(crop), [0.5] * 3, [0.5] * 3)
+
+
+def test_crops_and_boxes_of_stuff_are_clipselfs_on_request(
+    write: Callable[..., CocoRegions], tmp_path: Path
+) -> None:
+    """Edges of halves and thirds of a pixel, at the rim and inside, wide and high."""
+    boxes = [(0.0, 2.0, 9.0, 21.0), (10.3, 5.5, 17.0, 7.0), (24.7, 11.2, 15.0, 18.0)]
+    stuff = (12, 3, 16, 9)
+    entries = [entry(n, box) for n, box in enumerate(boxes)] + [entry(9, stuff, category_id=17)]
+    source = write(*entries, clipself=True)
+    content = json.loads(Path(source.annotations).read_text())
+    content["categories"][1]["isthing"] = 0
+    Path(source.annotations).write_text(json.dumps(content))
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    image.save(tmp_path / "1.png")
+    sample = source(**PIXELS, crop_size=32)[0]
+    x, y, w, h = stuff
+    end = torch.tensor([x, y, x + w - 1, y + h - 1]) / 40
+    torch.testing.assert_close(sample.boxes[3], end)
+    assert sample.crops is not None
+    for crop, box, thing in zip(
+        sample.crops, [*boxes, stuff], (True, True, True, False), strict=True
+    ):
+        torch.testing.assert_close(crop, published_crop(image, box, thing), atol=1e-6, rtol=0)
+    plain = replace(source, clipself=False)(**PIXELS, crop_size=32)[0]
+    torch.testing.assert_close(plain.boxes[3], torch.tensor([x, y, x + w, y + h]) / 40)
+    assert plain.crops is not None
+    assert (plain.crops - sample.crops).abs().amax((1, 2, 3)).min() > 0.1
 
 
 def test_batches_keep_the_owner_of_every_region(write: Callable[..., CocoRegions]) -> None:

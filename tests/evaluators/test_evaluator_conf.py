@@ -59,6 +59,14 @@ def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> 
         assert Path(data["annotations"]).is_relative_to(cfg["data"]["make"]["folder"])
 
 
+def test_the_smoke_experiment_takes_other_data() -> None:
+    """Half a `make`, merged into data that are not made, would be no function."""
+    cfg = compose("train", ["+exp=smoke", "data=coco_captions", "name=x"])
+    assert check(cfg, "train") is None
+    assert cfg.data.make._target_ == "gradeclip_ft.data.shapes.make_shapes"
+    assert cfg.data.shards == "data/coco/shards"
+
+
 def test_evaluate_alone_makes_the_world_of_the_training_data() -> None:
     alone = OmegaConf.to_container(
         compose("evaluate", ["evaluator=[shapes_regions,shapes_retrieval,shapes_pointing]"]),

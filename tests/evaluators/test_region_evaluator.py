@@ -133,6 +133,26 @@ def test_crops_of_things_are_enlarged_and_those_of_stuff_are_not(world: Any, loa
     assert next(iter(CocoRegions(**world.panoptic)(**pixels).batches(6, 0))).crops is None
 
 
+@pytest.mark.parametrize("outline", [{}, {"segmentation": []}, {"segmentation": None}])
+def test_boxes_alone_are_measured_without_masks(
+    six: dict[str, str], load: Load, tmp_path: Path, outline: dict[str, Any]
+) -> None:
+    """Empty masks in their place would be an accuracy of the first class."""
+    content = json.loads(Path(six["annotations"]).read_text())
+    regions = [
+        {**segment, "image_id": entry["image_id"], **outline}
+        for entry in content["annotations"]
+        for segment in entry["segments_info"]
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps({**content, "annotations": regions}))
+    data = CocoRegions(str(tmp_path / "boxes.json"), six["images"])
+    measured = RegionEvaluator("r", data, templates=PROMPT, crops=True)(load(whole=True))
+    groups = ("boxes", "stuff_boxes", "crops", "stuff_crops")
+    assert set(measured.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert set(measured.metrics.values()) == {1.0}
+    assert measured.data["counts"]["skipped"] == {"masks, because regions have none": len(regions)}
+
+
 def test_a_subset_is_drawn_by_seed_and_named(world: Any, load: Load) -> None:
     """During training: the same images at every evaluation, and not to be taken for the whole."""
 

@@ -123,6 +123,23 @@ def test_class_files_that_do_not_fit_are_named(
         shards.prepare()
 
 
+def test_hidden_folders_and_files_are_left_out_and_counted(
+    folders: ClassFolders, load: Load
+) -> None:
+    """Labels are ranks of the sorted names: one more folder would shift every class."""
+    root = Path(folders.folder)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (root / name).mkdir()
+        (root / name / "0.png").write_bytes(picture(3))
+    for name in ("._0.png", "Thumbs.db", ".DS_Store"):
+        (root / "n00" / name).write_bytes(b"x")
+    (root / "readme.txt").touch()
+    measured = evaluator(folders)(load(whole=True))
+    assert measured.metrics["top1"] == 1.0
+    skipped = {"file that is not an image": 3, "hidden folder": 2}
+    assert measured.data["counts"] == {"images": 6, "classes": 3, "skipped": skipped}
+
+
 def test_a_subset_is_the_same_every_time(folders: ClassFolders, load: Load) -> None:
     part = ClassFolders(folders.folder, limit=3, limit_seed=4)
     first, again = (evaluator(part)(load(whole=True)) for _ in range(2))
@@ -169,6 +186,10 @@ def test_choice_files_that_do_not_fit_are_named(choices: CaptionChoices, load: L
     path = Path(choices.folder) / "add_obj.json"
     path.write_text(json.dumps({"0": {"filename": "3.png", "caption": "a"}}))
     with pytest.raises(ValueError, match=r"add_obj.json: entry 0 has no negative_caption"):
+        ChoiceEvaluator("c", choices)(load(whole=True))
+    entry = {"filename": "3.png", "caption": None, "negative_caption": "a"}
+    path.write_text(json.dumps({"7": entry}))
+    with pytest.raises(ValueError, match="entry 7 has no caption that is text"):
         ChoiceEvaluator("c", choices)(load(whole=True))
     path.write_text('{"0": {"file')
     with pytest.raises(ValueError, match="not complete JSON"):
