@@ -119,7 +119,7 @@ def test_class_files_that_do_not_fit_are_named(
     with pytest.raises(ValueError, match=r"0.tar:s0000004: class '2', expected a number from 0"):
         evaluator(shards)(load(whole=True))
     names.unlink()
-    with pytest.raises(FileNotFoundError, match=r"classnames\.txt; it belongs beside"):
+    with pytest.raises(FileNotFoundError, match=r"classnames\.txt; it belongs next to"):
         shards.prepare()
 
 
