@@ -1,6 +1,6 @@
 # The exact environment behind the numbers of the README.
 #   docker build -t gradeclip_ft .
-#   docker run --rm --gpus all --ipc host -v "$PWD/runs:/home/user/gradeclip_ft/runs" gradeclip_ft train +exp=shapes name=try
+#   docker run --rm --gpus all --ipc host -v "$PWD/runs:/home/user/gradeclip_ft/runs" gradeclip_ft train +exp=shapes
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 
