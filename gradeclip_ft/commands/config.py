@@ -268,6 +268,8 @@ def _problems(node: Node, known: Node, key: str = "") -> Iterator[str]:
             yield f"{inner}: there is no such key; {suggest(name, known)}"
         elif isinstance(value, Mapping) and "_target_" in value:
             yield from _target_problems(value, inner)
+        elif isinstance(value, Mapping) and not isinstance(known[name], Mapping):
+            yield f"{inner}: got keys ({', '.join(value)}), expected a value"
         elif isinstance(value, Mapping) and known[name]:
             yield from _problems(value, known[name], f"{inner}.")
         elif isinstance(value, Mapping):  # several of a group, such as evaluators, by name

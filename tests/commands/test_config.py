@@ -54,6 +54,7 @@ def test_the_list_of_targets_is_current() -> None:
         ("~model.name", "model.name: load_clip needs it; add +model.name=..."),
         ("seed=${nowhere}", "seed: Interpolation key 'nowhere' not found"),
         ("model=open_clip", "model.name: has no value; add model.name=..."),
+        ("evaluation.before={a:1}", "evaluation.before: got keys (a), expected a value"),
         ("~data", "data: is missing; leave out ~data"),
         ("+evaluator.mine=1", "evaluator.mine: 1 is not built here"),
     ],
