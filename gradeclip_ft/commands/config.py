@@ -158,7 +158,9 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
         hint = f"""; quote it twice: "{key}='{value}'\"""" if equals and key else ""
         return f"{error.override}: not a key=value that Hydra can read{hint}"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _describe_override(found[1], text, command, overrides)
+        inner = str(getattr(error.__cause__, "full_key", ""))  # the wrong key of data={...}
+        key = inner if inner.startswith(f"{found[1]}.") else found[1]
+        return _describe_override(key, text, command, overrides)
     if found := re.search(r"Multiple values for ([^\s.]+)", text):
         return f"{found[1]} is given twice; write {found[1]}=... once, and without +"
     lines = [line for line in text.split("\n") if line.strip() and "hydra.cc" not in line]
@@ -166,14 +168,15 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
 
 def _describe_override(key: str, text: str, command: str, overrides: Sequence[str]) -> str:
-    value = next((item.partition("=")[2] for item in overrides if _key(item) == key), "...")
+    given = next((item for item in overrides if _key(item) == key), key)
+    value = given.partition("=")[2] or "..."
     if found := re.search(r"Did you mean to override (\S+)\?", text):
-        return f"{key}={value}: write {found[1]}={value}"
+        return f"{given}: write {found[1]}={value}"
     if key.split("@")[0] in groups():
-        return f"{key}={value}: nothing chooses {key} yet; write +{key}={value}"
+        return f"{given}: nothing chooses {key} yet; write +{key}={value}"
     known = _known_keys(command, overrides)
     if known.get(key) is False:  # an argument with a default in Python, which yaml does not repeat
-        return f"{key}={value}: conf/ leaves this at its default; write +{key}={value}"
+        return f"{given}: conf/ leaves this at its default; write +{key}={value}"
 
     def likeness(name: str) -> tuple[float, float]:
         """Of the last parts or of the whole keys: a place or a name may be misspelt."""
@@ -183,9 +186,9 @@ def _describe_override(key: str, text: str, command: str, overrides: Sequence[st
 
     best = max(known, key=likeness, default="")
     if likeness(best)[0] < 0.6:
-        return f"{key}={value}: there is no key {key}; {command} --cfg job shows all keys"
+        return f"{given}: there is no key {key}; {command} --cfg job shows all keys"
     plus = "" if known[best] else "+"
-    return f"{key}={value}: there is no key {key}; did you mean {plus}{best}?"
+    return f"{given}: there is no key {key}; did you mean {plus}{best}?"
 
 
 def _known_keys(command: str, overrides: Sequence[str]) -> dict[str, bool]:
@@ -383,7 +386,7 @@ def recorded(cfg: DictConfig | Node) -> dict[str, Any]:
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: _map_strings(entry, change) for key, entry in value.items()}
+        return {str(key): _map_strings(entry, change) for key, entry in value.items()}
     if isinstance(value, list):
         return [_map_strings(entry, change) for entry in value]
     return change(value) if isinstance(value, str) else value
@@ -397,7 +400,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
         raise ConfigurationError(f"{error.full_key}: {text}" if error.full_key else text) from error
     if not isinstance(plain, dict):
         raise ConfigurationError(f"got {plain!r}, expected keys and values")
-    return {str(key): value for key, value in plain.items()}
+    return dict(_map_strings(plain, str))  # keys may be numbers in yaml
 
 
 def perform(command: Callable[[], Any], *, full: bool) -> int:

@@ -44,6 +44,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("+exp=shapes", "there is no command"),
         ("train optim.lrr=1", "no key optim.lrr; did you mean optim.optimizer.lr?"),
         ("train lr=1", "did you mean optim.optimizer.lr?"),
+        ("train data={taggr:auto}", "data.taggr: there is no key data.taggr; did you mean +data."),
         ("train seeed=1", "did you mean seed?"),
         ("train trainer.max_step=1", "did you mean trainer.max_steps?"),
         ("train data.taggr=auto", "did you mean +data.tagger?"),

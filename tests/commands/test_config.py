@@ -55,6 +55,7 @@ def test_the_list_of_targets_is_current() -> None:
         ("seed=${nowhere}", "seed: Interpolation key 'nowhere' not found"),
         ("model=open_clip", "model.name: has no value; add model.name=..."),
         ("evaluation.before={a:1}", "evaluation.before: got keys (a), expected a value"),
+        ("+evaluation={1:2}", "evaluation.1: there is no such key"),
         ("~data", "data: is missing; leave out ~data"),
         ("+evaluator.mine=1", "evaluator.mine: 1 is not built here"),
     ],
