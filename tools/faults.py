@@ -284,6 +284,7 @@ REMOTE_FAULTS = (
     ("server that is busy twice (503)", "busy", SIZE),
     ("server that fails always (500)", "down", 0),
     ("server that never answers", "silent", 0),
+    ("server that drips its headers", "drips", 0),
     ("connection that breaks off twice", "breaks", SIZE),
     ("redirect to a file of this machine", "away", 0),
 )
@@ -308,6 +309,12 @@ class Server(http.server.BaseHTTPRequestHandler):
                 self._send(b"", 500)
             case "/silent.tar":
                 time.sleep(1.0)
+            case "/drips.tar":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+                with contextlib.suppress(OSError):
+                    for _ in range(100):
+                        self.wfile.write(b"X-Drop: 1\r\n")
+                        time.sleep(0.05)
             case "/breaks.tar":
                 rest = self.content[start:]
                 part = rest[: len(self.content) // 3 + 1]

@@ -60,8 +60,13 @@ def train(cfg: DictConfig) -> None:
 
 def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
     """Train; where the run ends early, say how to continue it."""
+    from gradeclip_ft.data.loading import naming_killed_workers
+
     try:
-        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+        with naming_killed_workers():
+            job.trainer.fit(
+                job.module, datamodule=job.data, ckpt_path=checkpoint, weights_only=True
+            )
     except SystemExit as end:  # our answer to a signal, after all is saved
         if rank == 0:
             print(f"interrupted after step {job.trainer.global_step}; continue with resume=auto")

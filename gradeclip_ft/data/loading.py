@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from gradeclip_ft.ops.distributed import ignore_scheduler_signals
 
 EXPECTED = (FileNotFoundError, OSError, ValueError, TooManyDroppedError)
 """Errors about data, whose text says all; torch shows the origin of others."""
+
+ADVICE = "If memory ran out, lower workers= or data.shuffle=; resume=auto continues a training run"
 
 
 def evaluation_loader(
@@ -73,18 +76,22 @@ def raising(batches: Iterable[Any]) -> Iterator[Any]:
     Raises:
         RuntimeError: A worker was killed.
     """
-    try:
+    with naming_killed_workers():
         for batch in batches:
             if isinstance(batch, WorkerError):
                 raise batch.kind(batch.message)
             yield batch
+
+
+@contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Adds what to do to torch's error, which comes at any point: a signal handler raises it."""
+    try:
+        yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith("DataLoader worker") or ADVICE in str(error):
             raise
-        raise RuntimeError(
-            f"{error} If memory ran out, lower workers= or data.shuffle=; continue with "
-            "resume=auto from the last checkpoint"
-        ) from error
+        raise RuntimeError(f"{error} {ADVICE}") from error
 
 
 class _RaisingLoader(DataLoader[Any]):

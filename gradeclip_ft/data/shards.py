@@ -424,6 +424,7 @@ class _Web:
         )
         self._seconds = seconds
         self.answer: ClientResponse | None = None
+        self._ahead = b""
         try:
             self._within(self._get(url, start))
         except BaseException:
@@ -431,7 +432,8 @@ class _Web:
             raise
 
     def read(self, size: int) -> bytes:
-        data: bytes = self._within(self._fill(size))
+        data: bytes = self._ahead[:size] or self._within(self._fill(size))
+        self._ahead = self._ahead[size:]
         return data
 
     def close(self) -> None:
@@ -448,6 +450,8 @@ class _Web:
         given = self.answer.headers.get("Content-Range", "")
         if self.answer.status == 206 and not given.startswith(f"bytes {start}-"):
             raise OSError(f"the server sent {given or 'no range'} where bytes {start}- were wanted")
+        # At once: of a connection that broke since, aiohttp gives up even what had arrived.
+        self._ahead = await self._fill(BUFFER)
 
     async def _fill(self, size: int) -> bytes:
         assert self.answer is not None

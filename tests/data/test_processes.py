@@ -74,6 +74,19 @@ def test_a_killed_worker_says_what_to_do() -> None:
         list(loader)
 
 
+def test_a_worker_that_is_killed_during_a_step_says_what_to_do() -> None:
+    """Torch's signal handler raises in the middle of it, far from the loader."""
+    loader = loading.evaluation_loader(Killed(), torch.tensor, batch_size=2, workers=1)
+
+    def step() -> None:
+        with loading.naming_killed_workers():
+            for _ in loader:
+                time.sleep(20)
+
+    with pytest.raises(RuntimeError, match=r"lower workers= .*resume=auto"):
+        step()
+
+
 class Signalled(Numbers):
     """Each worker gets the signals of a scheduler, from a process that is not its parent."""
 
