@@ -434,11 +434,11 @@ def _is_phrase(entry: object) -> bool:
 def sample_counts(urls: Sequence[str]) -> list[int]:
     """Samples per shard, in order; a shard that cannot be read has as many as can be read.
 
-    Counts come from `sizes.json` beside the shard; local shards are counted where it is missing or
+    Counts come from `sizes.json` next to the shard; local shards are counted where it is missing or
     about a file of another size.
 
     Raises:
-        ValueError: An address without a `sizes.json` beside it, or one that does not name it.
+        ValueError: An address without a `sizes.json` next to it, or one that does not name it.
     """
     return [_count_local(local_path(url)) if is_local(url) else _count_remote(url) for url in urls]
 

@@ -332,7 +332,7 @@ def _samples(
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile's headers, which count damage that `ignore_zeros` passes over without a word.
+    """tarfile's headers, which count the damage that `ignore_zeros` skips silently.
 
     A header that is not believed is raised as an invalid one: tarfile then looks for the next. It
     knows the class alone, so every archive has its own one.

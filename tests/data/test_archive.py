@@ -67,7 +67,7 @@ def test_every_form_is_read(read: Read, style: int, packing: str) -> None:
 
 
 def test_archives_that_were_appended_to_each_other_are_read_to_the_end(read: Read) -> None:
-    """Also in gzip, where Python's own stream mode stops after the first without a word."""
+    """Also in gzip, where Python's own stream mode stops silently after the first."""
     first, second = archive(THREE), archive({"d.txt": b"4"})
     assert read(first + second) == ({**THREE, "d.txt": b"4"}, {})
     assert read(gzip.compress(first) + gzip.compress(second)) == ({**THREE, "d.txt": b"4"}, {})
@@ -86,7 +86,7 @@ def test_links_folders_and_devices_are_not_files(read: Read) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_damaged_header_costs_its_file_alone(read: Read, style: int) -> None:
-    """Python's tarfile ends there without a word, and the rest of the shard is lost."""
+    """Python's tarfile ends there silently, and the rest of the shard is lost."""
     content = bytearray(archive(THREE, style, mtime=0.5))  # in pax, each has two headers
     place = content.rindex(b"b.txt\0")
     content[place + 5] ^= 0xFF
@@ -96,7 +96,7 @@ def test_a_damaged_header_costs_its_file_alone(read: Read, style: int) -> None:
 
 
 def test_a_hole_of_zeros_costs_what_was_in_it(read: Read) -> None:
-    """What an interrupted download of several parts leaves behind."""
+    """What an interrupted download of several parts leaves."""
     content = bytearray(archive(THREE))
     content[2 * BLOCK : 5 * BLOCK] = bytes(3 * BLOCK)
     assert list(read(bytes(content))[0]) == ["a.txt", "c.txt"]

@@ -245,7 +245,7 @@ def test_only_broken_samples_end_with_an_error(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A loader that goes on looking would hang without a word."""
+    """A loader that kept looking would hang silently."""
     monkeypatch.setattr(captions, "MOST_BAD_SAMPLES", 500)
     write_shard(tmp_path / "a.tar", [{"x.txt": b"a dog"}, {"y.txt": b"a cat"}])
     data = source(str(tmp_path), samples_per_epoch=8, workers=workers)

@@ -109,7 +109,7 @@ def test_one_good_shard_among_broken_ones_is_enough(tmp_path: Path, make_shards:
 
 
 def test_only_broken_shards_end_with_an_error(tmp_path: Path) -> None:
-    """A loader that goes on drawing would hang without a word."""
+    """A loader that kept drawing would hang silently."""
     urls = [str(tmp_path / f"none-{n}.tar") for n in range(5)]
     with pytest.raises(RuntimeError, match=r"5 shards in a row .*unreadable_shard .*data verify"):
         next(resampled(urls, place(), shuffle=10, skips=Skips()))

@@ -1,4 +1,4 @@
-"""Shards behind addresses that fail, stall, drip, break off, redirect and need a password."""
+"""Shards at addresses that fail, stall, drip, break off, redirect and need a password."""
 
 import base64
 import http.server

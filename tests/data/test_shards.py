@@ -1,4 +1,4 @@
-"""Writing shards: from COCO files and tables, and what happens to files that are no images."""
+"""Writing shards: from COCO files and tables, and what happens to files that are not images."""
 
 import doctest
 import io
