@@ -7,6 +7,7 @@ remote one is read in one stream that continues after a broken connection with t
 from __future__ import annotations
 
 import bz2
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -535,10 +536,14 @@ class _Resumed(RawIOBase):
 
     def close(self) -> None:
         """End the connection."""
+        self._drop()
+        super().close()
+
+    def _drop(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            file.close()
-        super().close()
+            with contextlib.suppress(Exception):  # a broken one may fail at that, too
+                file.close()
 
     def _connect(self) -> Any:
         """A file that is where the last one stopped."""
@@ -565,9 +570,7 @@ class _Resumed(RawIOBase):
         return self._file
 
     def _wait_or_give_up(self, error: Exception) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
+        self._drop()
         self._failures += 1
         answer = getattr(error, "response", None)  # of huggingface_hub; aiohttp has the number
         status = getattr(error, "status", None) or getattr(answer, "status_code", None)
