@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Heads, Scale, Trace
-from gradeclip_ft.ops.heatmap import min_max
+from gradeclip_ft.ops.heatmap import min_max, owned_products
 from gradeclip_ft.ops.similarity import cosine
 
 
@@ -73,9 +73,9 @@ class GradEclip:
                     "belong to no head"
                 )
             q, k, v, weight = (x.chunk(trace.heads, -1)[self.head] for x in (q, k, v, weight))
-        # Eq. 19 for all phrases of all images at once: row p takes the values of its own image,
-        # (P, N, C) x (P, C, 1), and λ, which no phrase changes, is computed once per image.
-        value = torch.bmm(v[owner], weight.unsqueeze(2)).squeeze(2)  # (P, N)
+        # Eq. 19 for all phrases of all images at once: row p takes the values of its own image, and
+        # λ, which no phrase changes, is computed once per image.
+        value = owned_products(v, weight, owner)  # (P, N)
         relevance = self._spatial_weight(trace, q, k)[owner] * value
         # The class token has the largest λ of all, its own; it is not a place in the picture.
         relevance = relevance.masked_fill(~trace.explained[owner], 0.0)

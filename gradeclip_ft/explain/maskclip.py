@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Trace, UnsupportedTowerError, query_rows
+from gradeclip_ft.ops.heatmap import owned_products
 from gradeclip_ft.ops.similarity import unit
 
 
@@ -33,7 +34,7 @@ class MaskClip:
     ) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
         features = unit(trace.finish(trace.tokens, trace.v))  # (B, N, D)
-        relevance = torch.bmm(features[owner], target.unsqueeze(2)).squeeze(2)
+        relevance = owned_products(features, target, owner)
         if self.key_factor:
             relevance = relevance * _key_factor(trace)[owner]
         return relevance.masked_fill(~trace.explained[owner], 0.0).relu()

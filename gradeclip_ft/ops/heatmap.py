@@ -48,6 +48,23 @@ def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tens
     return enlarged.squeeze(1)
 
 
+def owned_products(
+    rows: Float[Tensor, "B N C"], vectors: Float[Tensor, "P C"], owner: Int[Tensor, " P"]
+) -> Float[Tensor, "P N"]:
+    """Every row of an image times the vectors that belong to it.
+
+    Args:
+        rows: Of each image.
+        vectors: Of each phrase.
+        owner: Image of each phrase.
+    """
+    if len(rows) == 1:  # any number of phrases without a copy (N, C) for each
+        return vectors @ rows[0].T
+    # A table padded to the most phrases of an image would need no copies either. Its size depends
+    # on the data, and to read it would make the device wait in every step.
+    return torch.bmm(rows[owner], vectors.unsqueeze(2)).squeeze(2)
+
+
 def pool_heatmap(
     dense: Float[Tensor, "B h w D"],
     heat: Float[Tensor, "P h w"],
@@ -67,7 +84,9 @@ def pool_heatmap(
     """
     tokens = (unit(dense) if normalize_tokens else dense.float()).flatten(1, 2)  # (B, n, D)
     weights = heat.flatten(1).to(tokens.dtype)  # (P, n)
-    return torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1)
+    if len(tokens) == 1:
+        return weights @ tokens[0]
+    return torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1)  # (P, 1, n) x (P, n, D)
 
 
 def pool_boxes(

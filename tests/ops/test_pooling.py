@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradeclip_ft.ops.heatmap import pool_boxes, pool_heatmap, pool_masks
+from gradeclip_ft.ops.heatmap import owned_products, pool_boxes, pool_heatmap, pool_masks
 
 OWNER = torch.tensor([1, 0, 1])
 
@@ -21,12 +21,17 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("images", [1, 2])
 def test_heatmap_pooling_is_the_weighted_sum_of_tokens(
-    dense: torch.Tensor, normalize: bool
+    dense: torch.Tensor, normalize: bool, images: int
 ) -> None:
-    heat = torch.rand(3, 3, 4)
-    got = pool_heatmap(dense, heat, OWNER, normalize_tokens=normalize)
-    for row, owner in enumerate(OWNER.tolist()):
+    """Of several images, and of an only one, whose phrases share its tokens without a copy."""
+    dense, owners, heat = dense[:images], OWNER.clamp(max=images - 1), torch.rand(3, 3, 4)
+    got = pool_heatmap(dense, heat, owners, normalize_tokens=normalize)
+    vectors = torch.rand(3, 5)
+    products = owned_products(dense.flatten(1, 2), vectors, owners)
+    for row, owner in enumerate(owners.tolist()):
+        torch.testing.assert_close(products[row], dense[owner].flatten(0, 1) @ vectors[row])
         expected = torch.zeros(5)
         for y in range(3):
             for x in range(4):
