@@ -135,6 +135,7 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model, what trains it, and disk space; its weights are not read."""
     from gradeclip_ft.commands.build import build_objective, make
     from gradeclip_ft.models.clip import image_sentence, text_sentence
+    from gradeclip_ft.models.load import check_activation
 
     loaded = structure(cfg)
     yield OK, f"image tower: {image_sentence(loaded)}"
@@ -151,6 +152,7 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
         if weights.suffix and not weights.is_file():
             yield PROBLEM, f"no weights file {weights}; give another model.weights"
         elif not weights.suffix and str(weights) != "random":
+            check_activation(str(cfg.model.name), str(weights))
             yield NOTE, f"weights {weights}; published ones are fetched at the first use"
     # Weights and two moments in fp32, twice while one file replaces the other, and the export.
     needed = size * 4 * (2 * 3 + 1)
@@ -212,11 +214,13 @@ def structure(cfg: DictConfig) -> LoadedClip:
 
 @cache
 def _structure(settings: str) -> LoadedClip:
-    from gradeclip_ft.commands.build import make
+    from gradeclip_ft.commands.build import build_clip
 
     logging.disable(logging.WARNING)  # that weights are random is not news here
     try:
-        loaded: LoadedClip = make(OmegaConf.create(settings), "model", weights="random")
+        model = OmegaConf.create(settings)
+        model.weights = "random"
+        loaded = build_clip(OmegaConf.create({"model": model}))
     finally:
         logging.disable(logging.NOTSET)
     return loaded

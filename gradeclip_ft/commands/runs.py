@@ -154,8 +154,10 @@ def _settings(cfg: DictConfig | Mapping[str, Json]) -> dict[str, Json]:
     settings = recorded(cfg)
     model = settings.get("model") or {}
     for key in ("name", "weights"):
-        if isinstance(model.get(key), str) and (file := Path(model[key])).exists():
-            model[key] = str(file.absolute())
+        value = str(model.get(key) or "")
+        prefix = next((one for one in ("local-dir:", "blip:") if value.startswith(one)), "")
+        if value and (file := Path(value.removeprefix(prefix))).exists():
+            model[key] = f"{prefix}{file.absolute()}"
     return settings
 
 

@@ -88,6 +88,8 @@ def run_all(
     if len(set(names)) < len(names):
         raise ValueError(f"evaluators need different names, got {', '.join(sorted(names))}")
     weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
+    if loaded.activation_unknown:
+        weights["activation"] = "unknown"
     settings: dict[str, Json] = {} if precision == "float32" else {"precision": precision}
     if settings:
         loaded.clip.to(getattr(torch, precision))

@@ -6,12 +6,14 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
@@ -24,6 +26,7 @@ ASSETS = resources.files("gradeclip_ft") / "assets"
 CONFIG_NAME = "open_clip_config.json"
 WORDS_NAME = "vocabulary.json"
 FOLDER, HUB = "local-dir:", "hf-hub:"
+PARTS = ("vision_cfg", "text_cfg")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,72 @@ class Architecture:
         kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP
         try:
             return kind(**cfg) if nested else open_clip.CLIP(**cfg)
+        except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name} describes a model that cannot be built ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); correct its "
+                f"{CONFIG_NAME}"
+            ) from error
         except OSError as error:
             raise ValueError(
                 f"a part of {self.name} is described at the model hub, which cannot be reached "
                 f"({str(error).splitlines()[0]}); load the model once where there is a network, "
                 "save it as a folder (export to=[huggingface]) and give that folder as the name"
             ) from error
+
+
+# Options that do not change what weights compute, or that the tensors themselves tell.
+UNCOMPARED = {
+    *("image_size", "context_length", "patch_dropout", "output_tokens", "block_type"),
+    *("timm_model_name", "timm_model_pretrained", "timm_drop", "timm_drop_path"),
+    *("hf_model_name", "hf_model_pretrained", "hf_tokenizer_name"),
+    *("tokenizer_mode", "tokenizer_kwargs"),
+}
+
+
+def differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, sizes: bool = True
+) -> list[str]:
+    """In words, what two `model_cfg` of open_clip compute differently with the same tensors."""
+    pairs: dict[str, list[Any]] = {}
+    pairs["quick_gelu"] = [bool(cfg.get("quick_gelu")) for cfg in (ours, theirs)]
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        known = {field.name: field.default for field in fields(kind)}
+        both = [{**known, **cfg[part]} for cfg in (ours, theirs)]
+        compared = [key for key in known if key not in UNCOMPARED]
+        pairs |= {f"{part}.{key}": [cfg[key] for cfg in both] for key in compared}
+        if sizes and part == "vision_cfg":
+            pairs["image_size"] = [pair(cfg["image_size"]) for cfg in both]
+    # As JSON, because a tuple and a list are the same here.
+    return [f"{key} {b!r}, not {a!r}" for key, (a, b) in pairs.items() if dumps(a) != dumps(b)]
+
+
+def check_stated(
+    architecture: Architecture, stated: Mapping[str, Any], source: str, *, sizes: bool
+) -> None:
+    """Refuse weights whose own description is not that of the architecture.
+
+    The tensors of two architectures may have the same names and shapes, and compute other things:
+    by their activation, heads, pooling or epsilon.
+
+    Args:
+        architecture: That will take the weights.
+        stated: The `model_cfg` that the weights come with.
+        source: What to call them.
+        sizes: Whether the sizes of images must agree, because the user has not chosen one.
+
+    Raises:
+        ValueError: They differ; names the architecture that fits.
+    """
+    if found := differences(architecture.model_cfg, stated, sizes=sizes):
+        known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+        close = [name for name, cfg in known.items() if not differences(cfg, stated)]
+        remedy = f"give name={close[0]}" if close else "give their own folder as the name"
+        size = f", or image_size={stated['vision_cfg'].get('image_size', 224)}"
+        raise ValueError(
+            f"{source} says of its weights: {'; '.join(found)} as in {architecture.name}. {remedy}"
+            + (size if all("image_size" in one for one in found) else "")
+        )
 
 
 def find_architecture(name: str) -> Architecture:
@@ -113,8 +176,13 @@ def _from_folder(name: str, folder: Path) -> Architecture:
             "weights="
         )
     config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise ValueError(f"{path} has no model_cfg; write it with open_clip, or export again")
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    parts = [model_cfg.get(part) for part in PARTS] if isinstance(model_cfg, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"{path} has no model_cfg with {' and '.join(PARTS)}; write it with open_clip, or "
+            "export again"
+        )
     vision, text = dict(config["model_cfg"]["vision_cfg"]), dict(config["model_cfg"]["text_cfg"])
     trunk = vision.get("timm_model_name")
     if isinstance(trunk, str) and trunk.startswith(FOLDER):

@@ -240,6 +240,7 @@ class LoadedClip:
         image_size: (height, width) in pixels.
         architecture: What the model is made of.
         weights: Where its weights came from: a tag, a file, `random`; None for a model's own.
+        activation_unknown: Whether they may have been trained with another activation.
     """
 
     clip: ImageTextModel
@@ -248,6 +249,7 @@ class LoadedClip:
     image_size: tuple[int, int]
     architecture: Architecture
     weights: str | None = None
+    activation_unknown: bool = False
 
     def require_clip(self, what: str) -> Clip:
         """The model as one of open_clip's, which alone can be trained and exported.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from open_clip.transformer import VisionTransformer
 from gradeclip_ft.models.architecture import (
     ASSETS,
     Architecture,
+    check_stated,
     checked_size,
     find_architecture,
     set_image_size,
@@ -21,9 +24,19 @@ from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
 from gradeclip_ft.models.other.blip import BLIP, load_blip
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, fetch_tokenizer
 from gradeclip_ft.models.trace import Foreign
-from gradeclip_ft.models.weights import load_state, read_state, weights_file
+from gradeclip_ft.models.weights import (
+    is_run,
+    load_state,
+    read_state,
+    stated_config,
+    weights_file,
+)
+
+log = logging.getLogger(__name__)
 
 RANDOM = "random"
+QUICK_GELU = "-quickgelu"
+MOST_TOKENS = 4096  # of a file's text positions; a mask of their square is built
 
 
 def load_clip(
@@ -53,16 +66,31 @@ def load_clip(
         return load_blip(name, weights, image_size=image_size)
     architecture = find_architecture(name)
     chosen = weights if weights is not None else _own_weights(architecture)
-    model, preprocess = _build(architecture, chosen, image_size)
+    spec, unknown = str(chosen), False
+    pixels: Mapping[str, Any] = architecture.preprocess_cfg
+    if architecture.registered and spec in open_clip.list_pretrained_tags_by_model(
+        _home(name, spec)
+    ):
+        model, pixels = _fetch(architecture, spec, image_size)
+    elif spec == RANDOM:
+        model = architecture.build()
+        set_image_size(model, image_size)
+    elif not Path(spec).exists() and not Path(spec).suffix:
+        raise ValueError(
+            f"{name} has no weights tag {spec!r}; choose a tag ({_tags(name)}), a file, or `random`"
+        )
+    else:
+        architecture, model, pixels, unknown = _read(architecture, Path(spec), image_size)
     clip = Clip(model)
     own = architecture.model_cfg["vision_cfg"].get("image_size", 224)
     return LoadedClip(
         clip=clip.eval(),
         tokenizer=_tokenizer(architecture, clip),
-        preprocessing=_preprocessing(preprocess),
+        preprocessing=_preprocessing(pixels or published_preprocess(name)),
         image_size=checked_size(image_size, own, clip.image.patch, name),
         architecture=architecture,
-        weights=str(chosen) if weights is not None else None,
+        weights=spec if weights is not None else None,
+        activation_unknown=unknown,
     )
 
 
@@ -78,30 +106,91 @@ def _own_weights(architecture: Architecture) -> str | Path:
     return Path(str(ASSETS / f"{architecture.name}.safetensors"))
 
 
-def _build(
-    architecture: Architecture, weights: str | Path, image_size: int | Sequence[int] | None
+def _fetch(
+    architecture: Architecture, tag: str, image_size: int | Sequence[int] | None
 ) -> tuple[Foreign, Mapping[str, Any]]:
-    """The open_clip module with its weights at the wanted size, and how its pixels are made."""
-    name, spec = architecture.name, str(weights)
-    if architecture.registered and spec in open_clip.list_pretrained_tags_by_model(name):
-        try:
-            model = open_clip.create_model(name, pretrained=spec, require_pretrained=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"weights {spec!r} of {name} cannot be fetched: {error}. Download them where there "
-                "is a network and give the file as weights="
-            ) from error
-        set_image_size(model, image_size)
-        return model, model.visual.preprocess_cfg
-    if spec != RANDOM and not Path(spec).exists() and not Path(spec).suffix:
-        raise ValueError(
-            f"{name} has no weights tag {spec!r}; choose a tag ({_tags(name)}), a file, or `random`"
+    """The open_clip module with published weights, and how their pixels are made."""
+    name = architecture.name
+    quick = check_activation(name, tag)
+    try:
+        model = open_clip.create_model(
+            _home(name, tag), pretrained=tag, require_pretrained=True, force_quick_gelu=quick
         )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"weights {tag!r} of {name} cannot be fetched: {error}. Download them where there "
+            "is a network and give the file as weights="
+        ) from error
+    set_image_size(model, image_size)
+    return model, model.visual.preprocess_cfg
+
+
+def check_activation(name: str, tag: str) -> bool:
+    """Whether published weights want QuickGELU.
+
+    open_clip only warns where a tag was trained with another activation than a name computes, and
+    does not know it of two of OpenAI's ResNets; all of OpenAI's were trained with QuickGELU.
+
+    Raises:
+        ValueError: The architecture of that name computes the other one.
+    """
+    published = open_clip.get_pretrained_cfg(_home(name, tag), tag)
+    quick = bool(published.get("quick_gelu", tag == "openai"))
+    own = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    other = name.removesuffix(QUICK_GELU) if name.endswith(QUICK_GELU) else name + QUICK_GELU
+    if published and quick != own and other in open_clip.list_models():
+        raise ValueError(
+            f"weights {tag!r} were trained with {'QuickGELU' if quick else 'GELU'}, which {name} "
+            f"does not compute; give name={other}"
+        )
+    return quick
+
+
+def _home(name: str, tag: str) -> str:
+    """The name under which open_clip lists a tag; it lists some without the activation's suffix."""
+    listed = tag in open_clip.list_pretrained_tags_by_model(name)
+    return name if listed else name.removesuffix(QUICK_GELU)
+
+
+def _read(
+    architecture: Architecture, weights: Path, image_size: int | Sequence[int] | None
+) -> tuple[Architecture, Foreign, Mapping[str, Any], bool]:
+    """Architecture and module as the file wants them, its pixels, and if the activation is unknown.
+
+    The architecture gets the file's number of text positions: a causal tower needs no more.
+    """
+    name = architecture.name
+    stated, pixels = stated_config(weights, architecture.model_cfg)
+    if stated is not None:
+        check_stated(architecture, stated, str(weights), sizes=image_size is None)
+    state = read_state(weights)
+    text = architecture.model_cfg["text_cfg"]
+    table = state.get("positional_embedding", state.get("text.positional_embedding"))
+    own = text.get("context_length", 77)
+    if (
+        table is not None
+        and len(table) != own
+        and len(table) <= MOST_TOKENS
+        and not text.get("embed_cls")
+    ):
+        log.warning(
+            "%s has %d text positions instead of the %d of %s; texts are read up to there",
+            *(weights, len(table), own, name),
+        )
+        cfg = {**architecture.model_cfg, "text_cfg": {**text, "context_length": len(table)}}
+        architecture = replace(architecture, model_cfg=cfg, registered=False)
     model = architecture.build()
     set_image_size(model, image_size)
-    if spec != RANDOM:
-        load_state(model, read_state(weights), spec)
-    return model, architecture.preprocess_cfg or published_preprocess(name)
+    load_state(model, state, str(weights))
+    names = {plain := name.removesuffix(QUICK_GELU), plain + QUICK_GELU}
+    unknown = stated is None and names <= set(open_clip.list_models()) and not is_run(weights)
+    if unknown:
+        log.warning(
+            "%s does not say whether it was trained with GELU or QuickGELU (as OpenAI's and "
+            "MetaCLIP's were); %s computes %s",
+            *(weights, name, "QuickGELU" if name.endswith(QUICK_GELU) else "GELU"),
+        )
+    return architecture, model, pixels or architecture.preprocess_cfg, unknown
 
 
 def published_preprocess(name: str) -> Mapping[str, Any]:
@@ -116,12 +205,13 @@ def published_preprocess(name: str) -> Mapping[str, Any]:
 
 def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
     default = Preprocessing()
+    mean, std = how.get("mean") or default.mean, how.get("std") or default.std
     resize = how.get("resize_mode") or "shortest"
     if resize not in ("shortest", "squash"):
         raise ValueError(f"resize_mode is {resize!r}, expected shortest or squash")
     return Preprocessing(
-        mean=tuple(how.get("mean") or default.mean),
-        std=tuple(how.get("std") or default.std),
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
         interpolation=how.get("interpolation") or "bicubic",
         resize="squash" if resize == "squash" else "shortest",
     )

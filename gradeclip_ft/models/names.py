@@ -256,6 +256,34 @@ def misfit(model: Mapping[str, Any]) -> str | None:
     return None
 
 
+def stated_by_clip(config: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `config.json` of a CLIPModel says of its weights that their shapes do not tell.
+
+    Args:
+        config: Its content; CLIPModel's own defaults need not be in it.
+        ours: A `model_cfg` of open_clip, for everything else.
+
+    Raises:
+        ValueError: open_clip's towers do not compute what it describes.
+    """
+    default = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    vision, text = (default | config.get(part, {}) for part in ("vision_config", "text_config"))
+    acts, eps = ([part[key] for part in (vision, text)] for key in default)
+    if acts[0] != acts[1] or acts[0] not in ("gelu", "quick_gelu") or set(eps) != {1e-5}:
+        raise ValueError(
+            f"hidden_act is {' and '.join(acts)}, layer_norm_eps {eps[0]} and {eps[1]}; open_clip "
+            "computes gelu or quick_gelu in both towers, and 1e-05"
+        )
+    heads = {"head_width": vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)}
+    size = {"image_size": vision.get("image_size", 224)}
+    return {
+        **ours,
+        "quick_gelu": acts[0] == "quick_gelu",
+        "vision_cfg": {**ours["vision_cfg"], **heads, **size},
+        "text_cfg": {**ours["text_cfg"], "heads": text.get("num_attention_heads", 8)},
+    }
+
+
 def clip_config(
     model: Mapping[str, Any], *, start: int, end: int, dtype: str = "float32"
 ) -> dict[str, Any]:

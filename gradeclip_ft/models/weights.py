@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.names import from_evaclip, from_huggingface, is_evaclip
+from gradeclip_ft.models.architecture import CONFIG_NAME, pair, read_json
+from gradeclip_ft.models.names import (
+    from_evaclip,
+    from_huggingface,
+    is_evaclip,
+    stated_by_clip,
+)
 from gradeclip_ft.models.tower import resample_positions
 from gradeclip_ft.models.trace import Foreign
 
+log = logging.getLogger(__name__)
+
+BILINEAR = 2  # Pillow's number; 3 is bicubic
+# In this order: averaged weights only where a file has no others.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
 PREFIXES = ("module.", "model.", "_orig_mod.", "clip.")
 # In order of preference, as open_clip chooses.
 FOLDER_FILES = (
@@ -41,6 +54,53 @@ def weights_file(folder: Path) -> Path:
     if found is None:
         raise FileNotFoundError(f"{folder} holds no weights, expected {FOLDER_FILES[0]}")
     return found
+
+
+def stated_config(
+    weights: Path, ours: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What the files beside some weights say about their architecture and pixels.
+
+    Args:
+        weights: A folder of open_clip or of Hugging Face's CLIPModel, or the weights in it.
+        ours: The `model_cfg` of the architecture that is to take them.
+
+    Returns:
+        The `model_cfg` and the `preprocess_cfg` in open_clip's form; None and empty where nothing
+        is said.
+
+    Raises:
+        ValueError: open_clip does not compute what they describe.
+    """
+    folder = weights if weights.is_dir() else weights.parent
+    described, config = folder / CONFIG_NAME, folder / "config.json"
+    if weights.is_file() and weights.name not in FOLDER_FILES:
+        return None, {}
+    if described.is_file():
+        content = read_json(described)
+        return content.get("model_cfg"), content.get("preprocess_cfg") or {}
+    if not config.is_file() or (content := read_json(config)).get("model_type") != "clip":
+        return None, {}
+    try:
+        stated = stated_by_clip(content, ours)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    pictures = folder / "preprocessor_config.json"
+    how = read_json(pictures) if pictures.is_file() else {}
+    if not how:
+        return stated, {}
+    pixels = {"mean": how.get("image_mean"), "std": how.get("image_std")}
+    pixels["interpolation"] = "bilinear" if how.get("resample") == BILINEAR else "bicubic"
+    pixels["resize_mode"] = "shortest" if how.get("do_center_crop", True) else "squash"
+    return stated, pixels
+
+
+def is_run(weights: Path) -> bool:
+    """Whether a training run wrote this file; its configuration then says what it is."""
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return False
+    with safe_open(weights, framework="pt") as file:
+        return "step" in (file.metadata() or {})
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -90,13 +150,13 @@ def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
     while isinstance(content, dict):
         if content and all(map(_is_plain, content, content.values())):
             return content
-        inner = next((key for key in ("state_dict", "model", "module") if key in content), None)
+        inner = next((key for key in WRAPPERS if key in content), None)
         if inner is None:
             break
         content = content[inner]
     raise ValueError(
-        f"{file} holds {type(content).__name__}, expected tensors by name, plain or below "
-        "`state_dict`, `model` or `module`"
+        f"{file} holds {type(content).__name__}, expected tensors by name, plain or below one of "
+        f"{', '.join(WRAPPERS)}"
     )
 
 
@@ -161,6 +221,8 @@ def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None
             for key, value in state.items()
         }
     tensors = {key: x for key, x in state.items() if key in expected or key not in OMITTED}
+    if "logit_bias" not in expected and tensors.pop("logit_bias", None) is not None:
+        log.info("%s has a logit_bias, of the sigmoid loss; no embedding depends on it", source)
     for key in ("logit_scale", "logit_bias"):  # a number, or a vector of one
         if key in tensors and key in expected and tensors[key].numel() == 1:
             tensors[key] = tensors[key].reshape(expected[key].shape)
@@ -198,6 +260,11 @@ def _resize(model: Foreign, tensors: dict[str, Tensor], expected: Mapping[str, T
     cells = got.shape[-2] - first
     root = math.isqrt(max(cells, 0))
     if got.shape[-1] == wanted.shape[-1] and root * root == cells and 0 < cells <= MOST_POSITIONS:
+        log.warning(
+            "position embeddings of %d x %d cells are interpolated to %d x %d; image_size= keeps "
+            "those of the file",
+            *(root, root, *grid),
+        )
         # Half precision has no bicubic interpolation; the model's own precision stays.
         table = got.reshape(-1, got.shape[-1]).float()
         tensors[key] = resample_positions(table, (root, root), grid).reshape(wanted.shape)
@@ -230,8 +297,11 @@ def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: 
     report = "\n".join(lines)
     if any(misfits.values()):
         close = _names_of_shapes(got)
-        hint = f"; by its shapes it is {' or '.join(close)}" if close else ""
-        remedy = f"name the architecture that the file was trained with (model.name=...){hint}"
+        if close and close == _names_of_shapes(expected):  # to name it again would be no help
+            remedy = f"by its shapes it is {close[0]}, but with other parts than open_clip's"
+        else:
+            hint = f"; by its shapes it is {' or '.join(close)}" if close else ""
+            remedy = f"name the architecture that the file was trained with (model.name=...){hint}"
     else:
         remedy = "its training diverged; take an earlier checkpoint"
     raise ValueError(

@@ -66,6 +66,16 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("model.image_size=65", "model", "65 is not a multiple of the patch size 8"),
         ("model.name=shapes_tinny", "model", "did you mean shapes_tiny"),
         ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
+        (
+            "model=open_clip model.name=ViT-B-32 model.weights=openai data.make=null",
+            "model",
+            "give name=ViT-B-32-quickgelu",
+        ),
+        (
+            "model=classifier model.name=timm:vit_tiny_patch16_224",
+            "model",
+            "is a classifier, expected a model of images and texts",
+        ),
         ("init_from=nothing", "model", "neither a weights file nor a run"),
         ("name=a/b", "run folder", "not a valid run name"),
         ("evaluation.best=shapes_regoins/boxes/top1", "evaluation data", "mean shapes_regions?"),

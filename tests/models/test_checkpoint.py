@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gradeclip_ft.models.architecture import find_architecture
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.weights import load_state, read_state
 
@@ -15,7 +16,10 @@ def state_of(clip: Clip) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in clip.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("wrapping", ["plain", "state_dict", "lightning", "module", "safetensors"])
+@pytest.mark.parametrize(
+    "wrapping",
+    ["plain", "state_dict", "model_state_dict", "ema", "lightning", "module", "safetensors"],
+)
 def test_every_wrapping_gives_the_same_tensors(
     wrapping: str, tiny_vit: Clip, tmp_path: Path
 ) -> None:
@@ -26,7 +30,9 @@ def test_every_wrapping_gives_the_same_tensors(
     else:
         contents = {
             "plain": state,
-            "state_dict": {"state_dict": state},
+            "state_dict": {"state_dict": state, "state_dict_ema": {"w": torch.zeros(1)}},
+            "model_state_dict": {"model_state_dict": state, "epoch": 1},
+            "ema": {"state_dict_ema": state},
             "lightning": {
                 "epoch": 1,
                 "state_dict": {f"clip.model.{k}": v for k, v in state.items()},
@@ -56,6 +62,20 @@ def test_missing_extra_misshapen_and_broken_tensors_are_named(tiny_vit: Clip) ->
         assert part in str(caught.value)
     after = tiny_vit.model.state_dict()
     assert all(after[key].equal(value) for key, value in before.items())
+
+
+def test_a_bias_of_the_sigmoid_loss_is_left_out(tiny_vit: Clip) -> None:
+    load_state(tiny_vit.model, state_of(tiny_vit) | {"logit_bias": torch.zeros(())}, "some.pt")
+
+
+def test_the_architecture_in_use_is_not_recommended(tiny_vit: Clip) -> None:
+    """Would catch "by its shapes it is X" said to somebody who has named X."""
+    model = find_architecture("ViT-B-32").build()
+    state = dict(model.state_dict()) | {"visual.more": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"1 unexpected: visual\.more") as caught:
+        load_state(model, state, "some.pt")
+    assert "but with other parts than open_clip's" in str(caught.value)
+    assert "model.name=" not in str(caught.value)
 
 
 def test_position_embeddings_of_another_grid_are_interpolated(tiny_vit: Clip) -> None:

@@ -27,11 +27,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small architecture that open_clip knows by name."""
-    path = tmp_path_factory.mktemp("architecture") / "tiny-test-sources.json"
-    path.write_text(json.dumps(TINY))
-    open_clip.add_model_config(path)
-    return path.stem
+    """A small architecture that open_clip knows by name, with both activations."""
+    folder = tmp_path_factory.mktemp("architecture")
+    for name, quick in (("tiny-test", False), ("tiny-test-quickgelu", True)):
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, "quick_gelu": quick}))
+        open_clip.add_model_config(folder / f"{name}.json")
+    return "tiny-test"
 
 
 @pytest.fixture
@@ -150,45 +151,131 @@ def test_no_such_folder_is_named() -> None:
         load_clip("nowhere/here")
 
 
+def save_clip_model(folder: Path, *, act: str = "gelu", heads: int = 4) -> nn.Module:
+    """Transformers' CLIPModel of the tiny architecture, written by its own save_pretrained."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(3)
+    block = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+    both = {**block, "num_attention_heads": heads, "hidden_act": act}
+    vision = {**both, "image_size": 32, "patch_size": 8}
+    text = {**both, "num_attention_heads": 4, "eos_token_id": 49407}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
+    model.eval().save_pretrained(folder)
+    return model
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_folder_of_transformers_clip_gives_its_features(
     file: str, tiny_name: str, tmp_path: Path
 ) -> None:
-    """Transformers itself is the oracle: its CLIPModel, written by its own save_pretrained."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(3)
-    vision = {
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "hidden_act": "gelu",
-    }
-    text = {
-        "vocab_size": 49408,
-        "hidden_size": 32,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 77,
-        "hidden_act": "gelu",
-        "eos_token_id": 49407,
-    }
-    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
-    theirs.eval().save_pretrained(tmp_path)
+    """Transformers itself is the oracle; its pixels are its folder's."""
+    theirs = save_clip_model(tmp_path)
+    how = {"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 1], "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(how))
     if file.endswith("bin"):
         (tmp_path / "model.safetensors").unlink()
         torch.save(theirs.state_dict(), tmp_path / file)
     ours = load_clip(tiny_name, tmp_path)
+    assert ours.mean == (0.5, 0.4, 0.3)
+    assert ours.preprocessing.interpolation == "bilinear"
     pixels, ids = torch.randn(2, 3, 32, 32), ours.tokenizer(["a dog", "two red cars"])
     with torch.no_grad():
         image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
         words = theirs.text_projection(theirs.text_model(ids).pooler_output)
         torch.testing.assert_close(ours.clip.image.encode(pixels), image, **CLOSE)
         torch.testing.assert_close(ours.clip.text.encode(ids), words, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"act": "quick_gelu"}, r"quick_gelu True, not False .* give name=tiny-test-quickgelu"),
+        ({"heads": 2}, r"vision_cfg\.head_width 16, not 8"),
+        ({"act": "gelu_new"}, "hidden_act is gelu_new and gelu_new"),
+    ],
+)
+def test_a_folder_that_computes_something_else_is_refused(
+    how: dict, message: str, tiny_name: str, tmp_path: Path
+) -> None:
+    """The tensors fit in all three cases; the embeddings would be wrong without a word."""
+    save_clip_model(tmp_path, **how)
+    with pytest.raises(ValueError, match=message):
+        load_clip(tiny_name, tmp_path)
+    if how == {"act": "quick_gelu"}:
+        assert not load_clip("tiny-test-quickgelu", tmp_path).activation_unknown
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("vision_cfg", {"pool_type": "avg"}, r"vision_cfg\.pool_type 'avg', not 'tok'"),
+        ("text_cfg", {"norm_kwargs": {"eps": 1e-6}}, "norm_kwargs"),
+        ("vision_cfg", {"image_size": 48}, r"image_size \(48, 48\).* or image_size=48"),
+    ],
+)
+def test_an_open_clip_description_beside_weights_is_heeded(
+    part: str, change: dict, message: str, tiny_name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file(load_clip(tiny_name, "random").clip.model.state_dict(), file)
+    config = {"model_cfg": {**TINY, part: {**TINY[part], **change}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_clip(tiny_name, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "right"),
+    [
+        ("ViT-B-16", "openai", "ViT-B-16-quickgelu"),
+        ("RN50x16", "openai", "RN50x16-quickgelu"),  # open_clip's own list does not say so
+        ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "ViT-B-16"),
+    ],
+)
+def test_a_tag_of_another_activation_names_the_right_architecture(
+    name: str, tag: str, right: str
+) -> None:
+    """Nothing is fetched. open_clip builds these with a warning; embeddings differ by 1e-3."""
+    with pytest.raises(ValueError, match=rf"does not compute; give name={right}$"):
+        load_clip(name, tag)
+
+
+def test_a_file_that_cannot_say_its_activation_is_recorded(tiny_name: str, tmp_path: Path) -> None:
+    """A run's file is known by the run's configuration; a name without a twin has no doubt."""
+    state = load_clip(tiny_name, "random").clip.model.state_dict()
+    save_file(state, tmp_path / "plain.safetensors")
+    save_file(state, tmp_path / "run.safetensors", metadata={"step": "7"})
+    assert load_clip(tiny_name, tmp_path / "plain.safetensors").activation_unknown
+    assert not load_clip(tiny_name, tmp_path / "run.safetensors").activation_unknown
+    assert not load_clip("shapes_tiny").activation_unknown
+
+
+def test_a_file_brings_its_own_number_of_text_positions(tiny_name: str, tmp_path: Path) -> None:
+    state = dict(load_clip(tiny_name, "random").clip.model.state_dict())
+    state["positional_embedding"] = state["positional_embedding"][:64].clone()
+    save_file(state, tmp_path / "short.safetensors")
+    loaded = load_clip(tiny_name, tmp_path / "short.safetensors")
+    assert loaded.tokenizer.context_length == loaded.clip.text.context_length == 64
+    with torch.no_grad():
+        ids = loaded.tokenizer(["a dog", "a " * 100])
+        expected = loaded.clip.model.encode_text(ids)
+        torch.testing.assert_close(loaded.clip.text.encode(ids), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("change", [{"width": 33}, {"layers": -1, "width": 0}, {"no": 1}])
+def test_an_impossible_description_is_one_sentence(folder: Path, change: dict) -> None:
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"] = {**VISION, **change}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="describes a model that cannot be built"):
+        load_clip(str(folder))
+
+
+def test_nothing_to_encode_gives_no_rows() -> None:
+    clip = load_clip("shapes_tiny")
+    assert clip.encode_images([]).shape == clip.encode_texts([]).shape == (0, 96)
 
 
 def test_flat_names_and_settings_of_openai_are_read(tmp_path: Path) -> None:
