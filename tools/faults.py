@@ -52,7 +52,7 @@ from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.weights import load_state, read_state
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.report.content import Case, Page
-from gradeclip_ft.report.page import render
+from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.table import Table
 from gradeclip_ft.training import loggers
 from gradeclip_ft.training.callbacks import DUMP, NonFiniteError
@@ -634,7 +634,7 @@ def markup() -> Row:
     table = Table((SCRIPT,), (SCRIPT,), ({SCRIPT: SCRIPT},), (SCRIPT,), (SCRIPT,))
     facts = {SCRIPT: {SCRIPT: SCRIPT}}
     page = Page(SCRIPT, SCRIPT, (SCRIPT,), table=table, cases=[case], facts=facts)
-    text = render(page, Path("page.html")).read_text()
+    text = write_page(page, Path("page.html")).read_text()
     shown = text.count("&lt;script&gt;alert(1)")
     handled = "<script>alert" not in text and "<img src=x" not in text and shown > 9
     fault = "captions, phrases, file names with <script>"

@@ -36,7 +36,7 @@ from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.other.classifier import LoadedImageModel as Loaded
 from gradeclip_ft.report.content import Case, Page, Words
 from gradeclip_ft.report.figures import draw_still, overlay
-from gradeclip_ft.report.page import render
+from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.record import versions
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -332,7 +332,7 @@ def _page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> 
     )
     if cfg.picture is not None:
         draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)
-    return render(page, out / PAGE)
+    return write_page(page, out / PAGE)
 
 
 def _settings(node: DictConfig) -> str:

@@ -24,7 +24,7 @@ from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.report.content import Box, Case, Chart, Page, Point
 from gradeclip_ft.report.figures import draw_still, enlarge
-from gradeclip_ft.report.page import render as render_page
+from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.collect import ORDINARY, Entry, collect
 from gradeclip_ft.results.record import Json, versions
 from gradeclip_ft.results.table import Row, Table, differences, render
@@ -156,7 +156,7 @@ def report(
         cases=cases[:scenes],
         facts=facts,
     )
-    path = render_page(page, Path(out or folders[-1] / "report.html"))
+    path = write_page(page, Path(out or folders[-1] / "report.html"))
     print(render(with_contrast(table, comparison.contrast)), end="")
     if picture is not None:
         print(draw_still(cases, comparison.methods, Path(picture)))
@@ -402,7 +402,7 @@ def find_cases(
             break
         if entry.captions and entry.id in pictures:
             caption = entry.captions[0]
-            boxes = {text: boxes_of(text, pictures[entry.id], names) for text in parse(caption)}
+            boxes = {text: named_boxes(text, pictures[entry.id], names) for text in parse(caption)}
             boxes = {phrase: places for phrase, places in boxes.items() if places}
             if len(boxes) >= LEAST:
                 image = read_image(images / entry.file_name, exif=False)
@@ -417,7 +417,7 @@ def find_cases(
     return found
 
 
-def boxes_of(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> list[Box]:
+def named_boxes(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> list[Box]:
     """Boxes, xyxy in [0, 1], of all regions whose class name the phrase holds as whole words."""
     boxes = []
     for region in picture.regions:

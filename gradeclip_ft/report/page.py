@@ -1,4 +1,4 @@
-"""One HTML file without outside references, from plain data: `render(page, path)`.
+"""One HTML file without outside references, from plain data: `write_page(page, path)`.
 
 All text is escaped by the template; pictures are inline PNG, curves inline SVG. The template, its
 parts, its style and its script are in this folder.
@@ -22,7 +22,7 @@ from gradeclip_ft.report.content import Case, Page
 SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
 
-def render(page: Page, path: Path) -> Path:
+def write_page(page: Page, path: Path) -> Path:
     """Write the page under a temporary name, rename it, and return its path.
 
     Raises:

@@ -82,7 +82,7 @@ def results_folder(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def describe(config: Mapping[str, Any], step: int) -> dict[str, Json]:
+def run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     """What a run was, by its configuration: map, heads, stop_gradient, loss, seed."""
     facts: dict[str, Json] = dict.fromkeys(("map", "heads", "stop_gradient", "loss", "seed"))
     if step == 0:
@@ -139,7 +139,7 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
             Entry(
                 run=(result.run or results_folder(folder).name) if step else model,
                 step=step,
-                facts={**describe(config, step), **asked},
+                facts={**run_facts(config, step), **asked},
                 results=by_step[step],
                 command=(command or None) if step else None,
             )

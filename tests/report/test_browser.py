@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradeclip_ft.report.content import Page
-from gradeclip_ft.report.page import render
+from gradeclip_ft.report.page import write_page
 from tests.report.browsing import open_page, shown, told, with_script
 
 pytestmark = pytest.mark.browser
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def report(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return render(page, tmp_path_factory.mktemp("browser") / "report.html")
+    return write_page(page, tmp_path_factory.mktemp("browser") / "report.html")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradeclip_ft.report.content import Case, Page, Words
-from gradeclip_ft.report.page import render
+from gradeclip_ft.report.page import write_page
 from tests.report.browsing import open_page, shown, told, with_script
 
 METHODS = [f"method_{letter}" for letter in "abcdefghijklmn"]
@@ -34,7 +34,7 @@ def case() -> Case:
 @pytest.fixture(scope="module")
 def page(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Page("Maps", "Intro", METHODS, first="method_b", cases=[case])
-    return render(made, tmp_path_factory.mktemp("page") / "index.html")
+    return write_page(made, tmp_path_factory.mktemp("page") / "index.html")
 
 
 def test_words_carry_their_share_and_the_largest_the_deepest_colour(page: Path) -> None:

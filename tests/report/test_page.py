@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradeclip_ft.report.content import Case, Page
-from gradeclip_ft.report.page import render
+from gradeclip_ft.report.page import write_page
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -49,7 +49,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(page: Page, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = render(page, tmp_path_factory.mktemp("page") / "folder" / "report.html")
+    path = write_page(page, tmp_path_factory.mktemp("page") / "folder" / "report.html")
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
     return path.read_text(encoding="utf-8")
 
@@ -103,7 +103,7 @@ def test_a_chart_without_values_is_left_out(html: str) -> None:
 
 
 def test_a_page_without_cases_or_tables_is_still_a_page(tmp_path: Path) -> None:
-    path = render(Page("Only words", "Nothing else.", ("a",)), tmp_path / "report.html")
+    path = write_page(Page("Only words", "Nothing else.", ("a",)), tmp_path / "report.html")
     reader = Reader(path.read_text(encoding="utf-8"))
     assert reader.open == []
     assert "Nothing else." in reader.text
@@ -113,7 +113,7 @@ def test_an_empty_map_is_named_so(page: Page, tmp_path: Path) -> None:
     """Catches an all-zero map that looks like one with little contrast."""
     case = page.cases[0]
     heat = {**case.heat, "Ordinary": np.zeros((3, 4, 4), dtype=np.float32)}
-    path = render(replace(page, cases=[replace(case, heat=heat)]), tmp_path / "report.html")
+    path = write_page(replace(page, cases=[replace(case, heat=heat)]), tmp_path / "report.html")
     assert path.read_text(encoding="utf-8").count("no relevance anywhere") == 3
 
 
@@ -132,5 +132,5 @@ def test_a_case_that_does_not_fit_together_is_refused(
 ) -> None:
     broken: Case = replace(page.cases[0], **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        render(replace(page, cases=[broken]), tmp_path / "report.html")
+        write_page(replace(page, cases=[broken]), tmp_path / "report.html")
     assert not list(tmp_path.iterdir())

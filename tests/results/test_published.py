@@ -27,14 +27,7 @@ def result(name: str, folder: Path, *, images: int = 4998, **protocol: object) -
 
 def test_every_row_has_source_protocol_and_fractions() -> None:
     """A percentage among fractions would stand there as 4140 %."""
-    assert set(TABLES) == {
-        "table7",
-        "table9",
-        "flickr30k_test",
-        "regions_1024",
-        "instances",
-        "follow_up",
-    }
+    assert {"table7", "table9", "flickr30k_test", "regions_1024", "instances"} < set(TABLES)
     for table in TABLES.values():
         assert table["source"]
         assert table["images"] in (1000, 1014, 5000)
@@ -47,21 +40,15 @@ def test_every_row_has_source_protocol_and_fractions() -> None:
 def test_numbers_are_those_of_the_papers() -> None:
     """Spot checks by eye against the tables."""
     rows = {row["row"]: row["metrics"] for row in TABLES["table7"]["rows"]}
-    assert list(rows["B/16, local loss, Grad-ECLIP"].values()) == [
-        0.573,
-        0.783,
-        0.493,
-        0.722,
-        0.183,
-        0.511,
-    ]
+    ours = (0.573, 0.783, 0.493, 0.722, 0.183, 0.511)
+    assert tuple(rows["B/16, local loss, Grad-ECLIP"].values()) == ours
     assert rows["L/14, untouched"]["boxes/top1"] == 0.581
     flickr = {row["row"]: row["metrics"] for row in TABLES["table9"]["rows"]}
     assert flickr["B/16, untouched"]["image_retrieval_recall@1"] == 0.736
     assert flickr["L/14, local loss, Grad-ECLIP"]["text_retrieval_recall@10"] == 0.998
 
 
-def test_the_same_protocol_stands_beside_the_paper_unmarked(tmp_path: Path) -> None:
+def test_the_same_protocol_as_the_paper_is_unmarked(tmp_path: Path) -> None:
     """4,998 images with regions and 2 without are the paper's 5,000."""
     result("mine_224", tmp_path / "a")
     entries = collect([str(tmp_path / "a")])
