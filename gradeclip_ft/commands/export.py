@@ -116,4 +116,5 @@ def _folder(cfg: DictConfig, target: str) -> Path:
     kind = "" if target == "openclip" else f"-{target}"
     share = "" if cfg.alpha == 1.0 else f"-alpha{cfg.alpha:g}"
     half = "-half" if cfg.half else ""
-    return Path("exports") / f"{Path(cfg.run or cfg.weights).stem}{share}{half}{kind}"
+    source = Path(cfg.run or cfg.weights).name.removesuffix(".safetensors").removesuffix(".pt")
+    return Path("exports") / f"{source}{share}{half}{kind}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from gradeclip_ft.export.job import Job, Written, state_of, write_json
 from gradeclip_ft.export.openclip import write_openclip
 from gradeclip_ft.export.verify import Inputs
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.results.record import read_mapping
 
 CARD = "README.md"
 NOTE = "gradeclip_ft.json"
@@ -119,13 +119,17 @@ def _replaceable(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         return []
     found = f"files but no {NOTE}"
     if (folder / NOTE).is_file():
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        if note.get("target") == facts["target"]:
+        note = read_mapping(folder / NOTE)
+        same = "config_hash" if facts["run"] else "weights_hash"  # a run may have been continued
+        if note.get("target") != facts["target"]:
+            found = str(note.get("target"))
+        elif any(note.get(key) != facts[key] for key in ("run", same)):
+            found = f"an export of {note.get('run') or 'other weights'}"
+        else:
             return [NOTE, *note.get("files", [])]
-        found = str(note.get("target"))
     raise FileExistsError(
-        f"{folder} holds {found}, which an export to {facts['target']} does not replace; choose "
-        "another folder with out=DIR"
+        f"{folder} holds {found}, which an export of {facts['run'] or 'these weights'} to "
+        f"{facts['target']} does not replace; remove it, or choose another folder with out=DIR"
     )
 
 

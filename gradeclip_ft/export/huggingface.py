@@ -7,7 +7,7 @@ open_clip reads `open_clip_config.json` and `open_clip_model.safetensors`; `CLIP
 from __future__ import annotations
 
 import importlib.util
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ from gradeclip_ft.export.job import (
     read_tensors,
     save_state,
     write_clip_tokenizer,
-    write_description,
     write_json,
 )
-from gradeclip_ft.export.openclip import FILES, check_folder, code, folder_call
+from gradeclip_ft.export.openclip import code, write_openclip
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
-from gradeclip_ft.models.architecture import CONFIG_NAME, pair
+from gradeclip_ft.models.architecture import pair
 from gradeclip_ft.models.load import describe
 from gradeclip_ft.models.names import clip_config, from_huggingface, misfit, to_huggingface
 
-OPENCLIP = FILES["safetensors"]
 TRANSFORMERS = "model.safetensors"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # numbers of Pillow
 
@@ -59,32 +57,16 @@ def write_huggingface(job: Job, stage: Path) -> Written:
     Raises:
         ExportError: Read back, it is another model.
     """
-    parts = write_description(job.loaded, stage)
-    note = as_strings(job.facts)
-    save_state(job.state, stage / OPENCLIP, note)
-    check_tensors(job.state, read_tensors(stage / OPENCLIP), OPENCLIP)
-    difference = check_folder(job, stage, parts=parts)
-    checks = [
-        f"{OPENCLIP}: {len(job.state)} tensors read back bit-equal",
-        f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}",
-    ]
-    usage = code("import open_clip", folder_call(job.folder, parts=parts))
-    description = json.loads((stage / CONFIG_NAME).read_text(encoding="utf-8"))
-    reason = misfit(description["model_cfg"])
-    if reason is not None:
-        checks.append(f"no files for transformers: its CLIPModel has no {reason}")
-        return Written(tuple(checks), usage)
-    _write_transformers(job, stage, note)
-    checks += _check_transformers(job, stage)
-    call = f'model = CLIPModel.from_pretrained("{job.folder}")'
-    return Written(tuple(checks), f"{usage}\n\n{code('from transformers import CLIPModel', call)}")
-
-
-def _write_transformers(job: Job, stage: Path, note: dict[str, str]) -> None:
+    written = write_openclip(replace(job, form="safetensors"), stage)
     loaded = job.loaded
+    model = describe(loaded)["model_cfg"]
+    reason = misfit(model)
+    if reason is not None:
+        said = f"no files for transformers: its CLIPModel has no {reason}"
+        return Written((*written.checks, said), written.usage)
     row = loaded.tokenizer(["a"])[0]
     config = clip_config(
-        describe(loaded)["model_cfg"],
+        model,
         start=int(row[0]),
         end=int(row.max()),  # pooling by arg-max: the end has the largest id
         dtype=str(job.facts["precision"]),
@@ -93,11 +75,19 @@ def _write_transformers(job: Job, stage: Path, note: dict[str, str]) -> None:
     write_json(_preprocessor(job), stage / "preprocessor_config.json")
     write_clip_tokenizer(loaded, stage)
     renamed = to_huggingface(job.state)
-    save_state(renamed, stage / TRANSFORMERS, note)
+    save_state(renamed, stage / TRANSFORMERS, as_strings(job.facts))
     stored = read_tensors(stage / TRANSFORMERS)
     check_tensors(renamed, stored, TRANSFORMERS)
     nested = "text.positional_embedding" in job.state
     check_tensors(job.state, from_huggingface(stored, nested=nested), f"{TRANSFORMERS} renamed")
+    checks = (
+        *written.checks,
+        f"{TRANSFORMERS}: renamed back, all {len(job.state)} tensors bit-equal",
+        _load_in_transformers(job, stage),
+    )
+    call = f'model = CLIPModel.from_pretrained("{job.folder}")'
+    usage = f"{written.usage}\n\n{code('from transformers import CLIPModel', call)}"
+    return Written(checks, usage)
 
 
 def _preprocessor(job: Job) -> dict[str, Any]:
@@ -121,14 +111,13 @@ def _preprocessor(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_transformers(job: Job, stage: Path) -> list[str]:
-    counted = f"{TRANSFORMERS}: renamed back, all {len(job.state)} tensors bit-equal"
+def _load_in_transformers(job: Job, stage: Path) -> str:
+    """Load the folder as transformers does and compare; a sentence about what was found."""
     if importlib.util.find_spec("transformers") is None:
-        return [
-            counted,
+        return (
             "transformers is not installed, so its CLIPModel was not tried; "
-            "pip install 'gradeclip_ft[huggingface]' and export again",
-        ]
+            "pip install 'gradeclip_ft[huggingface]' and export again"
+        )
     from transformers import CLIPModel  # an extra: present only where asked for
 
     load: Any = CLIPModel.from_pretrained
@@ -139,7 +128,4 @@ def _check_transformers(job: Job, stage: Path) -> list[str]:
             "The export is not kept; use to=[openclip]"
         )
     difference = check_embeddings(job.loaded, AsEncoders(model), job.inputs, half=job.half)
-    return [
-        counted,
-        f"transformers.CLIPModel: loads again, embeddings equal to {difference:.0e}",
-    ]
+    return f"transformers.CLIPModel: loads again, embeddings equal to {difference:.0e}"

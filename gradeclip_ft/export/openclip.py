@@ -56,8 +56,12 @@ def write_openclip(job: Job, stage: Path) -> Written:
         )
         checks.append(f"open_clip by name: loads again, embeddings equal to {difference:.0e}")
     if job.form == "safetensors":
-        difference = check_folder(job, stage, parts=parts)
-        calls.append(folder_call(job.folder, parts=parts))
+        # open_clip takes parts that the description names relative to the working directory.
+        with chdir(stage) if parts else nullcontext():
+            again = open_folder(Path() if parts else stage)
+        difference = check_embeddings(loaded, again, job.inputs, half=job.half)
+        place, where = (".", f"  # from inside {job.folder}") if parts else (job.folder, "")
+        calls.append(f'open_clip.create_model_and_transforms("local-dir:{place}"){where}')
         checks.append(
             f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}"
         )
@@ -76,23 +80,6 @@ def open_folder(folder: Path) -> nn.Module:
     """A folder with architecture and weights, by `open_clip.create_model`."""
     model: nn.Module = open_clip.create_model(f"local-dir:{folder}")
     return model.eval()
-
-
-def check_folder(job: Job, stage: Path, *, parts: bool) -> float:
-    """Load the folder with open_clip and compare embeddings.
-
-    Where the description names `parts` in the folder, open_clip takes them relative to the working
-    directory.
-    """
-    with chdir(stage) if parts else nullcontext():
-        again = open_folder(Path() if parts else stage)
-    return check_embeddings(job.loaded, again, job.inputs, half=job.half)
-
-
-def folder_call(folder: Path, *, parts: bool) -> str:
-    """How open_clip loads the folder, as code."""
-    place, where = (".", f"  # from inside {folder}") if parts else (folder, "")
-    return f'open_clip.create_model_and_transforms("local-dir:{place}"){where}'
 
 
 def code(*lines: str) -> str:

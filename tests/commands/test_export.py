@@ -64,6 +64,19 @@ def test_every_format_gets_its_own_folder(export, tmp_path, capsys) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
+def test_runs_and_files_whose_names_begin_alike_get_folders_of_their_own(export, tmp_path) -> None:
+    """`lr_1.0` and `lr_1.5` shared the folder `lr_1`."""
+    for name in ("lr_1.0", "lr_1.5"):
+        make_run(tmp_path / "runs" / name)
+        assert export(f"run={name}", "to=[class_embed]") == 0
+    assert export("weights=runs/mine/weights.safetensors", "to=[class_embed]") == 0
+    assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == [
+        "lr_1.0-class_embed",
+        "lr_1.5-class_embed",
+        "weights-class_embed",
+    ]
+
+
 def test_several_formats_below_one_folder(export, tmp_path) -> None:
     assert export("run=mine", "to=[openclip,class_embed]", "out=there") == 0
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [

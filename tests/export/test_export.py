@@ -63,6 +63,31 @@ def test_nothing_but_an_export_of_the_same_kind_is_replaced(tmp_path) -> None:
     assert (tmp_path / "thesis" / "README.md").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"run": "other"}, "an export of mine, which an export of other"),
+        ({"config_hash": "xyz"}, "an export of mine"),
+        ({"run": None}, "an export of mine, which an export of these weights"),
+    ],
+)
+def test_an_export_of_another_run_is_not_replaced(tmp_path, facts, words) -> None:
+    """Runs of one name in two places; weights files of one name."""
+    write(tmp_path / "out", {"weights": "first"})
+    with pytest.raises(FileExistsError, match=words):
+        write(tmp_path / "out", {"weights": "second"}, **facts)
+    write(tmp_path / "file", {"weights": "first"}, run=None)
+    with pytest.raises(FileExistsError, match="an export of other weights"):
+        write(tmp_path / "file", {"weights": "second"}, run=None, weights_hash="1")
+
+
+def test_a_note_that_a_crash_cut_off_is_refused_in_words(tmp_path) -> None:
+    write(tmp_path / "out", {"weights": "first"})
+    (tmp_path / "out" / NOTE).write_text('{"target": "open')
+    with pytest.raises(FileExistsError, match="remove it, or choose another folder"):
+        write(tmp_path / "out", {"weights": "second"})
+
+
 def test_a_note_that_points_outside_removes_nothing_there(tmp_path) -> None:
     folder = tmp_path / "out"
     write(folder, {"weights": "first"})
