@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from gradeclip_ft.results.record import Json, Result, read
+from gradeclip_ft.results.record import Json, Result, read, read_mapping
 
 Steps = Literal["ends", "last", "all"]
 UNTOUCHED = "untouched"
 ORDINARY = "ordinary"
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,24 +97,10 @@ def run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     return facts
 
 
-def _side_file(path: Path, load: Callable[[str], Any]) -> Mapping[str, Any]:
-    """What a file beside the results holds; empty without it, or where a crash cut it off."""
-    try:
-        content = load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, Mapping):
-        logger.warning("%s is empty or cut off and is left out", path)
-        return {}
-    return content
-
-
 def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entry]:
     """Entries of one folder; weights without a run have no configuration."""
-    config = _side_file(folder / "config.yaml", yaml.safe_load)
-    command = _side_file(folder / "environment.json", json.loads).get("command")
+    config = read_mapping(folder / "config.yaml")
+    command = read_mapping(folder / "environment.json").get("command")
     by_step: dict[int, dict[str, Result]] = {}
     for path in sorted(results_folder(folder).glob("*@*.json")):
         result = read(path)

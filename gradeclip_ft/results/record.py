@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -19,7 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gradeclip_ft.results.masking import masked_texts
+
+logger = logging.getLogger(__name__)
 
 UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
 """Metrics whose last part is one of these are not fractions."""
@@ -134,6 +139,25 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON or yaml file that describes the files beside it; what a crash left of it is no error.
+
+    Returns:
+        Its contents; empty if there is no such file or, with a warning, if it is cut off.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    logger.warning("%s is empty or cut off and is left out", path)
+    return {}
 
 
 def unit_of(metric: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gradeclip_ft.results.masking import secrets_of_environment
 from gradeclip_ft.results.record import (
     Result,
     data_fingerprint,
@@ -13,6 +14,7 @@ from gradeclip_ft.results.record import (
     hash_json,
     hash_listing,
     read,
+    read_mapping,
     versions,
     write_atomically,
 )
@@ -76,6 +78,27 @@ def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
     path.write_text('{"metrics": {}}')
     with pytest.raises(ValueError, match=r"not an evaluation: data, evaluator, protocol"):
         read(path)
+
+
+def test_no_secret_of_the_environment_enters_a_result(tmp_path, monkeypatch) -> None:
+    """`${oc.env:...}` in an evaluator's option is resolved when the evaluator is built."""
+    monkeypatch.setenv("MY_TOKEN", "hunter2-hunter2")
+    secrets_of_environment.cache_clear()
+    found = replace(RESULT, protocol={"shards": "https://me:p@ss@host/hunter2-hunter2/a.tar"})
+    text = found.write(tmp_path).read_text()
+    secrets_of_environment.cache_clear()
+    assert "https://***@host/***/a.tar" in text
+    assert "ss@" not in text
+
+
+@pytest.mark.parametrize("content", ["", '{"a"', "3", "null", "[" * 100_000])
+def test_what_a_crash_left_of_a_file_is_ignored_with_a_warning(tmp_path, caplog, content) -> None:
+    path = tmp_path / "environment.json"
+    assert read_mapping(path) == {}
+    assert not caplog.text
+    path.write_text(content)
+    assert read_mapping(path) == {}
+    assert f"{path} is empty or cut off" in caplog.text
 
 
 def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
