@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -73,12 +73,17 @@ def make_trainer(
         extra: Further arguments of `lightning.Trainer`, as they are.
 
     Raises:
-        ValueError: If a number of steps is below 1, or Lightning cannot serve the request on this
-            machine.
+        ValueError: If a number of steps is below 1, the precision is not offered, or Lightning
+            cannot serve the request on this machine.
     """
     if max_steps < 1 or (stop_at is not None and stop_at < 1):
         raise ValueError(
             f"max_steps is {max_steps} and stop_at {stop_at}; training needs 1 step or more"
+        )
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"trainer.precision={precision}: choose {', '.join(get_args(Precision))}; weights stay "
+            "in fp32"
         )
     timeout = timedelta(minutes=timeout_minutes)
     if threads is not None:

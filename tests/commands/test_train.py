@@ -56,6 +56,7 @@ def test_a_run_leaves_the_files_that_others_rely_on(train, home, capsys) -> None
     assert train("name=whole") == 0
     folder = home / "runs" / "whole"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "config.yaml",
         "environment.json",
         "evaluations",
@@ -227,3 +228,11 @@ def test_each_job_of_a_sweep_has_its_run(train, home) -> None:
     first, second = (losses(home / "runs" / f"sweep_{seed}") for seed in (0, 1))
     assert first.keys() == second.keys() == {1, 2, 3, 4}
     assert first[1] != second[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_that_cannot_train_is_not_offered(train, home, capsys, precision) -> None:
+    """Both were accepted, also by `doctor`, and failed at the first step."""
+    assert train("name=low", f"trainer.precision={precision}") == 2
+    assert "bf16-mixed" in capsys.readouterr().err
+    assert not (home / "runs" / "low").exists()
