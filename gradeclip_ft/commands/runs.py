@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands.config import recorded, suggest
 from gradeclip_ft.results.masking import masked_values
-from gradeclip_ft.results.record import commit, versions, write_atomically
+from gradeclip_ft.results.record import commit, read_mapping, versions, write_atomically
 from gradeclip_ft.training import run_files
 from gradeclip_ft.training.run_files import METRICS_CSV, METRICS_JSONL, damage, newest_good
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 CHECKPOINT, WEIGHTS = run_files.CHECKPOINT, run_files.WEIGHTS
 # Any of these makes a folder a run. Other files in it are none of our business.
 TRACES = (CONFIG, CHECKPOINT, WEIGHTS, METRICS_JSONL, METRICS_CSV)
@@ -118,12 +122,41 @@ def claim(
     return newest_good(folder) if resume == "auto" else None
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training the run in this folder.
+
+    The lock ends with this process, however it ends: forked loader workers do not inherit it.
+
+    Raises:
+        FileExistsError: Another process holds it, or the folder is a file.
+    """
+    _require_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise FileExistsError(
+                f"{folder} is being trained by {file.read() or 'another process'}; wait until it "
+                "ends, or stop it, before resume=auto continues the run"
+            ) from None
+        except (ImportError, OSError) as error:
+            logger.warning("%s cannot be locked (%s); start no second process there", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def would_begin_or_continue(
     folder: Path, cfg: DictConfig | Mapping[str, Json], *, resume: Literal["auto"] | None = None
 ) -> Literal["begins", "continues"]:
     """What `claim` would do with this folder; raises as it does, and writes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another name= or runs_dir=")
+    _require_folder(folder)
     if not any((folder / trace).exists() for trace in TRACES):
         return "begins"
     if resume != "auto":
@@ -177,13 +210,7 @@ def record(folder: Path, facts: Mapping[str, Json]) -> None:
 
 def read_environment(folder: Path) -> dict[str, Json]:
     """What `environment.json` holds; empty before the run began, or where a crash emptied it."""
-    try:
-        return dict(json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError):
-        logger.warning("%s is empty or cut off and is left out", folder / ENVIRONMENT)
-        return {}
+    return read_mapping(folder / ENVIRONMENT)
 
 
 def read_config(folder: Path) -> DictConfig:
@@ -239,6 +266,11 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     raise FileNotFoundError(
         f"{spec!s} is neither a weights file nor a run; {_known(Path(runs_dir) / path.name)}"
     )
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another name= or runs_dir=")
 
 
 def _refusal(folder: Path) -> str:

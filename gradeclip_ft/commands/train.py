@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +92,14 @@ def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
     What was measured, or written down about a failure, stays; `resume=auto` then starts again.
     """
     new = rank == 0 and not folder.exists()
-    checkpoint = runs.claim(folder, cfg, resume=cfg.resume, rank=rank)  # refused: not ours
-    try:
-        yield checkpoint
-    except BaseException:
-        if new and not any((folder / name).exists() for name in runs.OUTCOMES):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with runs.locked(folder) if rank == 0 else nullcontext():
+        checkpoint = runs.claim(folder, cfg, resume=cfg.resume, rank=rank)  # refused: not ours
+        try:
+            yield checkpoint
+        except BaseException:
+            if new and not any((folder / name).exists() for name in runs.OUTCOMES):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:

@@ -320,7 +320,8 @@ class Evaluate(pl.Callback):
         every: Steps between two evaluations; None for none in between.
         before: Whether to evaluate the untouched model.
         after: Whether to evaluate the finished one.
-        best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`.
+        best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`. The
+            untouched model is then evaluated in any case, which shows that there is such a metric.
         command: Command line for the results.
 
     Attributes:
@@ -349,7 +350,7 @@ class Evaluate(pl.Callback):
         self._folder = folder
         self._run = run
         self._every = every
-        self._before = before
+        self._before = before or best is not None
         self._after = after
         self._best = best
         self._command = command

@@ -144,7 +144,7 @@ def files_and_wandb(
         extra: Further arguments of `wandb.init`.
     """
     path = folder / "wandb" / "id"  # a resumed run finds it again, another of this name does not
-    if not path.exists():
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
         write_atomically(path, uuid.uuid4().hex[:12])
     settings: dict[str, Any] = {
         "project": project,

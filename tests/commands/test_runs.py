@@ -1,8 +1,11 @@
 """Run directories: claimed once, continued on request, never overwritten."""
 
 import json
+import multiprocessing
 import threading
+import time
 import zipfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +261,31 @@ def test_a_model_in_a_relative_folder_is_found_from_everywhere(
     runs.claim(tmp_path / "a", settings)
     assert runs.read_config(tmp_path / "a").model.name == str(tmp_path / "mine")
     runs.claim(tmp_path / "a", settings, resume="auto")
+
+
+def hold(folder: Path, ready: Connection) -> None:
+    """Holds a run until killed, beside a worker that outlives it for a while."""
+    with runs.locked(folder):
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,)).start()
+        ready.send(True)
+        time.sleep(60)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Would catch two resumed processes that write one folder, and a lock that outlives its holder.
+
+    Loader workers outlive a killed process by some seconds; a restart must not wait for them.
+    """
+    here, there = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "a", there))
+    holder.start()
+    assert here.poll(30)
+    with (
+        pytest.raises(FileExistsError, match=rf"being trained by process {holder.pid} on"),
+        runs.locked(tmp_path / "a"),
+    ):
+        pass
+    holder.kill()
+    holder.join()
+    with runs.locked(tmp_path / "a"):
+        pass

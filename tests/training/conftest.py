@@ -163,32 +163,10 @@ class SmallRun:
         return {line["step"]: line["loss"] for line in self.lines}
 
 
-class PushTemperature(pl.Callback):
-    """Gives the temperature a huge gradient of one sign."""
-
-    def __init__(self, sign: float) -> None:
-        self.sign = sign
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        pl_module.clip.model.logit_scale.grad.fill_(1e6 * self.sign)
-
-
 @pytest.fixture(name="small_clip")
 def small_clip_fixture() -> Callable[[], Clip]:
     """A CLIP of two layers; the same weights at every call."""
     return small_clip
-
-
-@pytest.fixture(name="make_batch")
-def make_batch_fixture() -> Callable[[int], CaptionBatch]:
-    """Six images with five phrases, drawn from a seed."""
-    return make_batch
-
-
-@pytest.fixture
-def push_temperature() -> type[PushTemperature]:
-    """A callback that pushes the temperature one way."""
-    return PushTemperature
 
 
 @pytest.fixture

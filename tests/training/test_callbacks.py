@@ -101,10 +101,13 @@ def test_the_best_of_a_run_is_among_its_evaluations(small_run, evaluation) -> No
     assert values[step_of(folder.parent / "best.safetensors")] == max(values.values())
 
 
-def test_a_metric_that_nobody_measures_is_named(small_run, evaluation) -> None:
-    clip, _, callback, _ = evaluation(best="watch/boxes/top9")
+def test_a_metric_that_nobody_measures_is_named_before_training(small_run, evaluation) -> None:
+    """With evaluation.before=false it was noticed when all steps were done."""
+    clip, _, callback, _ = evaluation(best="watch/boxes/top9", before=False)
+    run = small_run()
     with pytest.raises(ValueError, match="top9, which no evaluator measures; choose from watch/"):
-        small_run().train(clip=clip, callbacks=(callback,))
+        run.train(clip=clip, callbacks=(callback,))
+    assert not (run.folder / "last.ckpt").exists()
 
 
 def test_evaluation_changes_no_loss(small_run, evaluation) -> None:

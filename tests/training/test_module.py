@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from tests.training.conftest import make_batch
+
 
 class KeepGradients(pl.Callback):
     """Copies of all gradients of the last step."""
@@ -15,12 +17,20 @@ class KeepGradients(pl.Callback):
         self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
+class PushTemperature(pl.Callback):
+    """Gives the temperature a huge gradient of one sign."""
+
+    def __init__(self, sign: float) -> None:
+        self.sign = sign
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        pl_module.clip.model.logit_scale.grad.fill_(1e6 * self.sign)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_step_past_a_bound_of_the_temperature_ends_on_it(
-    small_run, push_temperature, sign
-) -> None:
+def test_a_step_past_a_bound_of_the_temperature_ends_on_it(small_run, sign) -> None:
     """A temperature that runs away never comes back (C8)."""
-    trainer = small_run(steps=3).train(lr=50.0, callbacks=(push_temperature(sign),))
+    trainer = small_run(steps=3).train(lr=50.0, callbacks=(PushTemperature(sign),))
     scale = float(trainer.lightning_module.clip.log_scale.detach())
     assert scale == pytest.approx(0.0 if sign > 0 else math.log(100.0))
 
@@ -64,7 +74,7 @@ def test_every_part_of_the_loss_and_of_the_batch_is_recorded(small_run) -> None:
     } <= set(line)
 
 
-def test_an_accumulated_step_averages_the_gradients_of_its_batches(small_run, make_batch) -> None:
+def test_an_accumulated_step_averages_the_gradients_of_its_batches(small_run) -> None:
     """C6: the batches of a step contrast within themselves; they are no larger batch."""
     first, second, both = (small_run(name, steps=3) for name in ("first", "second", "both"))
     both.train(accumulate=2, max_steps=1, callbacks=(keep := KeepGradients(),))
