@@ -16,6 +16,7 @@ import http.server
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -523,6 +525,65 @@ def fake_wandb(start: Exception | None = None, log: Exception | None = None) -> 
     return mock.patch.object(wandb, "init", begin)
 
 
+# Runs: what a crash leaves of their files, and a second process.
+
+CRASHES: tuple[tuple[str, str, Callable[[bytes], bytes]], ...] = (
+    ("an empty config.yaml", "config.yaml", lambda content: b""),
+    ("a cut config.yaml", "config.yaml", lambda content: b"optim: {lr: 1.0e-0"),
+    ("zeros for environment.json", "environment.json", lambda content: bytes(len(content))),
+    ("a broken last line of metrics.jsonl", "metrics.jsonl", lambda content: content[:-9] + b"\n"),
+    ("an empty metrics.csv", "metrics.csv", lambda content: b""),
+    ("a cut last.ckpt", "last.ckpt", lambda content: content[:-100]),
+    ("a flipped bit in last.ckpt", "last.ckpt", lambda content: flipped(content)),
+    ("cut weights.safetensors", "weights.safetensors", lambda content: content[:-1]),
+)
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def runs_rows(folder: Path) -> Iterator[Row]:
+    """Each run is stopped after step 4 of 6, harmed, and resumed."""
+    settings = {"optim": {"lr": 1e-3}}
+    for number, (fault, name, harm) in enumerate(CRASHES):
+        home = folder / str(number)
+        runs.claim(home, settings)
+        train(home, stop_at=4)
+        (home / name).write_bytes(harm((home / name).read_bytes()))
+        with logged() as lines:
+            checkpoint = runs.claim(home, settings, resume="auto")
+            train(home, checkpoint=checkpoint)
+        steps = [line["step"] for line in read_lines(home / "metrics.jsonl")]
+        lost = "none" if checkpoint == home / "last.ckpt" else "none: steps taken again"
+        handled = steps == [*range(1, STEPS + 1)] and runs.resolve_weights(home).is_file()
+        yield Row(fault, "survived", lost, "; ".join(lines), handled)
+    home = folder / "busy"
+    ready, done = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(home, done))
+    holder.start()
+    ready.recv()
+
+    def second() -> None:
+        with runs.locked(home):
+            pass
+
+    yield refused("a second process that resumes the run", second)
+    holder.kill()
+    holder.join()
+    with runs.locked(home):
+        yield Row("a killed process that held the run", "survived", "none", "", handled=True)
+
+
+def hold(home: Path, done: Connection) -> None:
+    """Hold a run until killed."""
+    with runs.locked(home):
+        done.send(True)
+        time.sleep(600)
+
+
 # Safety: attacks through files, addresses and configurations, and leaks of secrets.
 
 MARK = "attacked"
@@ -667,6 +728,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "data": ("Data", data_rows),
     "remote": ("Remote shards", remote_rows),
     "numbers": ("Numbers and tracker", numbers_rows),
+    "runs": ("Runs after a crash", runs_rows),
     "safety": ("Safety", safety_rows),
 }
 
