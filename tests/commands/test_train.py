@@ -164,7 +164,6 @@ def test_a_job_that_is_refused_leaves_the_folder_of_the_other(train, home, monke
     """Two jobs of one name start at once: the second sees no folder, and then finds one."""
 
     def late(folder: Path, *args: object, **options: object) -> str:
-        folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("of the other")
         return "begins"
 
