@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from gradeclip_ft.commands.config import (
     NODE_KEYS,
     ConfigurationError,
+    as_written,
     check_node,
     recorded,
     suggest,
@@ -82,6 +83,7 @@ def build(
         folder=folder / EVALUATIONS,
         run=folder.name,
         command=command,
+        record=as_written(cfg),
         **cfg.evaluation,
     )
     loggers = make(cfg.logger, "logger")(folder, recorded(cfg))

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import gradeclip_ft
-from gradeclip_ft.results.masking import masked_values
+from gradeclip_ft.results.masking import masked, masked_values
 
 PACKAGE = Path(gradeclip_ft.__file__).parent
 VERSION_BASE = "1.3"  # of Hydra
@@ -384,10 +384,32 @@ def recorded(cfg: DictConfig | Node) -> dict[str, Any]:
     return written
 
 
+def as_written(cfg: DictConfig) -> Callable[[Any], Any]:
+    """What a result may hold: options with `${oc.env:NAME}` as they were given, and no secrets."""
+    given = dict(_differing(_plain(cfg), recorded(cfg)))
+
+    def written(text: str) -> str:
+        for value in sorted(given, key=len, reverse=True):
+            if text == value or len(value) >= 8:  # a shorter one may be part of any word
+                text = text.replace(value, given[value])
+        return masked(text)
+
+    return lambda plain: _map_strings(plain, written)
+
+
+def _differing(plain: Any, written: Any) -> Iterator[tuple[str, str]]:
+    """Texts of a resolved configuration beside those of its record, where they differ."""
+    if isinstance(plain, dict | list) and type(written) is type(plain):  # else all of it is ***
+        for key in plain if isinstance(plain, dict) else range(len(plain)):
+            yield from _differing(plain[key], written[key])
+    elif isinstance(plain, str) and plain != written:
+        yield plain, str(written)
+
+
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {str(key): _map_strings(entry, change) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_map_strings(entry, change) for entry in value]
     return change(value) if isinstance(value, str) else value
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import EVALUATIONS, build_clip, build_evaluators
 from gradeclip_ft.commands.cli import progress_bar
+from gradeclip_ft.commands.config import as_written
 
 if TYPE_CHECKING:
     from gradeclip_ft.evaluators.base import Precision
@@ -67,6 +68,7 @@ def evaluate(cfg: DictConfig) -> None:
         again=cfg.again,
         precision=_precision(cfg.precision),
         track=progress_bar,
+        record=as_written(OmegaConf.create({"model": subject.model, "evaluator": cfg.evaluator})),
         done=lambda result, fresh: _tell(subject, result, fresh),
     )
     _print(results)

@@ -67,6 +67,7 @@ def run_all(
     again: bool = True,
     precision: Precision = "float32",
     track: Track = untracked,
+    record: Callable[[Any], Any] = masked_texts,
     done: Callable[[Result, bool], None] = lambda result, fresh: None,
 ) -> list[Result]:
     """Run evaluators on one model and write one JSON each.
@@ -82,6 +83,7 @@ def run_all(
         precision: Number type that the model computes in; similarities are float32 all the same.
             Other than float32 changes the model.
         track: Shows progress.
+        record: What a result file holds of protocol, data and weights, without what is not shared.
         done: Called after each evaluator with its result and whether it was measured now.
     """
     names = [evaluator.name for evaluator in evaluators.values()]
@@ -90,6 +92,7 @@ def run_all(
     weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
     if loaded.activation_unknown:
         weights["activation"] = "unknown"
+    weights = record(weights)
     settings: dict[str, Json] = {} if precision == "float32" else {"precision": precision}
     if settings:
         loaded.clip.to(getattr(torch, precision))
@@ -102,19 +105,20 @@ def run_all(
             result = Result(
                 evaluator=evaluator.name,
                 metrics=measured.metrics,
-                protocol={**measured.protocol, **settings},
-                data=measured.data,
+                protocol=record({**measured.protocol, **settings}),
+                data=record(measured.data),
                 weights=weights,
                 versions=versions(),
                 run=run,
                 step=step,
                 seconds=seconds,
                 command=command,
-                details=measured.details,
+                details=record(measured.details),
             )
             result.write(folder)
         else:
-            result = _same(path, evaluator, settings, weights)
+            wanted = record({"precision": None, **evaluator.protocol, **settings})
+            result = _same(path, wanted, weights)
         done(result, fresh)
         results.append(result)
     return results
@@ -144,14 +148,11 @@ def _measure(evaluator: Evaluator, loaded: LoadedClip, track: Track) -> tuple[Me
     return measured, round(time.perf_counter() - start, 2)
 
 
-def _same(
-    path: Path, evaluator: Evaluator, settings: Mapping[str, Json], weights: Mapping[str, Json]
-) -> Result:
+def _same(path: Path, protocol: Mapping[str, Json], weights: Mapping[str, Json]) -> Result:
     """The result on disk, if it is one of these weights and this protocol."""
     result = read(path)
     differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
-    wanted = masked_texts({"precision": None, **evaluator.protocol, **settings})
-    differing += [key for key, value in wanted.items() if result.protocol.get(key) != value]
+    differing += [key for key, value in protocol.items() if result.protocol.get(key) != value]
     if differing:
         raise ValueError(
             f"{path} exists and differs in {', '.join(differing)}; again=true replaces it, another "

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.evaluators.base import Evaluator, run_all
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
+from gradeclip_ft.results.masking import masked_texts
 from gradeclip_ft.results.record import result_path
 from gradeclip_ft.training.checkpoints import Checkpoints, keep_best, tolerates_full_disk
 from gradeclip_ft.training.data_module import CaptionDataModule
@@ -323,6 +324,7 @@ class Evaluate(pl.Callback):
         best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`. The
             untouched model is then evaluated in any case, which shows that there is such a metric.
         command: Command line for the results.
+        record: What the results hold of protocol, data and weights.
 
     Attributes:
         evaluated: Step of the last evaluation; None before the first.
@@ -340,6 +342,7 @@ class Evaluate(pl.Callback):
         after: bool = True,
         best: str | None = None,
         command: str | None = None,
+        record: Callable[[Any], Any] = masked_texts,
     ) -> None:
         if every is not None and every < 1:
             raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
@@ -353,6 +356,7 @@ class Evaluate(pl.Callback):
         self._before = before or best is not None
         self._after = after
         self._best = best
+        self._record = record
         self._command = command
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -394,6 +398,7 @@ class Evaluate(pl.Callback):
             run=self._run,
             step=step,
             command=self._command,
+            record=self._record,
         )
         found: dict[str, float] = {}
         for result in results:

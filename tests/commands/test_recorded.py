@@ -10,7 +10,13 @@ from omegaconf import OmegaConf
 
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import make
-from gradeclip_ft.commands.config import ConfigurationError, perform, recorded, targets
+from gradeclip_ft.commands.config import (
+    ConfigurationError,
+    as_written,
+    perform,
+    recorded,
+    targets,
+)
 from gradeclip_ft.results.masking import masked_output, secrets_of_environment
 
 SECRET = "correct-horse-battery"
@@ -42,6 +48,19 @@ def test_variables_stand_as_written_and_are_looked_up_again(
     assert OmegaConf.create(plain).other == "here"
     assert recorded(OmegaConf.create(plain)) == plain
     assert cfg.again == f"{SECRET}/x.tar"
+
+
+def test_a_result_holds_options_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a path of its author's machine in every shared evaluation."""
+    monkeypatch.setenv("PLACE", SECRET)
+    monkeypatch.setenv("SHORT", "a")
+    cfg = OmegaConf.create(
+        {"model": {"name": "/${oc.env:PLACE}/m"}, "evaluator": {"x": {"prompt": "${oc.env:SHORT}"}}}
+    )
+    found = as_written(cfg)({"files": [f"/{SECRET}/m/a.json"], "prompt": "a", "other": ("an", 1)})
+    assert found == {
+        "files": ["/${oc.env:PLACE}/m/a.json"], "prompt": "${oc.env:SHORT}", "other": ["an", 1],
+    }  # fmt: skip
 
 
 def test_no_file_of_a_run_holds_a_secret(
