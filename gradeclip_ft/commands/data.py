@@ -260,14 +260,7 @@ def _some(names: Sequence[str], total: int) -> str:
 
 
 ACTIONS: dict[str, Callable[..., int]] = {
-    "make": make,
-    "count": count,
-    "verify": verify,
-    "check": check,
-    "coco": coco,
-    "folder": folder,
-    "phrases": phrases,
-    "split": split,
+    action.__name__: action for action in (make, count, verify, check, coco, folder, phrases, split)
 }
 
 
