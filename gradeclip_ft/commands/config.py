@@ -376,12 +376,16 @@ def recorded(cfg: DictConfig | Node) -> dict[str, Any]:
     Read back, such a variable is looked up again, in the environment of then.
     """
     config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
-    raw = OmegaConf.to_container(config, resolve=False)
-    marked = _map_strings(raw, lambda text: re.sub(r"\$\{oc\.env:([^{}]*)\}", r"<oc.env:\1>", text))
-    plain = masked_values(_plain(OmegaConf.create(marked)))
-    written = _map_strings(plain, lambda text: re.sub(r"<oc\.env:(.*?)>", r"${oc.env:\1}", text))
-    assert isinstance(written, dict)
-    return written
+
+    def mark(text: str) -> str:  # a word to OmegaConf, also inside of another interpolation
+        return re.sub(r"\$\{oc\.env:([^{}]*)\}", lambda m: f"@oc.env@{m[1].encode().hex()}@", text)
+
+    def unmark(text: str) -> str:
+        found = re.compile("@oc.env@([0-9a-f]*)@")
+        return found.sub(lambda m: f"${{oc.env:{bytes.fromhex(m[1]).decode()}}}", text)
+
+    marked = _map_strings(OmegaConf.to_container(config, resolve=False), mark)
+    return dict(_map_strings(masked_values(_plain(OmegaConf.create(marked))), unmark))
 
 
 def as_written(cfg: DictConfig) -> Callable[[Any], Any]:

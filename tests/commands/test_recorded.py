@@ -32,6 +32,7 @@ def test_variables_stand_as_written_and_are_looked_up_again(
             "shards": "${oc.env:PLACE}/x.tar",
             "again": "${shards}",
             "other": "${oc.env:NOT_SET,here}",
+            "decoded": "${oc.decode:${oc.env:PLACE}}",
             "seed": 3,
             "sum": ["${seed}", "a"],
         }
@@ -41,6 +42,7 @@ def test_variables_stand_as_written_and_are_looked_up_again(
         "shards": "${oc.env:PLACE}/x.tar",
         "again": "${oc.env:PLACE}/x.tar",
         "other": "${oc.env:NOT_SET,here}",
+        "decoded": "${oc.env:PLACE}",
         "seed": 3,
         "sum": [3, "a"],
     }
