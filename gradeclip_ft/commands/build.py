@@ -136,10 +136,15 @@ def require_evaluator(cfg: DictConfig) -> None:
         ConfigurationError: Naming the closest one.
     """
     best, names = cfg.evaluation.best, list(cfg.get("evaluator") or {})
-    if best is not None and (name := str(best).split("/")[0]) not in names:
+    if best is None:
+        return
+    name, _, metric = str(best).partition("/")
+    if name not in names:
         raise ConfigurationError(
             f"evaluation.best={best}: evaluator {name} does not run; {suggest(name, names)}"
         )
+    if not metric:
+        raise ConfigurationError(f"evaluation.best={best}: write {name}/METRIC")
 
 
 def make(node: Any, key: str, **runtime: Any) -> Any:

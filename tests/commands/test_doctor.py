@@ -79,6 +79,7 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("init_from=nothing", "model", "neither a weights file nor a run"),
         ("name=a/b", "run folder", "not a valid run name"),
         ("evaluation.best=shapes_regoins/boxes/top1", "evaluation data", "mean shapes_regions?"),
+        ("evaluation.best=shapes_regions", "evaluation data", "write shapes_regions/METRIC"),
         ("trainer.stop_at=0", "trainer", "training needs 1 step"),
         ("optim.schedule.warmup=4", "model", "the warm-up takes 4 of 4 steps"),
         ("optim.image_blocks=9", "model", "image_blocks is 9 of"),
