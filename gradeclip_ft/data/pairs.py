@@ -48,14 +48,13 @@ def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> lis
     _require_folder(images)
     left_out = set() if exclude is None else read_image_ids(exclude)
     skipped: Counter[str] = Counter()
-    found = read_captions(captions, skipped)
+    found = [image for image in read_captions(captions, skipped) if image.id not in left_out]
     _tell(captions, skipped)
     return [
         CaptionedFile(
             _inside(images, image.file_name, captions), image.captions, {"image_id": image.id}
         )
-        for image in found
-        if image.id not in left_out
+        for image in _grouped((image.file_name, image.captions, image.id) for image in found)
     ]
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -25,33 +25,20 @@ from gradeclip_ft.data.files import prepare_files, require_images, subset, subse
 from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import read_image
 
-Fit = Literal["letterbox", "stretch"]
 
-
-def letterbox_size(height: int, width: int, side: int, fit: Fit = "letterbox") -> tuple[int, int]:
+def letterbox_size(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width) of the content in a square of `side`, at least 1 each.
 
     >>> letterbox_size(480, 640, 224)
     (168, 224)
     """
-    if fit == "stretch":
-        return side, side
     scale = side / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def letterbox_image(
-    image: Image.Image, side: int, fit: Fit = "letterbox", *, centred: bool = False
-) -> Image.Image:
-    """Resize bicubically and pad right and below with black, before any normalisation.
-
-    Args:
-        image: The picture.
-        side: Of the square in pixels.
-        fit: How the picture comes into the square.
-        centred: Pad on all sides instead.
-    """
-    height, width = letterbox_size(image.height, image.width, side, fit)
+def letterbox_image(image: Image.Image, side: int, *, centred: bool = False) -> Image.Image:
+    """Resize bicubically and pad with black, right and below or on all sides."""
+    height, width = letterbox_size(image.height, image.width, side)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if height == width == side:
@@ -62,7 +49,7 @@ def letterbox_image(
 
 
 def letterbox_boxes(
-    boxes: Float[Tensor, "R 4"], *, height: int, width: int, fit: Fit = "letterbox"
+    boxes: Float[Tensor, "R 4"], *, height: int, width: int
 ) -> Float[Tensor, "R 4"]:
     """Boxes as xyxy in [0, 1] of the padded square.
 
@@ -70,16 +57,12 @@ def letterbox_boxes(
         boxes: (x, y, width, height) in pixels of the original image.
         height: Of the original image.
         width: Of the original image.
-        fit: How the image came into the square.
     """
-    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    if fit == "stretch":
-        return corners / boxes.new_tensor([width, height, width, height])
-    return corners / max(height, width)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / max(height, width)
 
 
 def letterbox_masks(
-    masks: Shaped[Tensor, "R H W"], cells: int, *, antialias: bool, fit: Fit = "letterbox"
+    masks: Shaped[Tensor, "R H W"], cells: int, *, antialias: bool
 ) -> Float[Tensor, "R h w"]:
     """Masks on the patch grid of the padded square: 1 where the bicubic resize is above 0.
 
@@ -90,9 +73,8 @@ def letterbox_masks(
         cells: Side of the square grid.
         antialias: Torchvision 0.17 and later antialias by default, earlier releases do not; with it
             no object vanishes, but each swells to 7 cells or more.
-        fit: How the image came into the square.
     """
-    height, width = letterbox_size(masks.shape[1], masks.shape[2], cells, fit)
+    height, width = letterbox_size(masks.shape[1], masks.shape[2], cells)
     grid = torch.zeros(len(masks), cells, cells)
     if len(masks):
         grid[:, :height, :width] = torch.nn.functional.interpolate(
@@ -228,15 +210,11 @@ class RegionImages(Dataset[RegionSample]):
             boxes[~is_thing] = tight_boxes(full[~is_thing])
             if source.clipself:  # its mask2box says (x1 - x0, y1 - y0) of the outermost pixels
                 boxes[~is_thing, 2:] -= 1
-            masks = letterbox_masks(
-                full,
-                self.image_size // self.patch,
-                antialias=source.mask_antialias,
-                fit=source.fit,
-            )
+            cells = self.image_size // self.patch
+            masks = letterbox_masks(full, cells, antialias=source.mask_antialias)
         return RegionSample(
-            image=self._pixels(letterbox_image(image, self.image_size, source.fit)),
-            boxes=letterbox_boxes(boxes, height=height, width=width, fit=source.fit),
+            image=self._pixels(letterbox_image(image, self.image_size)),
+            boxes=letterbox_boxes(boxes, height=height, width=width),
             masks=masks,
             labels=torch.tensor([region.label for region in regions]),
             is_thing=is_thing,
@@ -268,7 +246,7 @@ class RegionImages(Dataset[RegionSample]):
                 left, top = int(edges[0]), int(edges[1])
                 right, bottom = math.ceil(edges[2]), math.ceil(edges[3])
             crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-            square = letterbox_image(crop, self.crop_size, source.fit, centred=source.clipself)
+            square = letterbox_image(crop, self.crop_size, centred=source.clipself)
             crops.append(self._pixels(square))
         return torch.stack(crops)
 
@@ -305,7 +283,6 @@ class CocoRegions:
         max_regions: Regions per image; further ones are left out.
         crowd: Keep regions that are groups (`iscrowd`).
         mask_antialias: Antialias when masks are resized to the patch grid.
-        fit: "letterbox" pads, "stretch" distorts both sides to the square.
         clipself: Crops and boxes of stuff exactly as CLIPSelf's program cuts them: crops are
             padded on all sides and their edges rounded, boxes of stuff end at the last pixel
             instead of after it.
@@ -321,7 +298,6 @@ class CocoRegions:
     max_regions: int = 100
     crowd: bool = True
     mask_antialias: bool = True
-    fit: Fit = "letterbox"
     clipself: bool = False
     limit: int | None = None
     limit_seed: int = 0
@@ -330,7 +306,6 @@ class CocoRegions:
     @property
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
-        padded = "bicubic, padded right and below with black"
         return {
             "source": "instances" if self.segments is None else "panoptic",
             "boxes": "annotated for things, tight for stuff",
@@ -338,7 +313,7 @@ class CocoRegions:
             "max_regions": self.max_regions,
             "crowd": self.crowd,
             "mask_antialias": self.mask_antialias,
-            "letterbox": padded if self.fit == "letterbox" else "bicubic, both sides stretched",
+            "letterbox": "bicubic, padded right and below with black",
             **({"crops_and_stuff_boxes": "as CLIPSelf's program"} if self.clipself else {}),
             **subset_protocol(self.limit, self.limit_seed),
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -57,7 +56,7 @@ def square_side(loaded: LoadedClip, wanted: int | None, name: str) -> int:
 
 THINGS = {"boxes": "boxes", "masks": "thing_masks", "crops": "crops"}
 STUFF = {"boxes": "stuff_boxes", "masks": "stuff_masks", "crops": "stuff_crops"}
-ORDER = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes", "masks", "crops", "stuff_crops")
+ORDER = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes", "crops", "stuff_crops")
 TOPK = (1, 5)
 
 
@@ -70,7 +69,6 @@ class RegionEvaluator:
         data: Where regions come from.
         image_size: Side of the padded square in pixels; None for the model's own size.
         templates: "vild" for its 63, or sentences with `{}` for the class name.
-        groups: Accuracies of things and stuff "apart", as in the paper, or "together".
         micro: Add the share of correct regions, every region alike, as `micro_top1`.
         crops: Add the class embedding of each region's own crop, at the model's own size.
         batch_size: Images per forward pass; does not change the numbers.
@@ -81,7 +79,6 @@ class RegionEvaluator:
     data: Source[RegionImages]
     image_size: int | None = None
     templates: str | Sequence[str] = "vild"
-    groups: Literal["apart", "together"] = "apart"
     micro: bool = False
     crops: bool = False
     batch_size: int = 32
@@ -103,7 +100,6 @@ class RegionEvaluator:
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
         size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
-        together: dict[str, Json] = {} if self.groups == "apart" else {"groups": self.groups}
         crops = "class embedding at the model's own size, fitted into the square as the image"
         return {
             "task": "region classification",
@@ -113,7 +109,6 @@ class RegionEvaluator:
             "box_pooling": "RoIAlign 1x1, sampling_ratio -1, aligned",
             "mask_pooling": "mean of unit tokens, bicubic mask above 0",
             "accuracy": "mean over classes present, among all classes",
-            **together,
             **({"micro": True} if self.micro else {}),
             **({"crops": crops} if self.crops else {}),
             **self.data.protocol,
@@ -190,10 +185,6 @@ class RegionEvaluator:
         thing = batch.is_thing.bool()
         for way, features in found.items():  # (R, D)
             scores = (features @ classes.T).cpu()  # (R, K)
-            if self.groups == "together":
-                chosen = {way: torch.ones_like(thing)}
-            else:
-                chosen = {THINGS[way]: thing, STUFF[way]: ~thing}
-            for group, rows in chosen.items():
+            for group, rows in ((THINGS[way], thing), (STUFF[way], ~thing)):
                 meter = meters.setdefault(group, ClassMeanAccuracy(len(classes), TOPK))
                 meter.update(scores[rows.cpu()], batch.labels[rows].cpu())
