@@ -175,15 +175,8 @@ def _from_folder(name: str, folder: Path) -> Architecture:
             "layout; to take only weights from it, name the architecture and give the folder as "
             "weights="
         )
-    config = read_json(path)
-    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
-    parts = [model_cfg.get(part) for part in PARTS] if isinstance(model_cfg, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{path} has no model_cfg with {' and '.join(PARTS)}; write it with open_clip, or "
-            "export again"
-        )
-    vision, text = dict(config["model_cfg"]["vision_cfg"]), dict(config["model_cfg"]["text_cfg"])
+    model_cfg, preprocess_cfg = read_description(path)
+    vision, text = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
     trunk = vision.get("timm_model_name")
     if isinstance(trunk, str) and trunk.startswith(FOLDER):
         vision["timm_model_name"] = f"{FOLDER}{folder / trunk.removeprefix(FOLDER)}"
@@ -194,11 +187,28 @@ def _from_folder(name: str, folder: Path) -> Architecture:
     words = folder / WORDS_NAME
     return Architecture(
         name,
-        {**config["model_cfg"], "vision_cfg": vision, "text_cfg": text},
-        config.get("preprocess_cfg") or {},
+        {**model_cfg, "vision_cfg": vision, "text_cfg": text},
+        preprocess_cfg,
         vocabulary=tuple(read_json(words)) if words.is_file() else None,
         folder=folder,
     )
+
+
+def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `model_cfg` and the `preprocess_cfg` of an `open_clip_config.json`.
+
+    Raises:
+        ValueError: There is no architecture in it.
+    """
+    config = read_json(path)
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    parts = [model_cfg.get(part) for part in PARTS] if isinstance(model_cfg, dict) else [None]
+    if not isinstance(model_cfg, dict) or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"{path} has no model_cfg with {' and '.join(PARTS)}; write it with open_clip, or "
+            "export again"
+        )
+    return model_cfg, config.get("preprocess_cfg") or {}
 
 
 def fetch_repository(repository: str) -> Path:

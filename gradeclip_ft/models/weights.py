@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradeclip_ft.models.architecture import CONFIG_NAME, pair, read_json
+from gradeclip_ft.models.architecture import CONFIG_NAME, pair, read_description, read_json
 from gradeclip_ft.models.names import (
     from_evaclip,
     from_huggingface,
@@ -77,9 +77,9 @@ def stated_config(
     if weights.is_file() and weights.name not in FOLDER_FILES:
         return None, {}
     if described.is_file():
-        content = read_json(described)
-        return content.get("model_cfg"), content.get("preprocess_cfg") or {}
-    if not config.is_file() or (content := read_json(config)).get("model_type") != "clip":
+        return read_description(described)
+    content = read_json(config) if config.is_file() else {}
+    if not isinstance(content, dict) or content.get("model_type") != "clip":
         return None, {}
     try:
         stated = stated_by_clip(content, ours)
