@@ -26,7 +26,7 @@ from gradeclip_ft.export.job import (
 from gradeclip_ft.export.openclip import code, write_openclip
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
 from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.load import describe
+from gradeclip_ft.models.load import open_clip_config
 from gradeclip_ft.models.names import clip_config, from_huggingface, misfit, to_huggingface
 
 TRANSFORMERS = "model.safetensors"
@@ -59,7 +59,7 @@ def write_huggingface(job: Job, stage: Path) -> Written:
     """
     written = write_openclip(replace(job, form="safetensors"), stage)
     loaded = job.loaded
-    model = describe(loaded)["model_cfg"]
+    model = open_clip_config(loaded)["model_cfg"]
     reason = misfit(model)
     if reason is not None:
         said = f"no files for transformers: its CLIPModel has no {reason}"
@@ -92,7 +92,7 @@ def write_huggingface(job: Job, stage: Path) -> Written:
 
 def _preprocessor(job: Job) -> dict[str, Any]:
     how = job.loaded.preprocessing
-    height, width = pair(describe(job.loaded)["model_cfg"]["vision_cfg"]["image_size"])
+    height, width = pair(open_clip_config(job.loaded)["model_cfg"]["vision_cfg"]["image_size"])
     size = {"height": height, "width": width}
     squash = how.resize == "squash"
     return {

@@ -17,7 +17,7 @@ from torch import Tensor
 from gradeclip_ft.export.verify import SHOWN, Inputs
 from gradeclip_ft.models.architecture import CONFIG_NAME, FOLDER, WORDS_NAME
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.models.load import describe
+from gradeclip_ft.models.load import open_clip_config
 from gradeclip_ft.results.record import Json
 
 TRUNK, TEXT = "timm_trunk", "text"
@@ -136,7 +136,7 @@ def write_description(loaded: LoadedClip, folder: Path) -> bool:
     Returns:
         Whether there are such parts: open_clip then loads the folder from inside of it only.
     """
-    description = describe(loaded)
+    description = open_clip_config(loaded)
     model = dict(description["model_cfg"])
     parts = False
     if (words := loaded.architecture.vocabulary) is not None:

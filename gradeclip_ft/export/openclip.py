@@ -16,7 +16,7 @@ from gradeclip_ft.export.card import as_strings
 from gradeclip_ft.export.job import Job, Written, read_tensors, save_state, write_description
 from gradeclip_ft.export.verify import check_embeddings, check_tensors
 from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.load import describe
+from gradeclip_ft.models.load import open_clip_config
 
 FILES = {
     "safetensors": "open_clip_model.safetensors",
@@ -48,7 +48,7 @@ def write_openclip(job: Job, stage: Path) -> Written:
     checks = [f"{file.name}: {len(job.state)} tensors read back bit-equal"]
     calls = []
     if registered:
-        size = pair(describe(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
+        size = pair(open_clip_config(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
         again = open_file(loaded.name, file, size)
         difference = check_embeddings(loaded, again, job.inputs, half=job.half)
         calls.append(

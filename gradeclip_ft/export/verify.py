@@ -16,7 +16,7 @@ from torch import Tensor
 from gradeclip_ft.images import IMAGE_SUFFIXES, images_in, read_image
 from gradeclip_ft.models.architecture import pair
 from gradeclip_ft.models.clip import ImageTransform, LoadedClip
-from gradeclip_ft.models.load import describe
+from gradeclip_ft.models.load import open_clip_config
 from gradeclip_ft.ops.similarity import unit
 
 # Largest difference of unit embeddings. fp32 on one machine gives 0, another library's kernels
@@ -47,7 +47,7 @@ class Inputs:
     @classmethod
     def of(cls, loaded: LoadedClip, folder: Path | None = None) -> Inputs:
         """Photos of a folder, or drawn pictures, as this model gets them."""
-        size = pair(describe(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
+        size = pair(open_clip_config(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
         transform = ImageTransform(size=size, preprocessing=loaded.preprocessing)
         images = pictures() if folder is None else photos(folder)
         return cls(

@@ -86,7 +86,7 @@ UNCOMPARED = {
 }
 
 
-def differences(
+def config_differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, sizes: bool = True
 ) -> list[str]:
     """In words, what two `model_cfg` of open_clip compute differently with the same tensors."""
@@ -120,9 +120,9 @@ def check_stated(
     Raises:
         ValueError: They differ; names the architecture that fits.
     """
-    if found := differences(architecture.model_cfg, stated, sizes=sizes):
+    if found := config_differences(architecture.model_cfg, stated, sizes=sizes):
         known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-        close = [name for name, cfg in known.items() if not differences(cfg, stated)]
+        close = [name for name, cfg in known.items() if not config_differences(cfg, stated)]
         remedy = f"give name={close[0]}" if close else "give their own folder as the name"
         size = f", or image_size={stated['vision_cfg'].get('image_size', 224)}"
         raise ValueError(

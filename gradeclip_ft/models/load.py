@@ -238,7 +238,7 @@ def _tags(name: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
 
 
-def describe(loaded: LoadedClip) -> dict[str, Any]:
+def open_clip_config(loaded: LoadedClip) -> dict[str, Any]:
     """Content of an `open_clip_config.json`: architecture and preprocessing.
 
     The image size is the one that open_clip can build: that of the model for open_clip's own ViT,

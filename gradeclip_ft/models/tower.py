@@ -98,7 +98,7 @@ def opaque_tower(encoder: Foreign, reason: str, **known: int | bool) -> Tower:
     return Tower(refuse_pass, unexplained=reason, library=encoder, **known)  # type: ignore[arg-type]
 
 
-def refuse(tower: str, problems: dict[str, bool]) -> None:
+def refuse_tower(tower: str, problems: dict[str, bool]) -> None:
     """Raise for the first problem that is present.
 
     Raises:

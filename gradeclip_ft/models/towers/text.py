@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradeclip_ft.batch import PackedTexts
-from gradeclip_ft.models.tower import Tower, refuse
+from gradeclip_ft.models.tower import Tower, refuse_tower
 from gradeclip_ft.models.towers.vit import block_layer, check_blocks
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, Rows
 from gradeclip_ft.ops.attention import attend as attend_all
@@ -38,7 +38,7 @@ def transformer_text_tower(text: Foreign) -> Tower:
     own_pool = getattr(text, "pool_type", getattr(text, "text_pool_type", ""))
     pool = "class" if class_token else str(own_pool)
     causal = getattr(text, "attn_mask", None) is not None
-    refuse(
+    refuse_tower(
         "text tower",
         {
             "has no open_clip transformer": not hasattr(text, "transformer")
@@ -207,7 +207,7 @@ def hf_text_tower(text: Foreign) -> Tower:
         UnsupportedTowerError: It averages its tokens, or has another layout.
     """
     pooler = type(text.pooler).__name__
-    refuse(
+    refuse_tower(
         "text tower",
         {
             f"averages its tokens ({pooler}), words are explained where one is pooled": pooler

@@ -19,7 +19,7 @@ from gradeclip_ft.models.tower import (
     image_grid,
     image_pass,
     project_fused,
-    refuse,
+    refuse_tower,
     resample_positions,
 )
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
@@ -227,7 +227,7 @@ def _pool_layer(trunk: Foreign) -> Layer:
 def _check_trunk(trunk: Foreign) -> None:
     """Refuse what would make the embedded patches wrong."""
     drop = getattr(trunk, "patch_drop", None)
-    refuse(
+    refuse_tower(
         "image tower",
         {
             "has no patch embedding": not hasattr(trunk, "patch_embed"),
@@ -240,7 +240,7 @@ def _check_trunk(trunk: Foreign) -> None:
 
 def _check_vit(trunk: Foreign) -> None:
     block = trunk.blocks[-1]
-    refuse(
+    refuse_tower(
         "image tower",
         {
             f"pools by {trunk.global_pool!r}": trunk.global_pool != "token",
@@ -255,7 +255,7 @@ def _check_eva(trunk: Foreign) -> None:
     block, attention = trunk.blocks[-1], trunk.blocks[-1].attn
     known = isinstance(block, EvaBlock | EvaBlockPostNorm)
     plain = isinstance(getattr(attention, "q_norm", None), nn.Identity)
-    refuse(
+    refuse_tower(
         "image tower",
         {
             f"pools by {trunk.global_pool!r}": trunk.global_pool != "token",
@@ -270,7 +270,7 @@ def _check_eva(trunk: Foreign) -> None:
 def _check_pool(trunk: Foreign) -> None:
     pool = trunk.attn_pool
     several = pool.latent_len > 1 and pool.pool != "token"
-    refuse(
+    refuse_tower(
         "image tower",
         {
             f"pools by {trunk.global_pool!r}": trunk.global_pool != "map",

@@ -15,7 +15,7 @@ from gradeclip_ft.models.tower import (
     image_grid,
     image_pass,
     project_fused,
-    refuse,
+    refuse_tower,
     resample_positions,
 )
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
@@ -31,7 +31,7 @@ def vit_tower(visual: Foreign) -> Tower:
     # Dropped tokens have no place on the grid of a heat map.
     drops = not isinstance(drop, nn.Identity) and drop.prob > 0
     twice = pool is not None and visual.attn_pool_contrastive is not None
-    refuse(
+    refuse_tower(
         "image tower",
         {
             "pools twice, expected one attention pool": twice,
