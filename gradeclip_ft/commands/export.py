@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,14 +86,13 @@ def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
     if cfg.run is None:
         return Origin(start=before, alpha=cfg.alpha)
     home = weights.parent
-    settings = OmegaConf.to_container(runs.read_config(home), resolve=True)
-    assert isinstance(settings, dict)
+    settings: Any = OmegaConf.to_container(runs.read_config(home))  # names of variables, not values
     return Origin(
         start=before,
         alpha=cfg.alpha,
         run=home.absolute().name,
         step=step_of(weights),
-        config_hash=hash_json({str(key): value for key, value in settings.items()}),
+        config_hash=hash_json(settings),
         scores=scores_of(home),
     )
 
