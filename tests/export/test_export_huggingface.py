@@ -27,7 +27,7 @@ def written(request, tmp_path):
 
 
 def test_both_libraries_load_the_same_folder(written) -> None:
-    """open_clip must take its own file, though model.safetensors stands beside it."""
+    """open_clip must take its own file, though model.safetensors is next to it."""
     loaded, folder = written
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     assert largest_difference(loaded, model, Inputs.of(loaded)) == 0
@@ -57,7 +57,7 @@ def test_pixels_and_tokens_of_transformers_give_the_same_embeddings(vit, tmp_pat
 
 
 def test_the_tokenizer_files_are_those_of_clip(vit, tmp_path) -> None:
-    """Same ids up to the end of the text; behind it each library pads as it likes."""
+    """Same ids up to the end of the text; after it each library pads as it likes."""
     write_export(vit, "huggingface", tmp_path / "out", ORIGIN)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for sentence in SENTENCES:
@@ -112,7 +112,7 @@ def test_a_text_tower_of_transformers_travels_with_its_parts(tmp_path, monkeypat
 
 
 def test_a_tensor_that_transformers_lacks_stops_the_export(vit, tmp_path, monkeypatch) -> None:
-    """CLIPModel warns about missing tensors, draws them at random and goes on."""
+    """CLIPModel warns about missing tensors, draws them at random and continues."""
 
     def lossy(state, path, note=None) -> None:
         key = "vision_model.encoder.layers.1.mlp.fc2.bias"

@@ -50,7 +50,7 @@ def test_the_folder_loads_without_a_name_with_its_preprocessing(which, request, 
 
 @pytest.mark.parametrize("which", ["vit", "eva02", "packaged"])
 def test_our_own_reader_takes_the_folder_with_its_words(which, request, tmp_path) -> None:
-    """Without the vocabulary, a model of words would get byte pairs behind its table."""
+    """Without the vocabulary, a model of words would get byte pairs beyond its table."""
     loaded = request.getfixturevalue(which)
     write_export(loaded, "openclip", tmp_path / "out", ORIGIN)
     again = load_clip(str(tmp_path / "out"))

@@ -105,7 +105,7 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_run, caplog, harm) -> None:
-    """Would catch a run that goes on from half a file, or that cannot go on at all."""
+    """Would catch a run that resumes from half a file, or cannot be resumed at all."""
     whole, run = small_run("whole"), small_run()
     whole.train(checkpoint_every=2)
     run.train(checkpoint_every=2, stop_at=6)

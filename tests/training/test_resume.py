@@ -126,7 +126,7 @@ def test_skipped_samples_are_counted_up_to_the_save(small_run, accumulate) -> No
 
 
 def test_only_saves_of_all_processes_gather_what_was_skipped(small_run, monkeypatch) -> None:
-    """Two processes alike: a save behind a failure is one process's, which must not wait."""
+    """Two processes alike: a save after a failure is one process's, which must not wait."""
     calls: list[object] = []
     monkeypatch.setattr(callbacks, "gather", lambda own: (calls.append(own), [own, own])[1])
     run = small_run()
@@ -167,7 +167,7 @@ def test_resuming_on_other_batches_is_refused(small_run) -> None:
 
 
 def seen_after_a_change(run, name: str) -> tuple[list[str], list[str]]:
-    """First samples of the batches before and behind a resume with another setting of the data."""
+    """First samples of the batches before and after a resume with another setting of the data."""
     seen: list[str] = []
     run.source.change = lambda batch: (seen.append(batch.keys[0]), batch)[1]
     run.train(stop_at=2)
@@ -182,10 +182,10 @@ def test_other_workers_or_batches_begin_new_draws(small_run, name, caplog) -> No
     """Would catch other workers that draw from the start what was drawn before."""
     run = small_run()
     run.source.resampled = True
-    before, behind = seen_after_a_change(run, name)
+    before, after = seen_after_a_change(run, name)
     assert before[:2] == ["0-0", "1-0"]
-    assert not {"0-0", "1-0", "2-0", "100-0", "101-0", "102-0"} & set(behind)
-    assert len(set(behind)) == len(behind) >= 2
+    assert not {"0-0", "1-0", "2-0", "100-0", "101-0", "102-0"} & set(after)
+    assert len(set(after)) == len(after) >= 2
     assert f"{name} was" in caplog.text
     assert ("another number of pairs" in caplog.text) == (name == "batch_size")
 
