@@ -1,8 +1,7 @@
 """Injects every fault that runs are meant to survive, and prints what happened.
 
     python -m tools.faults                           all, in a minute or two
-    python -m tools.faults data out=table.md         one part: data, remote, numbers (with the
-                                                     tracker), runs or safety
+    python -m tools.faults data out=table.md         one part: data, remote, runs or safety
 
 Exit code 1 if a fault is not handled: lost more than it must, stopped what should go on, or was let
 through.
@@ -16,59 +15,56 @@ import http.server
 import io
 import json
 import logging
-import multiprocessing
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
-import lightning.pytorch as pl
 import numpy as np
-import open_clip
 import torch
-import wandb
-from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.build import make
 from gradeclip_ft.commands.cli import call, run
-from gradeclip_ft.commands.config import perform, wants_traceback
+from gradeclip_ft.commands.config import compose, perform, recorded, wants_traceback
+from gradeclip_ft.data.coco import read_captions
 from gradeclip_ft.data.shards import Patience, Skips, expand_shards, read_shard
-from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.images import read_image
+from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.models.weights import load_state, read_state
-from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.report.content import Case, Page
 from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.table import Table
-from gradeclip_ft.training import loggers
-from gradeclip_ft.training.callbacks import DUMP, NonFiniteError
-from gradeclip_ft.training.data_module import CaptionDataModule
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger
+from gradeclip_ft.training.callbacks import DUMP
 from gradeclip_ft.training.module import FineTuneModule
-from gradeclip_ft.training.optim import adamw, warmup_cosine
 from gradeclip_ft.training.run_files import read_lines
-from gradeclip_ft.training.trainer import make_trainer
-from tools.damage import BLOCK, DAMAGES, Damage, good, pack, source, tar_header
+from tools.damage import BLOCK, DAMAGES, EPS, Damage, good, pack, source, tar_header
 
 LONGEST = 150
+ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SIZE = 4, 10
 HIT = SIZE + SIZE // 2  # the sixth sample of the second shard
-BOMB = 300 * 2**20
+BOMB, MOST_KIB = 300 * 2**20, 150 * 2**10
+MARKED = "<b>A dog</b> &amp; a red cat.Two birds<br/> https://x.org/a.html"
 
 
 @dataclass(frozen=True)
@@ -167,12 +163,18 @@ def data_rows(folder: Path) -> Iterator[Row]:
         late = partial(damaged, path, change)
         if change is escape:
             late()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seen, counts, message = read(folder, None if change is escape else late)
+        frugal = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MOST_KIB
         gone = set(range(SHARDS * SIZE)) - seen
         told = bool(counts) == bool(message) and bool(message or not lost)
         around = [*folder.parent.iterdir(), *folder.parent.parent.glob("escaped*")] == before
-        yield Row(name, "survived", in_words(gone), message, gone == lost and told and around)
+        handled = gone == lost and told and around and frugal
+        yield Row(name, "survived", in_words(gone), message, handled)
     yield too_many(folder)
+    found = PhraseFinder(load_tagger("textblob"), 5)(MARKED)
+    clean = found == ["dog", "red cat", "birds"]
+    yield Row("markup, entities and an address in a caption", "survived", "none", f"{found}", clean)
 
 
 def write(folder: Path, damage: Damage | None = None) -> list[Path]:
@@ -221,10 +223,17 @@ def cut(content: bytes, at: int) -> bytes:
     return content[: content.index(b"0016.txt") + BLOCK + 5]
 
 
-def bomb(content: bytes, at: int) -> bytes:
-    """Packed zeros, as a file before the sixth sample."""
-    parts = (content[:at] + tar_header("bomb.jpg", BOMB), bytes(BOMB), content[at:])
-    return b"".join(gzip.compress(part, 1) for part in parts)
+def bomb(content: bytes, at: int, name: str = "bomb.jpg", files: int = 1) -> bytes:
+    """Packed zeros, as files before those of the sixth sample."""
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as packed:
+        packed.write(content[:at])
+        for number in range(files):
+            packed.write(tar_header(name.format(number), BOMB // files))
+            for _ in range(20):
+                packed.write(bytes(BOMB // files // 20))
+        packed.write(content[at:])
+    return out.getvalue()
 
 
 def escape(content: bytes, at: int) -> bytes:
@@ -254,6 +263,7 @@ SHARD_FAULTS: tuple[tuple[str, Callable[[bytes, int], bytes] | None, set[int]], 
     ),
     ("tar header that claims 2 TB", claim, set()),
     ("packed bomb: 300 MB of zeros in 1.3 MB", bomb, set()),
+    ("packed bomb in a sample: 30 files of 10 MB", partial(bomb, name="0015.{}", files=30), set()),
     (
         "the same sample twice in a row",
         lambda x, at: x[: x.index(b"0016.jpg")] + x[at:],
@@ -286,9 +296,10 @@ REMOTE_FAULTS = (
     ("server that is busy twice (503)", "busy", SIZE),
     ("server that fails always (500)", "down", 0),
     ("server that never answers", "silent", 0),
-    ("server that drips its headers", "drips", 0),
     ("connection that breaks off twice", "breaks", SIZE),
     ("redirect to a file of this machine", "away", 0),
+    ("server that drips its headers", "drips", 0),
+    ("resumed stream that begins elsewhere", "elsewhere", 0),
 )
 
 
@@ -312,15 +323,20 @@ class Server(http.server.BaseHTTPRequestHandler):
             case "/silent.tar":
                 time.sleep(1.0)
             case "/drips.tar":
-                self.wfile.write(b"HTTP/1.0 200 OK\r\n")
                 with contextlib.suppress(OSError):
-                    for _ in range(100):
-                        self.wfile.write(b"X-Drop: 1\r\n")
-                        time.sleep(0.05)
+                    for letter in b"HTTP/1.1 200 OK\r\n" + b"X-More: 1\r\n" * 20:
+                        self.wfile.write(bytes([letter]))
+                        time.sleep(0.02)
+            case "/elsewhere.tar":
+                part = self.content[: len(self.content) // 3 + 1]
+                self._send(part, 206 if start else 200, len(self.content), "bytes 0-")
+                time.sleep(0.1)
+                self.close_connection = True
             case "/breaks.tar":
                 rest = self.content[start:]
                 part = rest[: len(self.content) // 3 + 1]
                 self._send(part, 206 if start else 200, len(rest), f"bytes {start}-")
+                time.sleep(0.1)
                 self.close_connection = True
             case "/away.tar":
                 self.send_response(302)
@@ -349,194 +365,116 @@ def remote_rows(folder: Path) -> Iterator[Row]:
                 url = f"http://127.0.0.1:{server.server_port}/{path}.tar"
                 got = len(list(read_shard(url, Skips(), QUICK)))
             message = lines[0].replace(f":{server.server_port}", "") if lines else ""
-            lost = "none" if got == SIZE else "all of that shard"
-            yield Row(name, "survived", lost, message, got == wanted and bool(lines) == (got == 0))
+            lost = "none" if got == SIZE else "its rest" if got else "all of that shard"
+            yield Row(
+                name, "survived", lost, message, got == wanted and bool(lines) == (got != SIZE)
+            )
         server.shutdown()
         thread.join()
 
 
-# Numbers and the tracker, in runs of a CLIP of one layer.
+# Runs of +exp=smoke in this process: numbers, the tracker, files that a kill left, two at once.
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1}
-STEPS, IMAGES = 6, 4
-
-
-@dataclass
-class Batches:
-    """Random batches by number; some are broken."""
-
-    broken: tuple[int, ...] = ()
-    start: int = 0
-    resampled: bool = False
-    workers: int = 0
-    batch_size: int = IMAGES
-
-    def prepare(self) -> dict[str, Any]:
-        """Nothing to do."""
-        return {}
-
-    def loader(
-        self, *, seed: int, epoch: int, rank: int, world_size: int, start: int = 0
-    ) -> Batches:
-        """The batches from `start` on."""
-        return replace(self, start=start)
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __iter__(self) -> Iterator[CaptionBatch]:
-        for number in range(self.start, STEPS):
-            draw = torch.Generator().manual_seed(number)
-            texts = torch.randint(1, 38, (IMAGES + 3, 8), generator=draw)
-            texts[:, -1] = 39
-            images = torch.randn(IMAGES, 3, 16, 16, generator=draw)
-            images[0] += torch.nan if number in self.broken else 0.0
-            yield CaptionBatch(
-                images=images,
-                captions=texts[:IMAGES],
-                distinct=texts[IMAGES:],
-                identity=torch.arange(3),
-                phrase=torch.tensor([0, 1, 2]),
-                owner=torch.tensor([0, 0, 2]),
-                keys=tuple(f"batch{number}-{row}" for row in range(IMAGES)),
-            )
+QUIET = ("evaluation.before=false", "evaluation.after=false", "data.workers=0")
+SMOKE = ("train", "+exp=smoke", *QUIET)
+LONG = ("trainer.max_steps=40", "optim.schedule.steps=40")
+KEY = "0123456789abcdef0123"
+NATIVE_STEP = FineTuneModule.training_step
 
 
-class BrokenGradient(pl.Callback):
-    """A finite loss with a gradient that is not."""
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """At the third step."""
-        gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
-        if trainer.global_step == 2:
-            gradient.view(-1)[0] = torch.inf
-
-
-class Kill(pl.Callback):
-    """Kills the processes that wandb started, after the second step."""
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """When it is time."""
-        if trainer.global_step == 2:
-            for number, command in children(os.getpid()):
-                if "wandb" in command:
-                    os.kill(number, signal.SIGKILL)
+def smoke(name: str, *words: str, step: Callable[..., Any] | None = None) -> tuple[int, str]:
+    """Exit code, and what the user reads; `step` in place of the training step."""
+    said, step = io.StringIO(), step or NATIVE_STEP
+    with (
+        logged() as lines,
+        warnings.catch_warnings(record=True) as seen,
+        mock.patch.object(sys, "argv", ["gradeclip_ft"]),
+        mock.patch.object(FineTuneModule, "training_step", step),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(said),
+    ):
+        code = run(COMMANDS, [*SMOKE, f"name={name}", *words])
+    warned = [str(entry.message) for entry in seen if "gradeclip_ft" in entry.filename]
+    return code, "\n".join([*lines, *warned, said.getvalue()]).strip()
 
 
-def children(parent: int) -> list[tuple[int, str]]:
+def spoilt(*batches: int, infinite: bool = False) -> Callable[..., Any]:
+    """A training step whose loss is NaN in some batches, or finite with an infinite gradient."""
+
+    def step(module: FineTuneModule, batch: CaptionBatch, number: int) -> dict[str, Any]:
+        found = NATIVE_STEP(module, batch, number)
+        scale = module.clip.log_scale
+        if number in batches:
+            nothing = (scale - scale.detach()) * 3e38 * 10 if infinite else torch.nan
+            found = {**found, "loss": found["loss"] + nothing}
+        return found
+
+    return step
+
+
+def runs_rows(folder: Path) -> Iterator[Row]:
+    """All of them; the working directory is `folder` meanwhile."""
+    most = "trainer.max_non_finite=1"
+    with contextlib.chdir(folder):
+        yield number("a batch whose loss is NaN", "a", most, step=spoilt(2))
+        yield number("a gradient that is infinite", "b", most, step=spoilt(2, infinite=True))
+        yield number("more such steps than max_non_finite", "c", most, step=spoilt(2, 3))
+        yield number("bf16-mixed", "d", "trainer.precision=bf16-mixed")
+        refused = mock.Mock(side_effect=ConnectionError(f"api_key={KEY} was refused"))
+        with mock.patch("wandb.init", refused):
+            yield tracker("wandb cannot start, and says the key", "e")
+        failing = mock.MagicMock()
+        failing.log.side_effect = [None, None, *[ConnectionError("no route to host")] * 99]
+        with mock.patch("wandb.init", return_value=failing):
+            yield tracker("wandb fails in the middle", "f")
+        yield tracker("wandb offline", "g")
+        yield tracker("wandb's own process is killed in the middle", "h", step=kill_wandb)
+        smoke("base", *LONG, "trainer.stop_at=4")
+        for crash in CRASHES:
+            yield crashed(*crash)
+        yield two_at_once()
+
+
+def number(fault: str, name: str, *words: str, step: Callable[..., Any] | None = None) -> Row:
+    """A run with this fault must end with finite weights, and say which step it left out."""
+    code, said = smoke(name, *words, step=step)
+    message = next((line for line in said.splitlines() if "finite" in line), "")
+    weights = load_file(Path("runs", name, "weights.safetensors"))
+    finite = all(bool(value.isfinite().all()) for value in weights.values())
+    dumped = Path("runs", name, DUMP).exists() == bool(message)
+    handled = finite and dumped and code == ("more such" in fault) and bool(step) == bool(message)
+    lost = "none" if not message else "none: saved before" if code else "that step"
+    return Row(fault, "stopped" if code else "survived", lost, message, handled)
+
+
+def tracker(fault: str, name: str, step: Callable[..., Any] | None = None) -> Row:
+    """The numbers must be in the run's files whatever the tracker does, and the key nowhere."""
+    code, said = smoke(name, "logger=wandb", "logger.mode=offline", step=step)
+    message = next((line for line in said.splitlines() if "Weights & Biases" in line), "")
+    handled = code == 0 and steps_of(Path("runs", name)) == [1, 2, 3, 4] and KEY not in said
+    return Row(fault, "survived", "none", message, handled and (bool(message) or name == "g"))
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps in the metrics."""
+    return [line["step"] for line in read_lines(run / "metrics.jsonl")]
+
+
+def kill_wandb(module: FineTuneModule, batch: CaptionBatch, number: int) -> dict[str, Any]:
+    """The processes that wandb started die in the third batch."""
+    for process, command in children(os.getpid()) if number == 2 else ():
+        if "wandb" in command:
+            os.kill(process, signal.SIGKILL)
+    return NATIVE_STEP(module, batch, number)
+
+
+def children(parent: int) -> Iterator[tuple[int, str]]:
     """Processes below this one, with their command lines."""
-    found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (entry / "cmdline").read_bytes().decode(errors="replace")
-        except (OSError, ValueError):
-            continue
-        if above == parent:
-            found += [(int(entry.name), command), *children(int(entry.name))]
-    return found
-
-
-def train(
-    folder: Path,
-    *,
-    broken: tuple[int, ...] = (),
-    callbacks: tuple[pl.Callback, ...] = (),
-    receivers: list[Logger] | None = None,
-    checkpoint: Path | None = None,
-    **options: Any,
-) -> pl.Trainer:
-    """Six steps."""
-    torch.manual_seed(0)
-    module = FineTuneModule(
-        Clip(open_clip.CLIP(8, VISION, TEXT)),
-        GlobalLocal(GradEclip()),
-        optimizer=partial(adamw, lr=1e-3),
-        schedule=partial(warmup_cosine, warmup=1, steps=STEPS),
-    )
-    receivers = loggers.files(folder, {}) if receivers is None else receivers
-    settings = {"max_steps": STEPS, "log_every": 1, "checkpoint_every": 2, **options}
-    trainer = make_trainer(folder, receivers, callbacks, **settings)
-    data = CaptionDataModule(Batches(broken), seed=0)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    return trainer
-
-
-def numbers_rows(folder: Path) -> Iterator[Row]:
-    """Losses and gradients that are not finite, then every end of a tracker."""
-    gradient = (BrokenGradient(),)
-    yield number(folder / "a", "a batch whose loss is NaN", broken=(2,), most=1)
-    yield number(folder / "b", "a gradient that is infinite", callbacks=gradient, most=1)
-    yield number(folder / "c", "more such steps than max_non_finite", broken=(2, 3), most=1)
-    yield number(folder / "d", "bf16-mixed", precision="bf16-mixed", most=0)
-    with fake_wandb(start=ConnectionError("api_key=0123456789abcdef was refused")):
-        yield tracker(folder / "f", "wandb cannot start, and says the key")
-    with fake_wandb(log=ConnectionError("no route to host")):
-        yield tracker(folder / "g", "wandb fails in the middle")
-    yield tracker(folder / "h", "wandb offline")
-    yield tracker(folder / "i", "wandb's own process is killed in the middle", kill=True)
-
-
-def number(folder: Path, fault: str, *, most: int, **options: Any) -> Row:
-    """A run with this fault."""
-    message, outcome = "", "survived"
-    with logged() as lines:
-        try:
-            trainer = train(folder, max_non_finite=most, **options)
-            state = trainer.lightning_module.state_dict()
-        except NonFiniteError as error:
-            message, outcome = str(error).splitlines()[0], "stopped"
-            state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
-    message = message or next((line for line in lines if "finite" in line), "")
-    finite = all(bool(value.isfinite().all()) for value in state.values())
-    dumped = (folder / DUMP).exists() == bool(message)
-    handled = finite and dumped and (outcome == "stopped") == ("more such" in fault)
-    lost = "none" if not message else "that step" if outcome == "survived" else "none: saved before"
-    return Row(fault, outcome, lost, message.replace(str(folder), "runs/name"), handled)
-
-
-def tracker(folder: Path, fault: str, *, kill: bool = False) -> Row:
-    """A run that sends its numbers; they must be in its files whatever the tracker does."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        receivers = loggers.files_and_wandb(folder, {}, mode="offline")
-        train(folder, receivers=receivers, callbacks=(Kill(),) if kill else ())
-    said = [str(entry.message) for entry in seen if "sent" in str(entry.message)]
-    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
-    leaked = "0123456789abcdef" in "".join(said)
-    handled = steps == [*range(1, STEPS + 1)] and len(said) <= 1 and not leaked
-    return Row(fault, "survived", "none", said[0] if said else "", handled)
-
-
-def fake_wandb(start: Exception | None = None, log: Exception | None = None) -> Any:
-    """A tracker that fails in starting, or from the third step on."""
-    calls = iter(range(1000))
-
-    def fail(metrics: Mapping[str, float]) -> None:
-        if log is not None and next(calls) >= 2:
-            raise log
-
-    def begin(**settings: Any) -> Any:
-        if start is not None:
-            raise start
-        return SimpleNamespace(log=fail, finish=lambda exit_code: None)
-
-    return mock.patch.object(wandb, "init", begin)
-
-
-# Runs: what a crash leaves of their files, and a second process.
-
-CRASHES: tuple[tuple[str, str, Callable[[bytes], bytes]], ...] = (
-    ("an empty config.yaml", "config.yaml", lambda content: b""),
-    ("a cut config.yaml", "config.yaml", lambda content: b"optim: {lr: 1.0e-0"),
-    ("zeros for environment.json", "environment.json", lambda content: bytes(len(content))),
-    ("a broken last line of metrics.jsonl", "metrics.jsonl", lambda content: content[:-9] + b"\n"),
-    ("an empty metrics.csv", "metrics.csv", lambda content: b""),
-    ("a cut last.ckpt", "last.ckpt", lambda content: content[:-100]),
-    ("a flipped bit in last.ckpt", "last.ckpt", lambda content: flipped(content)),
-    ("cut weights.safetensors", "weights.safetensors", lambda content: content[:-1]),
-)
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                yield int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace")
+                yield from children(int(entry.name))
 
 
 def flipped(content: bytes) -> bytes:
@@ -545,54 +483,59 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def runs_rows(folder: Path) -> Iterator[Row]:
-    """Each run is stopped after step 4 of 6, harmed, and resumed."""
-    settings = {"optim": {"lr": 1e-3}}
-    for number, (fault, name, harm) in enumerate(CRASHES):
-        home = folder / str(number)
-        runs.claim(home, settings)
-        train(home, stop_at=4)
-        (home / name).write_bytes(harm((home / name).read_bytes()))
-        with logged() as lines:
-            checkpoint = runs.claim(home, settings, resume="auto")
-            train(home, checkpoint=checkpoint)
-        steps = [line["step"] for line in read_lines(home / "metrics.jsonl")]
-        lost = "none" if checkpoint == home / "last.ckpt" else "none: steps taken again"
-        whole = [*range(1, STEPS + 1)]
-        if name == "metrics.jsonl":  # the checkpoint has that step, so it is not taken again
-            lost = "that line"
-            whole.remove(4)
-        handled = steps == whole and runs.resolve_weights(home).is_file()
-        yield Row(fault, "survived", lost, "; ".join(lines), handled)
-    home = folder / "busy"
-    ready, done = multiprocessing.Pipe()
-    holder = multiprocessing.get_context("fork").Process(target=hold, args=(home, done))
-    holder.start()
-    ready.recv()
-
-    def second() -> None:
-        with runs.locked(home):
-            pass
-
-    yield refused("a second process that resumes the run", second)
-    holder.kill()
-    holder.join()
-    with runs.locked(home):
-        yield Row("a killed process that held the run", "survived", "none", "", handled=True)
+CRASHES: tuple[tuple[str, str, Callable[[bytes], bytes]], ...] = (
+    ("an empty config.yaml", "config.yaml", lambda content: b""),
+    ("a cut config.yaml", "config.yaml", lambda content: b"optim: {lr: 1.0e-0"),
+    ("an empty environment.json", "environment.json", lambda content: b""),
+    ("zeros for environment.json", "environment.json", lambda content: bytes(len(content))),
+    ("a broken last line of metrics.jsonl", "metrics.jsonl", lambda content: content + b'{"st\n'),
+    ("an empty metrics.csv", "metrics.csv", lambda content: b""),
+    ("an empty last.ckpt", "last.ckpt", lambda content: b""),
+    ("a cut last.ckpt", "last.ckpt", lambda content: content[:-100]),
+    ("a flipped bit in last.ckpt", "last.ckpt", flipped),
+    ("cut weights.safetensors", "weights.safetensors", lambda content: content[:-1]),
+)
 
 
-def hold(home: Path, done: Connection) -> None:
-    """Hold a run until killed."""
-    with runs.locked(home):
-        done.send(True)
-        time.sleep(600)
+def crashed(fault: str, name: str, harm: Callable[[bytes], bytes]) -> Row:
+    """A run that was stopped after step 4, harmed, and is continued to step 6."""
+    copies = fault.replace(" ", "_")
+    run = Path(shutil.copytree("runs/base", f"{copies}/base"))
+    (run / name).write_bytes(harm((run / name).read_bytes()))
+    code, said = smoke("base", *LONG, "trainer.stop_at=6", "resume=auto", f"runs_dir={copies}")
+    message = next((line for line in said.splitlines() if name in line), "")
+    handled = code == 0 and steps_of(run) == [*range(1, 7)] and "Traceback" not in said
+    lost = "none: steps taken again" if name == "last.ckpt" else "none"
+    return Row(fault, "survived" if code == 0 else "stopped", lost, message, handled)
+
+
+def two_at_once() -> Row:
+    """One of two processes that resume a run must be refused, the other one finish it."""
+    line = [sys.executable, "-m", "gradeclip_ft", *SMOKE, "name=base", *LONG, "resume=auto"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    both = [
+        subprocess.Popen(
+            line,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    message = next((x for text in said for x in text.splitlines() if x.startswith("error")), "")
+    once = steps_of(Path("runs/base")) == [*range(1, 41)]
+    handled = codes[0] == 0 and codes[1] != 0 and once and "Traceback" not in "".join(said)
+    return Row("two processes resume one run", "refused", "none", message, handled)
 
 
 # Safety: attacks through files, addresses and configurations, and leaks of secrets.
 
 MARK = "attacked"
 SCRIPT = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-SECRETS = {"STORE_SECRET": "correct-horse-battery", "WANDB_API_KEY": "0123456789abcdef0123"}
+SECRETS = {"STORE_SECRET": "correct-horse-battery", "WANDB_API_KEY": KEY}
 URL = "https://me:tiger77@host/part-{0..3}.tar?X-Amz-Signature=5167beef"
 
 
@@ -622,7 +565,7 @@ def refused(fault: str, attempt: Callable[[], object]) -> Row:
         message, stopped = str(error), True
     else:
         message, stopped = said.getvalue().removeprefix("error: "), code not in (None, 0)
-    handled = stopped and not Path(MARK).exists()
+    handled = stopped and not Path(MARK).exists() and "Traceback" not in message
     return Row(fault, "refused" if stopped else "survived", "none", message.strip(), handled)
 
 
@@ -638,15 +581,18 @@ def script() -> object:
     return read_state("script.pt")
 
 
-def resume() -> None:
+def resume() -> int:
     """A checkpoint with code."""
-    torch.save({"state_dict": {}, "loops": Attack()}, "last.ckpt")
-    train(Path("run"), checkpoint=Path("last.ckpt"))
+    smoke("sent", *LONG, "trainer.stop_at=2")
+    torch.save({"state_dict": {}, "loops": Attack()}, "runs/sent/last.ckpt")
+    code, said = smoke("sent", *LONG, "resume=auto")
+    print(said, file=sys.stderr)
+    return code
 
 
 def wide() -> None:
     """A few bytes that claim four terabytes, with the names of a model."""
-    model: Any = open_clip.CLIP(8, VISION, TEXT)
+    model: Any = load_clip("shapes_tiny").require_clip("filled").model
     state = {**model.state_dict(), "visual.proj": torch.zeros(1).expand(10**12)}
     load_state(model, state, "wide.pt")
 
@@ -672,6 +618,37 @@ def metacharacters() -> int:
     return skips.total["unreadable_shard"]
 
 
+def coco(text: str) -> object:
+    """A file of captions."""
+    Path("captions.json").write_text(text)
+    return read_captions(Path("captions.json"))
+
+
+def postscript() -> object:
+    """A program named as a photo, and something that is called Ghostscript."""
+    Path("a.jpg").write_bytes(EPS)
+    Path("gs").write_text(f"#!/bin/sh\ntouch {Path(MARK).resolve()}\n")
+    Path("gs").chmod(0o755)
+    with mock.patch.dict(os.environ, {"PATH": f"{Path.cwd()}:{os.environ['PATH']}"}):
+        return read_image(Path("a.jpg"))
+
+
+def sent(**node: Any) -> Callable[[], int]:
+    """A run that somebody sent, with a node in its model; `evaluate` and `explain` read it."""
+
+    def read_it() -> int:
+        smoke("given", "trainer.max_steps=2")
+        cfg = recorded(compose("train", ["+exp=smoke"]))
+        cfg["model"]["name"] = node
+        Path("runs/given/config.yaml").write_text(json.dumps(cfg))
+        Image.new("RGB", (64, 64)).save("a.png")
+        commands = (["evaluate", "run=given"], ["explain", "run=given", "images=a.png"])
+        return min(run(COMMANDS, words) for words in commands)
+
+    return read_it
+
+
+TWICE = {"images": [{"id": 1, "file_name": f"{name}.jpg"} for name in "ab"], "annotations": []}
 SWEEP = ("+hydra.callbacks.x._target_=os.system", f"+hydra.callbacks.x.command='touch {MARK}'")
 ATTEMPTS: dict[str, Callable[[], object]] = {
     "weights that run a command when unpickled": lambda: weights({"state_dict": Attack()}),
@@ -686,6 +663,15 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
         "model._target_=gradeclip_ft.results.record.write_atomically"
     ),
     "hydra.callbacks in a sweep": command("-m", "seed=0,1", *SWEEP),
+    "two images with one id in a COCO file": lambda: coco(json.dumps(TWICE)),
+    "100,000 brackets as annotations": lambda: coco("[" * 100_000),
+    "EPS named .jpg": postscript,
+    "a run's model.name that runs a command": sent(
+        _target_="gradeclip_ft.data.captions.shard_sizes", urls=[f"pipe:touch {MARK}"]
+    ),
+    "a run's model.name that writes a file": sent(
+        _target_="gradeclip_ft.results.record.write_atomically", path=MARK, text=""
+    ),
     "os.system in the record of a run": record("os.system", command=f"touch {MARK}"),
     "builtins.eval in the record of a run": record("builtins.eval", _args_=["1"]),
 }
@@ -696,7 +682,7 @@ def markup() -> Row:
     heat = np.ones((1, 2, 2), dtype=np.float32)
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     case = Case(image=image, phrases=(SCRIPT,), heat={SCRIPT: heat}, caption=SCRIPT)
-    table = Table((SCRIPT,), (SCRIPT,), ({SCRIPT: SCRIPT},), (SCRIPT,), (SCRIPT,))
+    table = Table(("metric",), (SCRIPT,), ({"metric": SCRIPT, SCRIPT: 0.5},), (SCRIPT,), (SCRIPT,))
     facts = {SCRIPT: {SCRIPT: SCRIPT}}
     page = Page(SCRIPT, SCRIPT, (SCRIPT,), table=table, cases=[case], facts=facts)
     text = write_page(page, Path("page.html")).read_text()
@@ -731,8 +717,7 @@ def leaks() -> Row:
 PARTS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "data": ("Data", data_rows),
     "remote": ("Remote shards", remote_rows),
-    "numbers": ("Numbers and tracker", numbers_rows),
-    "runs": ("Runs after a crash", runs_rows),
+    "runs": ("Runs and their files", runs_rows),
     "safety": ("Safety", safety_rows),
 }
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -74,6 +75,11 @@ def _fit(job: Training, checkpoint: Path | None, rank: int) -> None:
         # ends with an error.
         code = INTERRUPTED if isinstance(end.__context__, KeyboardInterrupt) else end.code
         raise SystemExit(0 if started_by_us() else code) from end
+    except UnpicklingError:
+        raise ValueError(
+            f"{checkpoint} cannot be read without executing code that it carries; it is refused. "
+            "Remove it to continue from an older checkpoint, or train again"
+        ) from None
     except Exception as error:
         if job.trainer.world_size > 1 and lost_contact(error):
             raise RuntimeError(
