@@ -22,18 +22,19 @@ import yaml
 from gradeclip_ft.commands.config import TARGETS, conf_dir, kind_of
 
 
-def used() -> Iterator[tuple[str, str]]:
-    """Every `_target_` of conf/ with the kind of the key that it is under."""
+def used() -> Iterator[tuple[str, str, bool]]:
+    """Every `_target_` of conf/, the kind of the key that it is under, whether it is partial."""
     for path in conf_dir().rglob("*.yaml"):
         group = path.relative_to(conf_dir()).parts[0]
-        yield from _below(yaml.safe_load(path.read_text(encoding="utf-8")), group)
+        if group != "exp":  # experiments change nodes of other groups
+            yield from _below(yaml.safe_load(path.read_text(encoding="utf-8")), group)
 
 
-def _below(node: Any, key: str) -> Iterator[tuple[str, str]]:
+def _below(node: Any, key: str) -> Iterator[tuple[str, str, bool]]:
     if not isinstance(node, dict):
         return
     if "_target_" in node:
-        yield node["_target_"], kind_of(key)
+        yield node["_target_"], kind_of(key), node.get("_partial_", False)
     for name, value in node.items():
         # The entries of a group of several, as evaluators, are named freely.
         yield from _below(value, name if "_target_" in node else key)
@@ -78,11 +79,14 @@ def plain_type(kind: Any) -> Any:
 def content() -> str:
     """The text of the file, an argument a line."""
     entries = []
-    for target in sorted({target for target, _ in used()}):
-        keys = sorted({key for name, key in used() if name == target})
+    places = sorted(set(used()))
+    for target in sorted({place[0] for place in places}):
+        keys = sorted({key for name, key, _ in places if name == target})
+        partial = any(partial for name, _, partial in places if name == target)
         lines = [f'  "{name}": {json.dumps(fact)}' for name, fact in arguments(target).items()]
         takes = "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
-        entries.append(f'"{target}": {{\n "under": {json.dumps(keys)},\n "arguments": {takes}\n}}')
+        facts = f' "under": {json.dumps(keys)},\n "partial": {json.dumps(partial)},\n'
+        entries.append(f'"{target}": {{\n{facts} "arguments": {takes}\n}}')
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 

@@ -299,6 +299,9 @@ def _target_problems(
         return
     assert target is not None
     arguments, short = targets()[target]["arguments"], target.rpartition(".")[2]
+    partial = targets()[target]["partial"]  # else it would be called here and now
+    if bool(node.get("_partial_", False)) != partial:
+        yield f"{key}._partial_: {short} needs {str(partial).lower()}"
     for name, value in node.items():
         if name not in NODE_KEYS and name not in arguments:
             yield f"{key}.{name}: {short} takes no {name}; {suggest(name, arguments)}"

@@ -166,8 +166,10 @@ def test_each_target_is_built_under_its_own_keys_alone() -> None:
         for key in keys - set(entry["under"]):
             with pytest.raises(ConfigurationError, match="is not built here"):
                 make({"_target_": target}, key)
+        with pytest.raises(ConfigurationError, match="_partial_"):  # called while data are built
+            make({"_target_": target, "_partial_": not entry["partial"]}, entry["under"][0])
         for name, fact in entry["arguments"].items():
             if "object" not in json.dumps(fact):
-                hidden = {"_target_": target, name: ATTENTIVE, "_partial_": True}
+                hidden = {"_target_": target, name: ATTENTIVE, "_partial_": entry["partial"]}
                 with pytest.raises(ConfigurationError, match=rf"{name}: got"):
                     make(hidden, entry["under"][0])
