@@ -278,7 +278,7 @@ def index_shards(shards: Sequence[Path]) -> list[TarSample]:
             with tarfile.open(shard, mode="r:") as archive:
                 for entry in archive:
                     key, suffix = base_plus_ext(entry.name)  # as training splits names
-                    hidden = Path(entry.name).name[0] == "."  # `._0.jpg` of macOS
+                    hidden = Path(entry.name).name.startswith(".")  # `._0.jpg` of macOS
                     if entry.isfile() and key is not None and not hidden:
                         sample = samples.setdefault((shard, key), TarSample(shard, key, {}))
                         sample.places[suffix.lower()] = (entry.offset_data, entry.size)
