@@ -176,7 +176,7 @@ def test_tables_as_they_are_found(tmp_path: Path, images: Path, name: str, text:
     ("text", "message"),
     [
         ("a,b\nc,d\n", "expected a header"),
-        ("", "no row"),
+        ("", "expected a header"),
         ("filename,caption\n", "no row"),
         ("filename,caption\n../secret.jpg,x\n", "not below"),
         ("filename,caption\n/etc/x.jpg,x\n", "not below"),
