@@ -4,7 +4,7 @@ All of them must see the same pixels of the same file, whatever its format, orie
 mode and depth. Annotations in pixels are the one exception; see `exif` below.
 
 open_clip's transform sees the same RGB and grey pictures. Others it resizes before it converts
-them: palettes by nearest neighbour, and with alpha it shows the colour behind transparent parts.
+them: palettes by nearest neighbour, and with alpha it shows the colour of transparent parts.
 """
 
 from __future__ import annotations

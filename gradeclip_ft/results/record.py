@@ -142,7 +142,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON or yaml file that describes the files beside it; what a crash left of it is no error.
+    """A JSON or yaml file that describes the files beside it; a crash may have cut it off.
 
     Returns:
         Its contents; empty if there is no such file or, with a warning, if it is cut off.

@@ -195,7 +195,7 @@ def test_a_folder_of_results_without_a_run_can_be_compared(write: Write) -> None
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]"])
 def test_side_files_that_a_crash_emptied_are_left_out(write: Write, content: str) -> None:
     """Would catch a traceback of a parser where the results themselves are whole."""
-    write("a", 0)
+    write("a", 0.5)
     for name in ("config.yaml", "environment.json"):
         Path("runs/a", name).write_text(content)
     (last,) = collect(["runs/a"], steps="last")
