@@ -1,4 +1,4 @@
-"""Run directories: `runs/<name>/`, found by the name alone.
+"""Run directories, `runs/<name>/`, and the rule that a run is begun, resumed or refused.
 
 Every process of a job and every restart of it comes to the same folder, so nothing here depends on
 the time. Only rank 0 writes. A folder that already holds a run is never overwritten: the run is

@@ -1,4 +1,4 @@
-"""Names of weights in other programs, and back: EVA-CLIP's, and those of transformers' CLIPModel.
+"""Names of weights in other programs, and back: EVA-CLIP's, which F-ViT reads, and CLIPModel's.
 
 open_clip builds EVA from timm, whose names differ inside the blocks. EVA-CLIP's users load with
 `strict=False`, so that a wrong name leaves a random layer without a word. Every direction therefore
