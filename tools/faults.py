@@ -52,6 +52,7 @@ from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.models.weights import load_state, read_state
 from gradeclip_ft.report.content import Case, Page
 from gradeclip_ft.report.page import write_page
+from gradeclip_ft.results.masking import masked_output, secrets_of_environment
 from gradeclip_ft.results.table import Table
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger
 from gradeclip_ft.training.callbacks import DUMP
@@ -226,12 +227,13 @@ def cut(content: bytes, at: int) -> bytes:
 def bomb(content: bytes, at: int, name: str = "bomb.jpg", files: int = 1) -> bytes:
     """Packed zeros, as files before those of the sixth sample."""
     out = io.BytesIO()
+    part = bytes(BOMB // files // 20 // BLOCK * BLOCK)  # whole blocks, as in a tar
     with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as packed:
         packed.write(content[:at])
         for number in range(files):
-            packed.write(tar_header(name.format(number), BOMB // files))
+            packed.write(tar_header(name.format(number), 20 * len(part)))
             for _ in range(20):
-                packed.write(bytes(BOMB // files // 20))
+                packed.write(part)
         packed.write(content[at:])
     return out.getvalue()
 
@@ -702,11 +704,13 @@ def leaks() -> Row:
 
     arguments = ["x", "train", f"data.shards={URL}"]
     with mock.patch.dict(os.environ, SECRETS), mock.patch.object(sys, "argv", arguments):
+        secrets_of_environment.cache_clear()  # as in a process that was started with them
         runs.claim(Path("leaky"), OmegaConf.create(cfg))
         runs.record(Path("leaky"), {"data": {"where": URL}})
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), masked_output():
             perform(fail, full=False)
             perform(fail, full=True)
+    secrets_of_environment.cache_clear()
     text = said.getvalue() + "".join(path.read_text() for path in Path("leaky").iterdir())
     found = [word for word in (*SECRETS.values(), "tiger77", "5167beef", "k-12345") if word in text]
     shown = json.loads(Path("leaky/environment.json").read_text())["command"]

@@ -23,6 +23,7 @@ def test_every_fault_of_data_costs_what_is_broken_and_no_more(
     assert len(rows) >= 30
 
 
+@pytest.mark.slow  # trains four times
 def test_no_attack_succeeds_and_no_secret_is_written(tmp_path: Path) -> None:
     rows = list(faults.safety_rows(tmp_path))
     assert failures(rows) == []
