@@ -65,7 +65,12 @@ def test_missing_extra_misshapen_and_broken_tensors_are_named(tiny_vit: Clip) ->
 
 
 def test_a_bias_of_the_sigmoid_loss_is_left_out(tiny_vit: Clip) -> None:
-    load_state(tiny_vit.model, state_of(tiny_vit) | {"logit_bias": torch.zeros(())}, "some.pt")
+    """Would catch a refusal, and a bias whose presence keeps the other weights from loading."""
+    state = {key: value + 1 for key, value in state_of(tiny_vit).items()}
+    load_state(tiny_vit.model, state | {"logit_bias": torch.zeros(())}, "some.pt")
+    after = tiny_vit.model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(after[key].equal(value) for key, value in state.items())
 
 
 def test_the_architecture_in_use_is_not_recommended(tiny_vit: Clip) -> None:
