@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         run: Name of the run; of the model, for weights before training.
         step: Optimiser steps of the weights.
-        facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`, and asked fields.
+        facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`; asked fields.
         results: By name of the evaluator.
         command: Command line that made the weights.
         published: Whether the numbers are those of a paper.
@@ -59,17 +59,17 @@ def collect(
         folders += [path for path in found if path.is_dir() and path not in folders]
     if not folders:
         raise FileNotFoundError("no folder to compare; give one or more runs as runs/NAME")
-    entries: list[Entry] = []
-    starts: set[str] = set()
+    entries: dict[str, Entry] = {}
     for folder in folders:
         for entry in _entries(folder, steps, fields or {}):
-            if entry.step == 0:
-                content = _content(entry)
-                if content in starts:
-                    continue
-                starts.add(content)
-            entries.append(entry)
-    return entries
+            # Step 0 comes once where equal weights were measured in the same way.
+            measured = {
+                name: [result.weights.get("hash"), result.metrics, result.protocol]
+                for name, result in sorted(entry.results.items())
+            }
+            own = json.dumps(measured, sort_keys=True) if entry.step == 0 else str(len(entries))
+            entries.setdefault(own, entry)
+    return list(entries.values())
 
 
 def results_folder(folder: Path) -> Path:
@@ -78,8 +78,7 @@ def results_folder(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
-    """What a run was, by its configuration: map, heads, stop_gradient, loss, seed."""
+def _run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     facts: dict[str, Json] = dict.fromkeys(("map", "heads", "stop_gradient", "loss", "seed"))
     if step == 0:
         facts["map"] = "start" if config.get("init_from") else UNTOUCHED
@@ -121,21 +120,12 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
             Entry(
                 run=(result.run or results_folder(folder).name) if step else model,
                 step=step,
-                facts={**run_facts(config, step), **asked},
+                facts={**_run_facts(config, step), **asked},
                 results=by_step[step],
                 command=(command or None) if step else None,
             )
         )
     return entries
-
-
-def _content(entry: Entry) -> str:
-    """Equal for results of equal weights, measured in the same way."""
-    measured = {
-        name: [result.weights.get("hash"), dict(result.metrics), dict(result.protocol)]
-        for name, result in sorted(entry.results.items())
-    }
-    return json.dumps(measured, sort_keys=True)
 
 
 def _at(config: Mapping[str, Any], key: str) -> Json:

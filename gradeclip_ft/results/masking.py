@@ -28,10 +28,7 @@ SHORTEST = 8  # shorter values of such variables occur in ordinary words
 
 
 def masked(text: str) -> str:
-    """A text without secrets.
-
-    Credentials and queries of addresses, values that follow a name such as `api_key`, and values of
-    environment variables with such a name.
+    """Without credentials, queries of addresses, and values of names such as `api_key`.
 
     >>> masked("https://me:pw@host/a.tar?X-Amz-Signature=0 gave 403")
     'https://***@host/a.tar?*** gave 403'
@@ -44,25 +41,23 @@ def masked(text: str) -> str:
     return ASSIGNED.sub(rf"\1{MASK}", text)
 
 
-def masked_values(value: Any) -> Any:
-    """Plain containers without secrets in their texts, or below keys that name one."""
+def masked_values(value: Any, *, named: bool = True) -> Any:
+    """Plain containers without secrets in their texts and, if `named`, below keys that name one."""
     if isinstance(value, Mapping):
         return {
-            key: MASK if entry and NAMED.search(str(key)) else masked_values(entry)
+            key: MASK
+            if named and entry and NAMED.search(str(key))
+            else masked_values(entry, named=named)
             for key, entry in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked_values(entry) for entry in value]
+        return [masked_values(entry, named=named) for entry in value]
     return masked(value) if isinstance(value, str) else value
 
 
 def masked_texts(value: Any) -> Any:
-    """Plain containers without secrets in their texts; keys, such as class names, say nothing."""
-    if isinstance(value, Mapping):
-        return {key: masked_texts(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked_texts(entry) for entry in value]
-    return masked(value) if isinstance(value, str) else value
+    """The same where keys, such as class names, say nothing about secrets."""
+    return masked_values(value, named=False)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,20 @@ def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
     found = []
     for name in names:
         table = tables[name]
-        evaluator = _nearest(name, table, entries)
+        wanted, metrics = table["protocol"], set(table["rows"][0]["metrics"])
+        # The evaluator of the same task and metrics that differs in the fewest settings.
+        differing = {
+            evaluator: sum(result.protocol.get(key) != value for key, value in wanted.items())
+            for entry in entries
+            for evaluator, result in entry.results.items()
+            if result.protocol.get("task") == wanted["task"] and metrics & set(result.metrics)
+        }
+        evaluator = min(differing, key=lambda each: differing[each], default=name)
         for row in table["rows"]:
             result = Result(
                 evaluator=evaluator,
                 metrics=row["metrics"],
-                protocol={**table["protocol"], **row["protocol"]},
+                protocol={**wanted, **row["protocol"]},
                 data={"counts": {"images": table["images"]}},
                 weights={"name": row["model"]},
                 versions={},
@@ -45,19 +53,6 @@ def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
 def published_sources(names: Sequence[str]) -> list[str]:
     """Where the numbers of the named tables come from, one line each."""
     return [f"{name}: {_tables()[name]['source']}." for name in names]
-
-
-def _nearest(name: str, table: Mapping[str, Any], entries: Sequence[Entry]) -> str:
-    """The evaluator of the same task and metrics that differs in the fewest settings."""
-    wanted = table["protocol"]
-    metrics = set(table["rows"][0]["metrics"])
-    differing = {
-        evaluator: sum(result.protocol.get(key) != value for key, value in wanted.items())
-        for entry in entries
-        for evaluator, result in entry.results.items()
-        if result.protocol.get("task") == wanted["task"] and metrics & set(result.metrics)
-    }
-    return min(differing, key=lambda evaluator: differing[evaluator], default=name)
 
 
 @cache

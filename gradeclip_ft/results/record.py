@@ -1,7 +1,7 @@
 """Results of evaluations as files: numbers with everything that changes them.
 
 One JSON per evaluation, `<evaluator>@<step>.json`; step 0 is the model before training. Two numbers
-may be compared when their protocols and data are equal, whatever the weights and versions.
+may be compared when their protocols and data are equal.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,13 +51,13 @@ class Measured:
 
     metrics: Mapping[str, float]
     protocol: Mapping[str, Json]
-    data: Mapping[str, Json]
+    data: Mapping[str, Any]
     details: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation of one set of weights: what was `Measured`, and of what.
+    """What was `Measured`, and of which weights.
 
     Attributes:
         evaluator: Name of the evaluator, also of the file.
@@ -73,7 +72,7 @@ class Result:
     evaluator: str
     metrics: Mapping[str, float]
     protocol: Mapping[str, Json]
-    data: Mapping[str, Json]
+    data: Mapping[str, Any]
     weights: Mapping[str, Json]
     versions: Mapping[str, str]
     run: str | None = None
@@ -126,19 +125,38 @@ def read(path: Path) -> Result:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file of which no reader ever sees half."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    replace_files({path: write})
+
+
+def replace_files(
+    writers: Mapping[Path, Callable[[Path], None]], between: Callable[[], None] = lambda: None
+) -> None:
+    """Write all files aside, flush them, call `between`, then rename them."""
+    asides = {final: final.parent / f".{final.name}.{os.getpid()}" for final in writers}
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a loss of power may leave the name without contents
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+        for final, write in writers.items():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            write(asides[final])
+            asides[final].chmod(0o644)
+            with asides[final].open("rb+") as file:
+                os.fsync(file.fileno())  # the bytes before the name points to them
+        between()
+        for final, aside in asides.items():
+            aside.replace(final)
+            if os.name == "posix":
+                handle = os.open(final.parent, os.O_RDONLY)
+                try:
+                    os.fsync(handle)  # the renaming itself
+                finally:
+                    os.close(handle)
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -166,7 +184,7 @@ def unit_of(metric: str) -> str:
 
 
 def written(metric: str, value: float) -> str:
-    """A metric's value in its unit, with the digits that matter.
+    """A metric's value in its unit.
 
     >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376)
     ('41.4', '6.2376')
@@ -183,19 +201,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_LENGTH]
 
 
-def hash_listing(paths: Iterable[Path]) -> str:
-    """Hash of names and sizes, for folders too large to read; order does not matter."""
-    lines = sorted(f"{path.name} {path.stat().st_size}" for path in paths)
-    return hash_text("\n".join(lines))
-
-
 def hash_json(value: Json) -> str:
     """Hash of a value as canonical JSON."""
-    return hash_text(json.dumps(value, sort_keys=True, ensure_ascii=False))
+    return _hash_text(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
-def hash_text(text: str) -> str:
-    """First 16 hex digits of the SHA-256 of a text."""
+def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:HASH_LENGTH]
 
 
@@ -206,18 +217,14 @@ def data_fingerprint(
 
     Args:
         read: Annotation files, hashed by content.
-        listed: Images and masks, hashed by name and size.
+        listed: Images and masks, too many to read: hashed by name and size.
         counts: Samples used and samples skipped by cause.
     """
     files = {str(path): hash_file(path) for path in read}
-    by_name = sorted((Path(path).name, digest) for path, digest in files.items())
-    listing = hash_listing(listed)
-    return {
-        "files": files,
-        "listing": listing,
-        "counts": dict(counts),
-        "hash": hash_json([[list(pair) for pair in by_name], listing, dict(counts)]),
-    }
+    by_name = sorted([Path(path).name, digest] for path, digest in files.items())
+    sizes = sorted(f"{path.name} {path.stat().st_size}" for path in listed)
+    found: dict[str, Json] = {"listing": _hash_text("\n".join(sizes)), "counts": dict(counts)}
+    return {"files": files, **found, "hash": hash_json([by_name, *found.values()])}
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -237,13 +244,10 @@ def commit() -> str | None:
     if not (folder / ".git").exists():
         return None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")
+    command = ["git", "-C", str(folder), *describe]
+    try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -53,11 +54,8 @@ class Table:
 
 def tabulate(entries: Sequence[Entry]) -> Table:
     """One row per entry, with every metric; rows of other protocols than the first are marked."""
-    owners: dict[str, set[str]] = {}
-    for entry in entries:
-        for name, result in entry.results.items():
-            for metric in result.metrics:
-                owners.setdefault(metric, set()).add(name)
+    measured = {(m, name) for e in entries for name, r in e.results.items() for m in r.metrics}
+    owners = Counter(metric for metric, _ in measured)
     metrics: dict[str, None] = {}
     rows: list[Row] = []
     by_mark: dict[str, list[str]] = {}
@@ -66,7 +64,7 @@ def tabulate(entries: Sequence[Entry]) -> Table:
         row |= entry.facts
         for name, result in sorted(entry.results.items()):
             for metric, value in result.metrics.items():
-                column = metric if len(owners[metric]) == 1 else f"{name}:{metric}"
+                column = metric if owners[metric] == 1 else f"{name}:{metric}"
                 row[column] = float(value)
                 metrics[column] = None
         if mark:
@@ -78,7 +76,8 @@ def tabulate(entries: Sequence[Entry]) -> Table:
         for mark, (first, *others) in by_mark.items()
     ]
     facts = dict.fromkeys(name for entry in entries for name in entry.facts)
-    columns = tuple(sorted(metrics, key=_place))
+    ranked = [m for first in (*ORDER, "") for m in metrics if m.split(":")[-1].startswith(first)]
+    columns = tuple(dict.fromkeys(ranked))
     return Table(("run", "step", *facts), columns, tuple(rows), tuple(notes), _sources(entries))
 
 
@@ -212,7 +211,7 @@ def by_method(table: Table, labels: Sequence[str] = ("run",)) -> Table:
 def render(table: Table, style: Format = "text") -> str:
     """The table with its notes; csv holds fractions, the others what people read."""
     if style == "csv":
-        return _to_csv(table)
+        return _csv(table)
     marked = any(row.get("differs") for row in table.rows)
     names = [*table.facts, *table.metrics, *([""] if marked else [])]
     cells = [[_header(name) for name in names]]
@@ -261,18 +260,12 @@ def write_table(
     return paths
 
 
-def _place(metric: str) -> int:
-    start = metric.rpartition(":")[2]
-    return next((n for n, name in enumerate(ORDER) if start.startswith(name)), len(ORDER))
-
-
 def _sources(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Data and image size of each evaluator, by its first result."""
     lines: dict[str, str] = {}
     for entry in entries:
         for name, result in sorted(entry.results.items()):
-            counts = result.data.get("counts")
-            numbers = counts.items() if isinstance(counts, dict) else []
+            numbers = (result.data.get("counts") or {}).items()
             size = result.protocol.get("image_size")
             said = [f"{size} px", *(f"{n} {what}" for what, n in numbers if isinstance(n, int))]
             lines.setdefault(name, f"{name}: {', '.join(said)}, data {result.data.get('hash')}.")
@@ -281,13 +274,10 @@ def _sources(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def _images(result: Result) -> int:
     """Images of the data set, also those without a region or a caption."""
-    counts = result.data.get("counts")
-    if not isinstance(counts, dict):
-        return 0
+    counts = result.data.get("counts") or {}
     skipped: dict[str, int] = counts.get("skipped") or {}
-    return int(counts.get("images", 0)) + sum(
-        number for cause, number in skipped.items() if cause.startswith("image without")
-    )
+    left_out = (n for cause, n in skipped.items() if cause.startswith("image without"))
+    return int(counts.get("images", 0)) + sum(left_out)
 
 
 def _header(name: str) -> str:
@@ -311,14 +301,11 @@ def _number(row: Row, column: str) -> str:
     return written(metric, value) + spread
 
 
-def _to_csv(table: Table) -> str:
-    deviations = [
-        m + DEVIATION
-        for m in table.metrics
-        if any(r.get(m + DEVIATION) is not None for r in table.rows)
-    ]
+def _csv(table: Table) -> str:
+    spreads = [metric + DEVIATION for metric in table.metrics]
+    spreads = [name for name in spreads if any(row.get(name) is not None for row in table.rows)]
     buffer = io.StringIO()
-    names = [*table.facts, *table.metrics, *deviations, "differs"]
+    names = [*table.facts, *table.metrics, *spreads, "differs"]
     writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table.rows)

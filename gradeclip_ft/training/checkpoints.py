@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradeclip_ft.results.record import replace_files
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.run_files import (
     BEST,
@@ -202,7 +202,7 @@ def write_both(
         if keep > 1 and before is not None and (folder / CHECKPOINT).exists():
             (folder / CHECKPOINT).replace(folder / older_name(before))
 
-    _replace(
+    replace_files(
         {
             folder / WEIGHTS: lambda path: _save_weights(weights, path, {"step": str(step)}),
             folder / CHECKPOINT: lambda path: _save_state(state, path),
@@ -244,7 +244,7 @@ def keep_best(
     kept = header(path) if path.is_file() and damage(path) is None else {}
     if kept.get("metric") != metric or numbers[metric] > float(kept["value"]):
         note = {"step": str(step), "metric": metric, "value": repr(numbers[metric])}
-        _replace({path: lambda aside: _save_weights(weights, aside, note)})
+        replace_files({path: lambda aside: _save_weights(weights, aside, note)})
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path, note: Mapping[str, str]) -> None:
@@ -264,29 +264,3 @@ def _save_state(state: Mapping[str, Any], path: Path) -> None:
         cause = error.__context__
         code = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
         raise OSError(code, str(cause or error), str(path)) from error
-
-
-def _replace(
-    writers: Mapping[Path, Callable[[Path], None]], between: Callable[[], None] = lambda: None
-) -> None:
-    """Write all files aside, flush them, call `between`, then rename them."""
-    asides = {final: final.parent / f".{final.name}.{os.getpid()}" for final in writers}
-    try:
-        for final, write in writers.items():
-            final.parent.mkdir(parents=True, exist_ok=True)
-            write(asides[final])
-            asides[final].chmod(0o644)
-            with asides[final].open("rb+") as file:
-                os.fsync(file.fileno())  # the bytes before the name points to them
-        between()
-        for final, aside in asides.items():
-            aside.replace(final)
-            if os.name == "posix":
-                handle = os.open(final.parent, os.O_RDONLY)
-                try:
-                    os.fsync(handle)  # the renaming itself
-                finally:
-                    os.close(handle)
-    finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
