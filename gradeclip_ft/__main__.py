@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from gradeclip_ft.commands.cli import Command, Several, run
+from gradeclip_ft.commands.cli import Command, run
 
-EXPLAINERS = Several(
-    "explainer",
-    default="grad_eclip",
-    never={
-        "grad_eclip_text": "it is for words, and comes with grad_eclip",
-        "uniform": "it gives every place the same weight, which shows nothing",
-    },
-)
 COMMANDS = {
     "train": Command("train", config="train"),
     "evaluate": Command("evaluate", config="evaluate"),
-    "explain": Command("explain", config="explain", several=EXPLAINERS),
+    "explain": Command(
+        "explain",
+        config="explain",
+        several="explainer",
+        default="grad_eclip",
+        never={
+            "grad_eclip_text": "it is for words, and comes with grad_eclip",
+            "uniform": "it gives every place the same weight, which shows nothing",
+        },
+    ),
     "export": Command("export", config="export"),
     "doctor": Command("doctor", config="train"),
     "compare": Command("compare", config=None),

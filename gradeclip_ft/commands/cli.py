@@ -17,11 +17,11 @@ import sys
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import hydra
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -55,16 +55,21 @@ CONFIGURATION_ERROR, INTERRUPTED = 2, 130
 
 
 @dataclass(frozen=True)
-class Several:
-    """A group of which a command takes several options, each under its own name: `group=[a,b]`."""
+class Command:
+    """A command: its name, config file and groups."""
 
-    group: str  # also the key that holds them
-    default: str  # where none is given
-    never: Mapping[str, str]  # options that make no sense here, with the reason
+    name: str  # of the module in gradeclip_ft.commands
+    config: str | None  # primary file, conf/<config>.yaml; None for a plain command without Hydra
+    calls: str | None = None  # name of the function where it is another than the module's
+    several: str | None = None  # a group of which it takes several options: `group=[a,b]` or `all`
+    default: str = ""  # option of it where none is given
+    never: Mapping[str, str] = field(default_factory=dict)  # options refused, with the reason
 
     def overrides(self, given: Sequence[str]) -> list[str]:
-        """The command line with every option as an addition of its own."""
-        start = f"{self.group}="
+        """All overrides of a command line, as Hydra takes them."""
+        if self.several is None:
+            return list(given)
+        start = f"{self.several}="
         listed = [override for override in given if override.startswith(start)]
         names = [
             name.strip(" '\"")
@@ -72,26 +77,12 @@ class Several:
             for name in override.removeprefix(start).strip("[]").split(",")
         ]
         if "all" in names:
-            names = [self.default, *(n for n in options(self.group) if n not in self.never)]
+            names = [self.default, *(n for n in options(self.several) if n not in self.never)]
         for name in names:
             if name in self.never:
-                raise ConfigurationError(f"{self.group}={name}: {self.never[name]}")
-        added = [f"+{self.group}@{self.group}.{name}={name}" for name in dict.fromkeys(names)]
+                raise ConfigurationError(f"{self.several}={name}: {self.never[name]}")
+        added = [f"+{self.several}@{self.several}.{name}={name}" for name in dict.fromkeys(names)]
         return [*added, *(override for override in given if override not in listed)]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: its name, config file and groups."""
-
-    name: str  # of the module in gradeclip_ft.commands
-    config: str | None  # primary file, conf/<config>.yaml; None for a plain command without Hydra
-    several: Several | None = None  # a group of which it takes several options
-    calls: str | None = None  # name of the function where it is another than the module's
-
-    def overrides(self, given: Sequence[str]) -> list[str]:
-        """All overrides of a command line, as Hydra takes them."""
-        return list(given) if self.several is None else self.several.overrides(given)
 
     @property
     def help(self) -> str:
@@ -105,14 +96,14 @@ class Command:
         return function
 
     @masked_output()  # again, because a job of a sweep may run in a process of its own
-    def start(self, cfg: DictConfig, overrides: Sequence[str], *, full: bool) -> int:
+    def start(self, cfg: DictConfig, overrides: Sequence[str]) -> int:
         """Run in this process, with the command line that would repeat this job alone."""
         sys.argv = [sys.argv[0], self.name, *overrides]
         shown = logging.StreamHandler()
         shown.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logging.basicConfig(handlers=[shown])
         logging.getLogger(PACKAGE.name).setLevel(logging.INFO)
-        return perform(lambda: self.function()(cfg), full=full)
+        return perform(lambda: self.function()(cfg), full=wants_traceback())
 
 
 @masked_output()
@@ -156,10 +147,8 @@ def _run(command: Command, arguments: list[str]) -> int:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-c", "--cfg", choices=("job",))
     parser.add_argument("-r", "--resolve", action="store_true")
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
     parser.add_argument("-cd", "--config-dir", type=Path)
     flags = parser.parse_intermixed_args(arguments)
     overrides = command.overrides(flags.overrides)
@@ -170,12 +159,11 @@ def _run(command: Command, arguments: list[str]) -> int:
     if flags.multirun:
         return sweep(command, overrides)
     cfg = compose(command.config, overrides)
-    if flags.cfg is not None or flags.info is not None:
-        asked = [word for word in arguments if word not in flags.overrides]
-        _hydra(command.config, [*asked, *overrides], lambda cfg: None)
+    if flags.cfg is not None:
+        print(OmegaConf.to_yaml(cfg, resolve=flags.resolve), end="")
         return 0
     check(cfg, command.config)
-    return command.start(cfg, overrides, full=wants_traceback())
+    return command.start(cfg, overrides)
 
 
 class _Parser(ArgumentParser):
@@ -230,56 +218,52 @@ def command_help(entry: Command) -> str:
 def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
     """Call `function` with arguments as typed on a command line.
 
-    Keyword-only parameters are its options, key=value; OmegaConf reads their values as the
-    annotations say. A function without options gets every argument as a word.
+    Keyword-only parameters are its options, key=value, read as their annotations say. A function
+    without options gets every argument as a word.
 
     Raises:
         ConfigurationError: If a word or an option is unknown, missing, or cannot be read.
     """
-    parameters = inspect.signature(function).parameters.values()
-    hints = get_type_hints(function)
-    keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    signature, hints = inspect.signature(function), get_type_hints(function)
+    options = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     # A path or an address may hold a = too.
-    given = [a for a in arguments if keywords and a.partition("=")[0].isidentifier() and "=" in a]
+    given = [a for a in arguments if options and a.partition("=")[0].isidentifier() and "=" in a]
+    for name, text in (pair.split("=", 1) for pair in given):
+        if name not in options:
+            raise ConfigurationError(f"{name}={text}: no such option; {suggest(name, options)}")
     words = [argument for argument in arguments if argument not in given]
-    for place, word in zip(places, words, strict=False):
-        _require_choice(place.name, word, hints.get(place.name))
-    if len(words) < len(places) and places[len(words)].default is inspect.Parameter.empty:
-        raise ConfigurationError(
-            f"{places[len(words)].name} is missing; expected {usage(function)}"
-        )
-    if len(words) > len(places) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        extra = words[len(places)]
-        raise ConfigurationError(f"{extra}: one word too many; expected {usage(function)}")
-    fields = [
-        # OmegaConf has no Literal: a choice is a word to it.
-        (n, str if _choices(hints[n]) else hints[n], MISSING if p.default is p.empty else p.default)
-        for n, p in keywords.items()
-    ]
-    values = OmegaConf.structured(make_dataclass("Options", fields))
-    for name, text in (argument.split("=", 1) for argument in given):
-        if name not in keywords:
-            raise ConfigurationError(f"{name}={text}: no such option; {suggest(name, keywords)}")
-        is_list = "tuple" in str(hints[name])
-        parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
-        try:
-            values[name] = None if text == "null" else parts if is_list else text
-        except ValidationError:
-            kind = getattr(hints[name], "__name__", str(hints[name]))
-            raise ConfigurationError(f"{name}: got {text!r}, expected {kind}") from None
-        _require_choice(name, text, hints[name])
-    for name in sorted(OmegaConf.missing_keys(values)):
-        raise ConfigurationError(f"{name}=... is missing; expected {usage(function)}")
-    read = {str(n): tuple(v) if OmegaConf.is_list(v) else v for n, v in values.items()}
-    return function(*words, **read)
+    try:
+        bound = signature.bind(*words, **dict(pair.split("=", 1) for pair in given))
+    except TypeError as error:  # a word or an option is missing, or there is a word too many
+        raise ConfigurationError(f"{error}; expected {usage(function)}") from None
+    for name, text in bound.arguments.items():
+        if isinstance(text, str):
+            bound.arguments[name] = _read(name, text, hints.get(name, str))
+    return function(*bound.args, **bound.kwargs)
+
+
+def _read(name: str, text: str, hint: Any) -> Any:
+    """The value that a text is by its annotation."""
+    if choices := _choices(hint):
+        if text not in choices:
+            raise ConfigurationError(f"{name}: there is no {text}; {suggest(text, choices)}")
+        return text
+    if "tuple" in str(hint):
+        return tuple(part.strip() for part in text.strip("[]").split(",") if part.strip())
+    value = OmegaConf.structured(make_dataclass("Value", [(name, hint, MISSING)]))
+    try:
+        value[name] = None if text == "null" else text
+    except ValidationError:
+        kind = getattr(hint, "__name__", str(hint))
+        raise ConfigurationError(f"{name}: got {text!r}, expected {kind}") from None
+    return value[name]
 
 
 def usage(function: Callable[..., Any]) -> str:
     """The words and options that a function takes, in one line."""
     hints, shown = get_type_hints(function), []
     for p in inspect.signature(function).parameters.values():
-        choices = "|".join(map(str, _choices(hints.get(p.name))))
+        choices = "|".join(_choices(hints.get(p.name)))
         if p.kind is p.VAR_POSITIONAL:
             shown.append(f"[{p.name.upper()} ...]")
         elif p.kind is not p.KEYWORD_ONLY:
@@ -291,13 +275,8 @@ def usage(function: Callable[..., Any]) -> str:
     return " ".join(shown)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _choices(hint: Any) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-def _require_choice(name: str, text: str, hint: Any) -> None:
-    if _choices(hint) and text not in _choices(hint):
-        raise ConfigurationError(f"{name}: there is no {text}; {suggest(text, _choices(hint))}")
 
 
 Item = TypeVar("Item")
@@ -331,19 +310,25 @@ def jobs(config: str, overrides: Sequence[str]) -> list[list[str]]:
 def sweep(command: Command, overrides: Sequence[str]) -> int:
     """Check every job of a sweep, then run them all; where one fails, the others still run."""
     assert command.config is not None
-    wanted, full = jobs(command.config, overrides), wants_traceback()
+    wanted = jobs(command.config, overrides)
     columns = [column for column in zip(*wanted, strict=True) if len(set(column)) > 1]
     varied = [column[0].partition("=")[0] for column in columns]
     varied = [key for key in varied if key.lstrip("+").split("/")[0] != "exp"]
     _check_jobs(command.config, wanted, varied)
-    try:
-        _hydra(
-            command.config,
-            ["--multirun", *overrides],
-            lambda cfg: _run_job(command, cfg, varied, full),
-        )
-    except _JobFailedError:
-        return 1
+    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+        main = GlobalHydra.instance().hydra
+        assert main is not None
+        try:
+            main.multirun(
+                command.config,
+                partial(_run_job, command=command, varied=varied),
+                list(overrides),
+                with_log_configuration=False,
+            )
+        except _JobFailedError:
+            return 1
+        except HydraException as error:
+            raise ConfigurationError(describe(error, command.config, overrides)) from error
     return 0
 
 
@@ -390,7 +375,7 @@ def refuse_shared_process(cfg: DictConfig, launcher: str) -> None:
         )
 
 
-def _run_job(command: Command, cfg: DictConfig, varied: Sequence[str], full: bool) -> None:
+def _run_job(cfg: DictConfig, *, command: Command, varied: Sequence[str]) -> None:
     """One job, inside Hydra's multirun."""
     assert command.config is not None
     state = HydraConfig.get()
@@ -402,7 +387,7 @@ def _run_job(command: Command, cfg: DictConfig, varied: Sequence[str], full: boo
     before = sys.argv
     try:
         check(cfg, command.config)
-        if command.start(cfg, overrides, full=full) != 0:
+        if command.start(cfg, overrides) != 0:
             raise _JobFailedError(state.job.num)
     finally:
         sys.argv = before
@@ -410,22 +395,6 @@ def _run_job(command: Command, cfg: DictConfig, varied: Sequence[str], full: boo
 
 class _JobFailedError(Exception):
     """A job that has reported its own error."""
-
-
-def _hydra(config: str, arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
-    """`hydra.main` on these arguments, its errors left to us."""
-    decorate = hydra.main(str(conf_dir()), config, VERSION_BASE)
-    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors and exits
-    try:
-        decorate(task)()
-    except HydraException as error:
-        raise ConfigurationError(describe(error, config, arguments)) from error
-    finally:
-        sys.argv = argv
-        del os.environ["HYDRA_FULL_ERROR"]
-        os.environ.update({} if full is None else {"HYDRA_FULL_ERROR": full})
 
 
 PARENT = "GRADECLIP_FT_PARENT"  # set where `train` starts the other processes of its job

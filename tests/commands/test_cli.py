@@ -1,4 +1,4 @@
-"""From a command line to a command, and to errors that help."""
+"""From a command line to a command, to the jobs of a sweep, and to errors that help."""
 
 import subprocess
 import sys
@@ -9,17 +9,19 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.__main__ import COMMANDS
-from gradeclip_ft.commands.cli import Command, call, run, usage
+from gradeclip_ft.commands.cli import Command, call, jobs, run
 from gradeclip_ft.commands.config import ConfigurationError, perform
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], DictConfig]]:
-    """What commands were started with: (sys.argv, configuration). They do nothing."""
+    """What commands were started with: (sys.argv, configuration). With seed=1 they fail."""
     calls: list[tuple[list[str], DictConfig]] = []
 
     def record(cfg: DictConfig) -> None:
         calls.append((list(sys.argv), cfg))
+        if cfg.seed == 1:
+            raise ValueError("seed 1 is bad")
 
     monkeypatch.setattr(Command, "function", lambda self: record)
     monkeypatch.setattr(sys, "argv", ["prog"])
@@ -45,12 +47,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train optim.lrr=1", "no key optim.lrr; did you mean optim.optimizer.lr?"),
         ("train lr=1", "did you mean optim.optimizer.lr?"),
         ("train data={taggr:auto}", "data.taggr: there is no key data.taggr; did you mean +data."),
-        ("train seeed=1", "did you mean seed?"),
         ("train trainer.max_step=1", "did you mean trainer.max_steps?"),
-        ("train data.taggr=auto", "did you mean +data.tagger?"),
         ("train data.tagger=auto", "write +data.tagger=auto"),
         ("train optimm.optimizer.lr=1", "did you mean optim.optimizer.lr?"),
-        ("train +optim.typo=1", "optim.typo: FineTuneModule takes no typo"),
         ("train +exp=shpaes", "exp=shpaes: there is no shpaes; did you mean shapes"),
         ("train exp=shapes", "write +exp=shapes"),
         ("train objective=globl", "there is no globl; did you mean global_"),
@@ -63,12 +62,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train name=a:[b", "quote it twice: \"name='a:[b'\""),
         ("train --cgf job", "--cgf"),
         ("train --config-dir nowhere", "nowhere is not a folder"),
-        ("train model=folder", "model.name: has no value; add model.name=..."),
-        ("evaluate evaluator=[shapes_region]", "did you mean shapes_regions"),
         ("export alhpa=0.5", "did you mean alpha?"),
         ("doctor +exp=cc3m_vitb61", "did you mean cc3m_vitb16"),
         ("list experimnts", "did you mean experiments"),
-        ("list experiments now", "now: one word too many"),
+        ("list experiments now", "too many positional arguments; expected WHAT"),
         ("data mkae shapes", "did you mean make?"),
         ("compare format=txt", "did you mean text?"),
     ],
@@ -81,9 +78,9 @@ def test_a_mistake_is_answered_with_what_was_meant(
 
 
 def test_a_command_sees_its_configuration_and_a_command_line_to_repeat_it(
-    started: list[tuple[list[str], DictConfig]],
+    started: list[tuple[list[str], DictConfig]], tmp_path: Path
 ) -> None:
-    """Would catch a second process of distributed training that starts without the command."""
+    """Would catch a second process that starts without the command, and Hydra's outputs/."""
     line = ["train", "name=a", "seed=3", "+exp=smoke"]
     assert run(COMMANDS, line) == 0
     argv, cfg = started[0]
@@ -92,6 +89,7 @@ def test_a_command_sees_its_configuration_and_a_command_line_to_repeat_it(
     added = ['hydra.run.dir="."', "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
     assert run(COMMANDS, [*argv[1:], *added]) == 0
     assert started[1][1] == cfg
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_values_of_the_command_line_win_over_an_experiment(
@@ -102,12 +100,6 @@ def test_values_of_the_command_line_win_over_an_experiment(
     cfg = started[0][1]
     assert (cfg.trainer.max_steps, cfg.data.batch_size) == (7, 16)
     assert "exp" not in cfg
-
-
-def test_hydra_leaves_no_files(started: list[tuple[list[str], DictConfig]], tmp_path: Path) -> None:
-    """Would catch outputs/ and .hydra/ beside runs/."""
-    run(COMMANDS, ["train", "name=a"])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_yaml_of_ones_own_is_found(
@@ -124,16 +116,17 @@ def test_yaml_of_ones_own_is_found(
     assert started[1][1].seed == 41
 
 
-@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "job", "--resolve"]])
 def test_the_configuration_is_shown(
-    started: list[tuple[list[str], DictConfig]],
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
+    started: list[tuple[list[str], DictConfig]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Would catch the command reaching Hydra's parser, or being run when only asked about."""
-    assert run(COMMANDS, ["train", *flags, "name=a", "seed=5"]) == 0
-    shown = OmegaConf.create(capsys.readouterr().out)
-    assert (shown.name, shown.seed) == ("a", 5)
+    """Would catch a command that runs when only asked about, and a flag without effect."""
+    seen = []
+    for flags in (["--cfg", "job"], ["--cfg", "job", "--resolve"]):
+        assert run(COMMANDS, ["train", *flags, "name=a", "seed=5"]) == 0
+        seen.append(capsys.readouterr().out)
+        shown = OmegaConf.create(seen[-1])
+        assert (shown.name, shown.seed) == ("a", 5)
+    assert ["${" in text for text in seen] == [True, False]
     assert not started
 
 
@@ -157,34 +150,27 @@ def test_every_command_has_a_page(capsys: pytest.CaptureFixture[str], name: str)
             assert word in page
 
 
-def test_an_error_raised_on_purpose_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_raised_on_purpose_is_a_message(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Would catch a traceback above "an existing run", or a bare message for a defect."""
     from gradeclip_ft.commands.runs import run_dir
 
-    def defect() -> None:
-        run_dir(None)  # type: ignore[arg-type]  # fails inside, not by a raise statement
-
-    assert perform(lambda: run_dir("a/b"), full=False) == 1
-    meant = capsys.readouterr().err
-    assert meant.startswith("error: name='a/b' is not a valid run name")
-    assert "Traceback" not in meant
-    assert perform(lambda: int("x"), full=False) == 1
-    assert "Traceback" in capsys.readouterr().err
-    assert perform(lambda: run_dir("a/b"), full=True) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_foreign_error_is_not_meant_but_a_refused_path_is(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Would catch messages of torch without the place they come from, and tracebacks for a path."""
     (tmp_path / "file").touch()
-    assert perform(lambda: (tmp_path / "file" / "below").mkdir(), full=False) == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith(f"error: {tmp_path / 'file' / 'below'}: Not a directory")
-    assert "Traceback" not in shown
-    assert perform(lambda: [][0], full=False) == 1
-    assert "Traceback" in capsys.readouterr().err
+    below = tmp_path / "file" / "below"
+    for work, message in (
+        (lambda: run_dir("a/b"), "name='a/b' is not a valid run name"),
+        (below.mkdir, f"{below}: Not a directory"),
+    ):
+        assert perform(work, full=False) == 1
+        meant = capsys.readouterr().err
+        assert meant.startswith(f"error: {message}")
+        assert "Traceback" not in meant
+        assert perform(work, full=True) == 1
+        assert "Traceback" in capsys.readouterr().err
+    for defect in (lambda: int("x"), lambda: [][0]):
+        assert perform(defect, full=False) == 1
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_ctrl_c_and_a_reader_that_leaves_end_quietly(
@@ -207,6 +193,62 @@ def test_a_number_that_a_command_returns_is_the_exit_code() -> None:
     """Would catch `doctor` and `data verify` that find problems and exit with 0."""
     assert perform(lambda: 1, full=False) == 1
     assert perform(lambda: None, full=False) == 0
+
+
+def test_each_job_has_its_own_values_and_command_line(
+    started: list[tuple[list[str], DictConfig]], tmp_path: Path
+) -> None:
+    """Would catch a child process that repeats the whole sweep (it would see -m)."""
+    assert run(COMMANDS, ["train", "-m", "+exp=smoke", "seed=2,3"]) == 0
+    assert [(cfg.name, cfg.seed) for _, cfg in started] == [("smoke_2", 2), ("smoke_3", 3)]
+    for argv, cfg in list(started):
+        assert "-m" not in argv
+        assert run(COMMANDS, argv[1:]) == 0
+        assert started[-1][1] == cfg
+    assert sys.argv[0] == "prog"
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_failed_job_does_not_stop_the_others(
+    started: list[tuple[list[str], DictConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch a night's sweep that ends with its second job, or an exit code of 0."""
+    assert run(COMMANDS, ["train", "-m", "seed=0,1,2", "name=a_${seed}"]) == 1
+    assert [cfg.seed for _, cfg in started] == [0, 1, 2]
+    assert "seed 1 is bad" in capsys.readouterr().err
+
+
+def test_lists_ranges_and_globs_are_expanded() -> None:
+    """Would catch jobs that Hydra runs and the check never saw."""
+    line = ["seed=range(0,3)", "trainer=cpu,gpu", "name=a"]
+    assert len(jobs("train", line)) == 6
+    rows = jobs("train", ["+exp/maps=glob(*)", "seed=0"])
+    assert [job[0] for job in rows][-1] == "+exp/maps=uniform"
+    assert all(job[1] == "seed=0" for job in rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("seed=0,1 name=a", "2 jobs of the sweep are called a"),
+        ("name=a,b objective=global_only,globl", "there is no globl"),
+        ("name=a,b +optim.typo=1", "takes no typo"),
+        ("name=a,b trainer=ddp_sim", "trainer.devices=2"),
+        ("name=a,b trainer.num_nodes=2", "trainer.num_nodes=2"),
+        ("name=a,b trainer.devices=-1", "start the jobs one by one"),
+        ("name=a,b trainer=ddp hydra/launcher=joblib", "hydra/launcher=joblib"),
+    ],
+)
+def test_a_sweep_that_cannot_work_does_not_begin(
+    started: list[tuple[list[str], DictConfig]],
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    words: str,
+) -> None:
+    """Would catch a mistake in the last job that shows after hours, or children of a sweep."""
+    assert run(COMMANDS, ["train", "-m", *line.split()]) == 2
+    assert words in capsys.readouterr().err
+    assert not started
 
 
 def example(
@@ -237,9 +279,9 @@ def test_arguments_of_a_plain_command_are_read_as_annotated() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", "action is missing; expected make|count [WORDS ...] out=... [size=64]"),
+        ("out=x", "'action'; expected make|count [WORDS ...] out=... [size=64]"),
         ("mkae out=x", "action: there is no mkae; did you mean make?"),
-        ("make", "out=... is missing"),
+        ("make", "'out'; expected make|count"),
         ("make out=x sise=3", "sise=3: no such option; did you mean size"),
         ("make out=x size=big", "size: got 'big', expected int"),
         ("make out=x again=maybe", "again: got 'maybe', expected bool"),
@@ -252,4 +294,3 @@ def test_what_a_plain_command_cannot_read_is_named(line: str, words: str) -> Non
     with pytest.raises(ConfigurationError) as caught:
         call(example, line.split())
     assert words in str(caught.value)
-    assert usage(example).startswith("make|count [WORDS ...] out=... [size=64]")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from gradeclip_ft.__main__ import EXPLAINERS
+from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.build import build_evaluators
 from gradeclip_ft.commands.config import check, compose, options
 
@@ -83,4 +83,6 @@ def test_evaluate_alone_makes_the_world_of_the_training_data() -> None:
 def test_an_evaluation_of_maps_compares_every_method_for_pictures(name: str) -> None:
     """Would catch a new method that stands in no table."""
     (evaluator,) = build_evaluators(compose("evaluate", [f"evaluator={name}"])).values()
-    assert set(evaluator.protocol["methods"]) == set(options("explainer")) - set(EXPLAINERS.never)
+    assert set(evaluator.protocol["methods"]) == set(options("explainer")) - set(
+        COMMANDS["explain"].never
+    )
