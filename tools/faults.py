@@ -27,10 +27,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -65,11 +64,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SIZE = 4, 10
 HIT = SIZE + SIZE // 2  # the sixth sample of the second shard
 BOMB, MOST_KIB = 300 * 2**20, 150 * 2**10
-MARKED = "<b>A dog</b> &amp; a red cat.Two birds<br/> https://x.org/a.html"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the table.
 
     Attributes:
@@ -110,7 +107,11 @@ def faults(*parts: str, out: Path | None = None) -> int:
             folder.mkdir()
             for row in rows(folder):
                 total, unhandled = total + 1, unhandled + (not row.handled)
-                lines.append(as_line(row, place))
+                message = " ".join(row.message.replace(place, "...").split()).replace("|", "\\|")
+                message = message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
+                outcome = row.outcome if row.handled else f"**UNHANDLED** ({row.outcome})"
+                line = f"| {row.fault} | {outcome} | {row.lost} | {message} |"
+                lines.append(line.replace("<", "&lt;"))
                 print(lines[-1], flush=True)
         lines.append("")
     lines.append(f"{total} faults, {unhandled} unhandled.")
@@ -120,29 +121,18 @@ def faults(*parts: str, out: Path | None = None) -> int:
     return 1 if unhandled else 0
 
 
-def as_line(row: Row, place: str) -> str:
-    """Of a Markdown table."""
-    message = " ".join(row.message.replace(place, "...").split()).replace("|", "\\|")
-    message = message.replace("<", "&lt;")
-    message = message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
-    outcome = row.outcome if row.handled else f"**UNHANDLED** ({row.outcome})"
-    return f"| {row.fault.replace('<', '&lt;')} | {outcome} | {row.lost} | {message} |"
-
-
 @contextlib.contextmanager
 def logged() -> Iterator[list[str]]:
     """Messages of the package."""
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger("gradeclip_ft")
-    log.addHandler(handler)
-    log.propagate = False
-    try:
+    with (
+        mock.patch.object(handler, "emit", lambda record: lines.append(record.getMessage())),
+        mock.patch.object(log, "handlers", [handler]),
+        mock.patch.object(log, "propagate", False),
+    ):
         yield lines
-    finally:
-        log.removeHandler(handler)
-        log.propagate = True
 
 
 # Data: one broken thing among good samples, read by the loader of training.
@@ -152,28 +142,27 @@ def data_rows(folder: Path) -> Iterator[Row]:
     """Samples, then shards, then too much of it."""
     for damage in DAMAGES:
         write(folder, damage)
-        seen, counts, message = read(folder)
-        lost = set(range(SHARDS * SIZE)) - seen
+        lost, counts, message = read(folder)
         # slices are filled up by reading on from the start: a sample that comes twice counts twice
-        handled = lost == (set() if damage.usable else {HIT}) and set(counts) == set(damage.causes)
+        handled = lost == (set() if damage.usable else ONE) and set(counts) == set(damage.causes)
         yield Row(damage.name, "survived", in_words(lost), message, handled)
-    for name, change, lost in SHARD_FAULTS:
+    for name, change, expected in SHARD_FAULTS:
         path = write(folder)[1]
         before = [*folder.parent.iterdir(), *folder.parent.parent.glob("escaped*")]
-        # late: after the loader has counted, as it happens in a run of days
-        late = partial(damaged, path, change)
-        if change is escape:
-            late()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seen, counts, message = read(folder, None if change is escape else late)
+        if change is escape:  # further samples: the loader must count them
+            damaged(path, change)
+            lost, counts, message = read(folder)
+        else:
+            lost, counts, message = read(folder, partial(damaged, path, change))
         frugal = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MOST_KIB
-        gone = set(range(SHARDS * SIZE)) - seen
-        told = bool(counts) == bool(message) and bool(message or not lost)
+        told = bool(counts) == bool(message) and bool(message or not expected)
         around = [*folder.parent.iterdir(), *folder.parent.parent.glob("escaped*")] == before
-        handled = gone == lost and told and around and frugal
-        yield Row(name, "survived", in_words(gone), message, handled)
+        handled = lost == expected and told and around and frugal
+        yield Row(name, "survived", in_words(lost), message, handled)
     yield too_many(folder)
-    found = PhraseFinder(load_tagger("textblob"), 5)(MARKED)
+    marked = "<b>A dog</b> &amp; a red cat.Two birds<br/> https://x.org/a.html"
+    found = PhraseFinder(load_tagger("textblob"), 5)(marked)
     clean = found == ["dog", "red cat", "birds"]
     yield Row("markup, entities and an address in a caption", "survived", "none", f"{found}", clean)
 
@@ -188,19 +177,21 @@ def write(folder: Path, damage: Damage | None = None) -> list[Path]:
 
 
 def read(
-    folder: Path, before: Callable[[], object] | None = None
+    folder: Path, before: Callable[[], object] = lambda: None
 ) -> tuple[set[int], Counter[str], str]:
-    """Samples that came, counts by cause, and the first line of the log."""
+    """Samples that did not come, counts by cause, and the first line of the log.
+
+    `before` runs when the loader has counted: faults may come during a run of days.
+    """
     loader = source(str(folder)).loader(seed=0, epoch=0, rank=0, world_size=1)
-    if before is not None:
-        before()
+    before()
     counts: Counter[str] = Counter()
-    seen: set[int] = set()
+    lost = set(range(SHARDS * SIZE))
     with logged() as lines:
         for batch in loader:
             counts.update(batch.skipped)
-            seen.update(int(key.split(":")[1]) for key in batch.keys)
-    return seen, counts, lines[0] if lines else ""
+            lost -= {int(key.split(":")[1]) for key in batch.keys}
+    return lost, counts, lines[0] if lines else ""
 
 
 def in_words(lost: set[int]) -> str:
@@ -217,11 +208,6 @@ def damaged(path: Path, change: Callable[[bytes, int], bytes] | None) -> None:
     else:
         content = path.read_bytes()
         path.write_bytes(change(content, content.index(b"0015.jpg")))
-
-
-def cut(content: bytes, at: int) -> bytes:
-    """In the caption of the seventh sample."""
-    return content[: content.index(b"0016.txt") + BLOCK + 5]
 
 
 def bomb(content: bytes, at: int, name: str = "bomb.jpg", files: int = 1) -> bytes:
@@ -245,32 +231,24 @@ def escape(content: bytes, at: int) -> bytes:
     return image + tar_header("../evil.pkl", 4) + b"cos\n" + bytes(BLOCK - 4) + content
 
 
-def claim(content: bytes, at: int) -> bytes:
-    """A header of two terabytes before the sixth sample."""
-    return content[:at] + tar_header("bomb.jpg", 2 * 10**12) + content[at:]
-
-
 TAIL, ALL, ONE = set(range(16, 20)), set(range(10, 20)), {HIT}
+# Name, what becomes of the content, and which samples that costs.
 SHARD_FAULTS: tuple[tuple[str, Callable[[bytes, int], bytes] | None, set[int]], ...] = (
-    ("shard cut in the 7th of 10 samples", cut, TAIL),
+    ("shard cut in the 7th of 10 samples", lambda x, at: x[: x.index(b"0016.txt") + 517], TAIL),
     ("empty shard", lambda x, at: b"", ALL),
     ("shard of zeros", lambda x, at: bytes(20 * BLOCK), ALL),
     ("HTML instead of a shard", lambda x, at: b"<html>404</html>" * 99, ALL),
     ("shard that vanishes during the run", None, ALL),
     ("damaged tar header of an image", lambda x, at: x[:at] + b"\xcf" + x[at + 1 :], ONE),
+    ("hole of zeros over an image", lambda x, at: x[:at] + bytes(1536) + x[at + 1536 :], ONE),
     (
-        "hole of zeros over an image",
-        lambda x, at: x[:at] + bytes(3 * BLOCK) + x[at + 3 * BLOCK :],
-        ONE,
-    ),
-    ("tar header that claims 2 TB", claim, set()),
-    ("packed bomb: 300 MB of zeros in 1.3 MB", bomb, set()),
-    ("packed bomb in a sample: 30 files of 10 MB", partial(bomb, name="0015.{}", files=30), set()),
-    (
-        "the same sample twice in a row",
-        lambda x, at: x[: x.index(b"0016.jpg")] + x[at:],
+        "tar header that claims 2 TB",
+        lambda x, at: x[:at] + tar_header("bomb.jpg", 2 * 10**12) + x[at:],
         set(),
     ),
+    ("packed bomb: 300 MB of zeros in 1.3 MB", bomb, set()),
+    ("packed bomb in a sample: 30 files of 10 MB", partial(bomb, name="0015.{}", files=30), set()),
+    ("the same sample twice in a row", lambda x, at: x[: x.index(b"0016.jpg")] + x[at:], set()),
     ("paths that lead out, and a pickle, in a shard", escape, set()),
 )
 
@@ -314,14 +292,15 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer."""
         self.requests[self.path] += 1
+        content = self.content
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         match self.path:
             case "/gone.tar":
-                self._send(b"", 404)
+                self._send(404)
             case "/busy.tar":
-                self._send(self.content, 503 if self.requests[self.path] < 3 else 200)
+                self._send(503 if self.requests[self.path] < 3 else 200, content)
             case "/down.tar":
-                self._send(b"", 500)
+                self._send(500)
             case "/silent.tar":
                 time.sleep(1.0)
             case "/drips.tar":
@@ -329,15 +308,10 @@ class Server(http.server.BaseHTTPRequestHandler):
                     for letter in b"HTTP/1.1 200 OK\r\n" + b"X-More: 1\r\n" * 20:
                         self.wfile.write(bytes([letter]))
                         time.sleep(0.02)
-            case "/elsewhere.tar":
-                part = self.content[: len(self.content) // 3 + 1]
-                self._send(part, 206 if start else 200, len(self.content), "bytes 0-")
-                time.sleep(0.1)
-                self.close_connection = True
-            case "/breaks.tar":
-                rest = self.content[start:]
-                part = rest[: len(self.content) // 3 + 1]
-                self._send(part, 206 if start else 200, len(rest), f"bytes {start}-")
+            case "/elsewhere.tar" | "/breaks.tar":
+                rest = content[start:] if self.path == "/breaks.tar" else content
+                span = f"bytes {len(content) - len(rest)}-"
+                self._send(206 if start else 200, rest[: len(content) // 3 + 1], len(rest), span)
                 time.sleep(0.1)
                 self.close_connection = True
             case "/away.tar":
@@ -345,9 +319,9 @@ class Server(http.server.BaseHTTPRequestHandler):
                 self.send_header("Location", "file:///etc/passwd")
                 self.end_headers()
 
-    def _send(self, data: bytes, code: int, claimed: int | None = None, span: str = "") -> None:
+    def _send(self, code: int, data: bytes = b"", claimed: int = 0, span: str = "") -> None:
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data) if claimed is None else claimed))
+        self.send_header("Content-Length", str(claimed or len(data)))
         self.send_header("Content-Range", span)
         self.end_headers()
         self.wfile.write(data)
@@ -360,19 +334,16 @@ def remote_rows(folder: Path) -> Iterator[Row]:
     """One shard from each server."""
     Server.content = write(folder)[0].read_bytes()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
         for name, path, wanted in REMOTE_FAULTS:
             with logged() as lines:
                 url = f"http://127.0.0.1:{server.server_port}/{path}.tar"
                 got = len(list(read_shard(url, Skips(), QUICK)))
             message = lines[0].replace(f":{server.server_port}", "") if lines else ""
             lost = "none" if got == SIZE else "its rest" if got else "all of that shard"
-            yield Row(
-                name, "survived", lost, message, got == wanted and bool(lines) == (got != SIZE)
-            )
+            handled = got == wanted and bool(lines) == (got != SIZE)
+            yield Row(name, "survived", lost, message, handled)
         server.shutdown()
-        thread.join()
 
 
 # Runs of +exp=smoke in this process: numbers, the tracker, files that a kill left, two at once.
@@ -384,9 +355,9 @@ KEY = "0123456789abcdef0123"
 NATIVE_STEP = FineTuneModule.training_step
 
 
-def smoke(name: str, *words: str, step: Callable[..., Any] | None = None) -> tuple[int, str]:
-    """Exit code, and what the user reads; `step` in place of the training step."""
-    said, step = io.StringIO(), step or NATIVE_STEP
+def smoke(name: str, *words: str, step: Callable[..., Any] = NATIVE_STEP) -> tuple[int, list[str]]:
+    """Exit code, and the lines that the user reads; `step` in place of the training step."""
+    said = io.StringIO()
     with (
         logged() as lines,
         warnings.catch_warnings(record=True) as seen,
@@ -397,7 +368,12 @@ def smoke(name: str, *words: str, step: Callable[..., Any] | None = None) -> tup
     ):
         code = run(COMMANDS, [*SMOKE, f"name={name}", *words])
     warned = [str(entry.message) for entry in seen if "gradeclip_ft" in entry.filename]
-    return code, "\n".join([*lines, *warned, said.getvalue()]).strip()
+    return code, [*lines, *warned, *said.getvalue().splitlines()]
+
+
+def first(said: list[str], word: str) -> str:
+    """The first line with a word."""
+    return next((line for line in said if word in line), "")
 
 
 def spoilt(*batches: int, infinite: bool = False) -> Callable[..., Any]:
@@ -437,24 +413,25 @@ def runs_rows(folder: Path) -> Iterator[Row]:
         yield two_at_once()
 
 
-def number(fault: str, name: str, *words: str, step: Callable[..., Any] | None = None) -> Row:
+def number(fault: str, name: str, *words: str, step: Callable[..., Any] = NATIVE_STEP) -> Row:
     """A run with this fault must end with finite weights, and say which step it left out."""
     code, said = smoke(name, *words, step=step)
-    message = next((line for line in said.splitlines() if "finite" in line), "")
+    message = first(said, "finite")
     weights = load_file(Path("runs", name, "weights.safetensors"))
     finite = all(bool(value.isfinite().all()) for value in weights.values())
-    dumped = Path("runs", name, DUMP).exists() == bool(message)
-    handled = finite and dumped and code == ("more such" in fault) and bool(step) == bool(message)
+    dumped = Path("runs", name, DUMP).exists() == bool(message) == (step is not NATIVE_STEP)
     lost = "none" if not message else "none: saved before" if code else "that step"
+    handled = finite and dumped and code == ("more such" in fault)
     return Row(fault, "stopped" if code else "survived", lost, message, handled)
 
 
-def tracker(fault: str, name: str, step: Callable[..., Any] | None = None) -> Row:
+def tracker(fault: str, name: str, step: Callable[..., Any] = NATIVE_STEP) -> Row:
     """The numbers must be in the run's files whatever the tracker does, and the key nowhere."""
     code, said = smoke(name, "logger=wandb", "logger.mode=offline", step=step)
-    message = next((line for line in said.splitlines() if "Weights & Biases" in line), "")
-    handled = code == 0 and steps_of(Path("runs", name)) == [1, 2, 3, 4] and KEY not in said
-    return Row(fault, "survived", "none", message, handled and (bool(message) or name == "g"))
+    message = first(said, "Weights & Biases")
+    whole = code == 0 and steps_of(Path("runs", name)) == [1, 2, 3, 4]
+    handled = whole and not first(said, KEY) and (bool(message) or name == "g")
+    return Row(fault, "survived", "none", message, handled)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -464,19 +441,18 @@ def steps_of(run: Path) -> list[int]:
 
 def kill_wandb(module: FineTuneModule, batch: CaptionBatch, number: int) -> dict[str, Any]:
     """The processes that wandb started die in the third batch."""
-    for process, command in children(os.getpid()) if number == 2 else ():
-        if "wandb" in command:
+    for process in descendants(os.getpid()) if number == 2 else ():
+        if b"wandb" in Path(f"/proc/{process}/cmdline").read_bytes():
             os.kill(process, signal.SIGKILL)
     return NATIVE_STEP(module, batch, number)
 
 
-def children(parent: int) -> Iterator[tuple[int, str]]:
-    """Processes below this one, with their command lines."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                yield int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace")
-                yield from children(int(entry.name))
+def descendants(parent: int) -> Iterator[int]:
+    """Processes below this one."""
+    for listed in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in map(int, listed.read_text().split()):
+            yield from descendants(child)
+            yield child
 
 
 def flipped(content: bytes) -> bytes:
@@ -505,32 +481,28 @@ def crashed(fault: str, name: str, harm: Callable[[bytes], bytes]) -> Row:
     run = Path(shutil.copytree("runs/base", f"{copies}/base"))
     (run / name).write_bytes(harm((run / name).read_bytes()))
     code, said = smoke("base", *LONG, "trainer.stop_at=6", "resume=auto", f"runs_dir={copies}")
-    message = next((line for line in said.splitlines() if name in line), "")
-    handled = code == 0 and steps_of(run) == [*range(1, 7)] and "Traceback" not in said
+    handled = code == 0 and steps_of(run) == [*range(1, 7)] and not first(said, "Traceback")
     lost = "none: steps taken again" if name == "last.ckpt" else "none"
-    return Row(fault, "survived" if code == 0 else "stopped", lost, message, handled)
+    return Row(fault, "stopped" if code else "survived", lost, first(said, name), handled)
 
 
 def two_at_once() -> Row:
     """One of two processes that resume a run must be refused, the other one finish it."""
     line = [sys.executable, "-m", "gradeclip_ft", *SMOKE, "name=base", *LONG, "resume=auto"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    both = [
-        subprocess.Popen(
-            line,
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    said = [process.communicate()[1] for process in both]
+    start = partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    both = [start(line, env={**os.environ, "PYTHONPATH": path}) for _ in range(2)]
+    said = "".join(process.communicate()[1] for process in both)
     codes = sorted(process.returncode for process in both)
-    message = next((x for text in said for x in text.splitlines() if x.startswith("error")), "")
     once = steps_of(Path("runs/base")) == [*range(1, 41)]
-    handled = codes[0] == 0 and codes[1] != 0 and once and "Traceback" not in "".join(said)
-    return Row("two processes resume one run", "refused", "none", message, handled)
+    handled = codes[0] == 0 and codes[1] != 0 and once and "Traceback" not in said
+    return Row(
+        "two processes resume one run",
+        "refused",
+        "none",
+        first(said.splitlines(), "error"),
+        handled,
+    )
 
 
 # Safety: attacks through files, addresses and configurations, and leaks of secrets.
@@ -571,10 +543,10 @@ def refused(fault: str, attempt: Callable[[], object]) -> Row:
     return Row(fault, "refused" if stopped else "survived", "none", message.strip(), handled)
 
 
-def weights(content: object, name: str = "weights.pt") -> dict[str, Any]:
-    """Written as torch writes it, then read."""
-    torch.save(content, name)
-    return read_state(name)
+def weights() -> object:
+    """An attack as torch writes it."""
+    torch.save({"state_dict": Attack()}, "weights.pt")
+    return read_state("weights.pt")
 
 
 def script() -> object:
@@ -588,7 +560,7 @@ def resume() -> int:
     smoke("sent", *LONG, "trainer.stop_at=2")
     torch.save({"state_dict": {}, "loops": Attack()}, "runs/sent/last.ckpt")
     code, said = smoke("sent", *LONG, "resume=auto")
-    print(said, file=sys.stderr)
+    print(*said, file=sys.stderr)
     return code
 
 
@@ -601,15 +573,14 @@ def wide() -> None:
 
 def command(*overrides: str) -> Callable[[], int]:
     """`train +exp=smoke` with these."""
-    return lambda: run(COMMANDS, ["train", "+exp=smoke", "name=x", *overrides])
+    return partial(run, COMMANDS, ["train", "+exp=smoke", "name=x", *overrides])
 
 
 def record(target: str, **arguments: Any) -> Callable[[], object]:
     """A run's record whose objective asks for another target inside."""
-    node = {"_target_": "gradeclip_ft.losses.AlignmentOptions"}
-    return lambda: make(
-        OmegaConf.create({**node, "kind": {"_target_": target, **arguments}}), "alignment"
-    )
+    options = "gradeclip_ft.losses.AlignmentOptions"
+    node = {"_target_": options, "kind": {"_target_": target, **arguments}}
+    return partial(make, OmegaConf.create(node), "alignment")
 
 
 def metacharacters() -> int:
@@ -653,7 +624,7 @@ def sent(**node: Any) -> Callable[[], int]:
 TWICE = {"images": [{"id": 1, "file_name": f"{name}.jpg"} for name in "ab"], "annotations": []}
 SWEEP = ("+hydra.callbacks.x._target_=os.system", f"+hydra.callbacks.x.command='touch {MARK}'")
 ATTEMPTS: dict[str, Callable[[], object]] = {
-    "weights that run a command when unpickled": lambda: weights({"state_dict": Attack()}),
+    "weights that run a command when unpickled": weights,
     "weights as TorchScript": script,
     "checkpoint to resume from that runs a command": resume,
     "weights of a few bytes that claim 4 TB": wide,

@@ -6,11 +6,6 @@ import pytest
 
 from gradeclip_ft.data import shards
 from tools import faults, fuzz, soak
-from tools.faults import Row
-
-
-def failures(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if not row.handled]
 
 
 def test_every_fault_of_data_costs_what_is_broken_and_no_more(
@@ -19,14 +14,14 @@ def test_every_fault_of_data_costs_what_is_broken_and_no_more(
     monkeypatch.setattr(shards, "MOST_BYTES", 4 * 2**20)  # typechecked, the true sizes take long
     monkeypatch.setattr(faults, "BOMB", 5 * 2**20)
     rows = [*faults.data_rows(tmp_path), *faults.remote_rows(tmp_path)]
-    assert failures(rows) == []
+    assert [row for row in rows if not row.handled] == []
     assert len(rows) >= 30
 
 
 @pytest.mark.slow  # trains four times
 def test_no_attack_succeeds_and_no_secret_is_written(tmp_path: Path) -> None:
     rows = list(faults.safety_rows(tmp_path))
-    assert failures(rows) == []
+    assert [row for row in rows if not row.handled] == []
     assert sum(row.outcome == "refused" for row in rows) >= 10
 
 
@@ -47,9 +42,8 @@ def test_a_fault_of_the_fuzzed_code_would_be_seen(
         (tmp_path / "elsewhere").write_text("")
         return "fine"
 
-    kinds = {run: fuzz.DECK[0]._replace(run=run) for run in (breaks, writes)}
-    for kind in kinds.values():
-        monkeypatch.setattr(fuzz, "DECK", (kind,))
+    for run in (breaks, writes):
+        monkeypatch.setitem(fuzz.KINDS, "sample", (fuzz.sample_input, run))
         assert fuzz.fuzz(cases=1, seed=0, out=tmp_path / "failed") == 1
     assert (tmp_path / "failed" / "0-sample" / "report.txt").exists()
     assert not (tmp_path / "elsewhere").exists()
