@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,6 @@ from gradeclip_ft.commands.cli import call, progress_bar
 from gradeclip_ft.commands.config import ConfigurationError, compose, suggest
 
 if TYPE_CHECKING:
-    from gradeclip_ft.data.check import Findings, Report
     from gradeclip_ft.data.make_shards import CaptionedFile
 
 
@@ -35,8 +36,6 @@ def make(
 
 def count(*shards: str, out: Path | None = None, allow_pipe: bool = False) -> int:
     """Print and, with `out`, write the number of samples of each shard."""
-    import json
-
     from gradeclip_ft.data.captions import shard_sizes
 
     sizes = shard_sizes(_urls(shards, allow_pipe))
@@ -57,7 +56,14 @@ def verify(*shards: str, workers: int = 2, allow_pipe: bool = False) -> int:
         total.join(report)
         if report.usable < report.samples or report.causes:
             print(f"{url}: {report.usable} of {report.samples} samples usable")
-    _print_report(total)
+    print(f"{total.usable:,} of {total.samples:,} samples usable in {total.shards} shards")
+    for cause, number in total.causes.most_common():
+        print(f"{number:>9,}  {cause}, first {total.examples[cause]}")
+    if total.looked_at and total.bordered > 0.05 * total.looked_at:
+        print(
+            f"warning: {total.bordered} of {total.looked_at} images have white bars at two sides, "
+            "which spoil region maps; download with keep_ratio"
+        )
     return 1 if total.causes or not total.usable else 0
 
 
@@ -94,8 +100,6 @@ def phrases(
     allow_pipe: bool = False,
 ) -> int:
     """Write shards with the phrases of all captions in each sample's JSON."""
-    from collections import Counter
-
     from gradeclip_ft.data.make_shards import add_phrases
     from gradeclip_ft.text.phrases import prepare_tagger
 
@@ -172,17 +176,6 @@ def _print_sizes(sizes: dict[str, int]) -> None:
     print(f"{sum(sizes.values()):>9,}  samples in {len(sizes)} shards")
 
 
-def _print_report(report: Report) -> None:
-    print(f"{report.usable:,} of {report.samples:,} samples usable in {report.shards} shards")
-    for cause, number in report.causes.most_common():
-        print(f"{number:>9,}  {cause}, first {report.examples[cause]}")
-    if report.looked_at and report.bordered > 0.05 * report.looked_at:
-        print(
-            f"warning: {report.bordered} of {report.looked_at} images have white bars at two sides,"
-            " which spoil region maps; download with keep_ratio"
-        )
-
-
 def check(
     *evaluators: str,
     annotations: str | None = None,
@@ -198,13 +191,8 @@ def check(
 
     if not evaluators:
         raise ConfigurationError("the name of an evaluator is missing; `list evaluators`")
-    paths = {
-        "annotations": annotations,
-        "images": images,
-        "segments": segments,
-        "folder": folder,
-        "part": part,
-    }
+    paths = {"annotations": annotations, "images": images, "segments": segments}
+    paths |= {"folder": folder, "part": part}
     given = {key: value for key, value in paths.items() if value is not None}
     seen = None if against is None else training_images(against)
     good = [_check(name, given, seen, read=read) for name in evaluators]
@@ -230,18 +218,9 @@ def _check(name: str, given: dict[str, str], seen: set[str] | None, *, read: boo
     except (FileNotFoundError, ValueError) as error:
         print(f"{name}: {error}")
         return False
-    _print_findings(name, found, read=read)
-    overlap = [image for image in found.images if seen is not None and image_key(image) in seen]
-    if seen is not None:
-        print(f"  in the training data too: {_some(overlap, len(found.images))}")
-    return not overlap and not found.unreadable
-
-
-def _print_findings(name: str, found: Findings, *, read: bool) -> None:
-    skipped = found.counts.get("skipped") or {}
     counts = [f"{n:,} {what}" for what, n in found.counts.items() if isinstance(n, int)]
     print(f"{name}: {', '.join(counts)}")
-    for cause, number in skipped.items():
+    for cause, number in (found.counts.get("skipped") or {}).items():
         print(f"  left out: {number:,} ({cause})")
     if found.classes:
         print(f"  classes without a sample: {_some(found.absent, len(found.classes))}")
@@ -252,6 +231,10 @@ def _print_findings(name: str, found: Findings, *, read: bool) -> None:
         print(f"  not readable: {_some(found.unreadable, len(found.images))}")
         for what, number in found.peculiar.items():
             print(f"  {what}: {number:,} (other programs may show them differently)")
+    overlap = [image for image in found.images if seen is not None and image_key(image) in seen]
+    if seen is not None:
+        print(f"  in the training data too: {_some(overlap, len(found.images))}")
+    return not overlap and not found.unreadable
 
 
 def _some(names: Sequence[str], total: int) -> str:

@@ -36,18 +36,9 @@ def doctor(cfg: DictConfig) -> int:
     python -m gradeclip_ft doctor                           the shapes world
     python -m gradeclip_ft doctor +exp=cc3m_vitb16            an experiment
     """
-    checks: tuple[Callable[[DictConfig], Iterator[Finding]], ...] = (
-        packages,
-        run_folder,
-        device,
-        evaluation_data,
-        trainer,
-        model,
-        tagger,
-        training_data,
-    )
     problems = 0
-    for check in checks:
+    checks = (packages, run_folder, device, evaluation_data, trainer)
+    for check in (*checks, model, tagger, training_data):
         for kind, text in _findings(check, cfg):
             problems += kind == PROBLEM
             print(f"{kind:<9}{check.__name__.replace('_', ' '):<17}{text}")
@@ -137,7 +128,7 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
     from gradeclip_ft.models.clip import image_sentence, text_sentence
     from gradeclip_ft.models.load import check_activation
 
-    loaded = structure(cfg)
+    loaded = structure(cfg.model)
     yield OK, f"image tower: {image_sentence(loaded)}"
     yield OK, f"text tower: {text_sentence(loaded)}"
     clip = loaded.require_clip("trained")
@@ -171,9 +162,10 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
 
     asked = cfg.data.get("tagger", "auto")
     used = prepare_tagger(asked)
-    fallback = asked == "auto" and used != "nltk"
-    note = "; NLTK's data cannot be had, see the warning above" if fallback else ""
-    yield NOTE if fallback else OK, f"{used}{note}"
+    if asked == "auto" and used != "nltk":
+        yield NOTE, f"{used}; NLTK's data cannot be had, see the warning above"
+    else:
+        yield OK, used
 
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
@@ -182,7 +174,7 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
 
     from gradeclip_ft.commands.build import make
 
-    loaded = structure(cfg)
+    loaded = structure(cfg.model)
     source: CaptionTrainData = make(cfg.data, "data")(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
@@ -207,23 +199,16 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
     yield OK, f"read {' and '.join(batch.keys)}: {phrases}{skipped}"
 
 
-def structure(cfg: DictConfig) -> LoadedClip:
-    """The model with random weights; its tokenizer and transform are the real ones."""
-    return _structure(OmegaConf.to_yaml(cfg.model, resolve=True))
-
-
 @cache
-def _structure(settings: str) -> LoadedClip:
+def structure(settings: DictConfig) -> LoadedClip:
+    """The model with random weights; its tokenizer and transform are the real ones."""
     from gradeclip_ft.commands.build import build_clip
 
     logging.disable(logging.WARNING)  # that weights are random is not news here
     try:
-        model = OmegaConf.create(settings)
-        model.weights = "random"
-        loaded = build_clip(OmegaConf.create({"model": model}))
+        return build_clip(OmegaConf.create({"model": {**settings, "weights": "random"}}))
     finally:
         logging.disable(logging.NOTSET)
-    return loaded
 
 
 def _findings(

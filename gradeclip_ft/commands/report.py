@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gradeclip_ft.commands.build import build_clip, build_data, make
-from gradeclip_ft.commands.config import conf_dir, options
+from gradeclip_ft.commands.config import conf_dir, options, suggest
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
 from gradeclip_ft.data.captions import CaptionTrainData
@@ -26,7 +26,7 @@ from gradeclip_ft.report.content import Box, Case, Chart, Page, Point
 from gradeclip_ft.report.figures import draw_still, enlarge
 from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.collect import ORDINARY, Entry, collect
-from gradeclip_ft.results.record import Json, versions
+from gradeclip_ft.results.record import Json, Result, versions
 from gradeclip_ft.results.table import Row, Table, differences, render
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -157,7 +157,7 @@ def report(
         facts=facts,
     )
     path = write_page(page, Path(out or folders[-1] / "report.html"))
-    print(render(with_contrast(table, comparison.contrast)), end="")
+    print(render(table), end="")
     if picture is not None:
         print(draw_still(cases, comparison.methods, Path(picture)))
     print(path)
@@ -170,11 +170,10 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
         FileNotFoundError: A folder is not a run, or was not evaluated after its last step.
         ValueError: The runs started from different weights.
     """
-    configs = [read_config(folder) for folder in folders]
     starts: dict[Json, Entry] = {}
-    by_run: list[dict[int, Entry]] = []
-    kinds: list[str] = []
+    runs: list[Finished] = []
     for folder in folders:
+        config = read_config(folder)
         entries = collect([str(folder)], steps="all")
         starts |= {weights_hash(entry): entry for entry in entries if entry.step == 0}
         results = {entry.step: entry for entry in entries if entry.step}
@@ -183,24 +182,22 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
                 f"{folder} has no evaluation after step 0; finish it with resume=auto, or "
                 f"evaluate run={folder.name}"
             )
-        by_run.append(results)
         kind = str(next(iter(results.values())).facts.get("map"))
-        kinds.append(NAMES.get(kind, kind))
+        log = folder / METRICS_JSONL
+        lines = read_lines(log) if log.is_file() else []
+        environment = read_environment(folder)
+        runs.append(Finished(NAMES.get(kind, kind), folder, config, environment, results, lines))
     if len(starts) > 1:
         raise ValueError(
             f"{', '.join(map(str, folders))} started from {len(starts)} different weights; a "
             "report compares runs from one start"
         )
+    labels = [run.label for run in runs]
     runs = [
-        Finished(
-            label=kind if kinds.count(kind) == 1 else f"{kind} ({folder.name})",
-            folder=folder,
-            config=config,
-            environment=read_environment(folder),
-            results=results,
-            lines=read_lines(folder / METRICS_JSONL) if (folder / METRICS_JSONL).is_file() else [],
-        )
-        for kind, folder, config, results in zip(kinds, folders, configs, by_run, strict=True)
+        replace(run, label=f"{run.label} ({run.folder.name})")
+        if labels.count(run.label) > 1
+        else run
+        for run in runs
     ]
     return Comparison(runs, next(iter(starts.values()), None))
 
@@ -241,63 +238,50 @@ def introduction(comparison: Comparison) -> str:
 
 
 def results_table(comparison: Comparison) -> Table:
-    """Known metrics of every evaluator as rows, start and runs as columns."""
-    finals = comparison.finals
-    by_evaluator = {
-        name: [entry.results[name] for entry in finals.values() if name in entry.results]
-        for entry in finals.values()
-        for name in entry.results
-    }
-    owners = {
-        metric: [
-            name for name, all_ in by_evaluator.items() if any(metric in r.metrics for r in all_)
-        ]
-        for metric in METRICS
-    }
+    """Known metrics of every evaluator as rows; start, runs, and the contrast as columns."""
+    finals, contrast = comparison.finals, comparison.contrast
+    by_evaluator: dict[str, list[Result]] = {}
+    for entry in finals.values():
+        for name, result in entry.results.items():
+            by_evaluator.setdefault(name, []).append(result)
+    measured = {name: {m for r in all_ for m in r.metrics} for name, all_ in by_evaluator.items()}
+    difference = [" - ".join(reversed(contrast))] if contrast else []
     rows: list[Row] = []
     for name, results in by_evaluator.items():
         classes = results[0].protocol.get("classes")
-        for metric, label in METRICS.items():
-            if name in owners[metric]:
-                notes = [f"{classes} classes"] if classes and metric.endswith("top1") else []
-                notes += [name] if len(owners[metric]) > 1 else []
-                row: Row = {LABEL: label, "metric": metric, "note": ", ".join(notes)}
-                rows.append(row | {at: _metric(one, name, metric) for at, one in finals.items()})
+        for metric in [metric for metric in METRICS if metric in measured[name]]:
+            notes = [f"{classes} classes"] if classes and metric.endswith("top1") else []
+            notes += [name] if sum(metric in each for each in measured.values()) > 1 else []
+            row: Row = {LABEL: METRICS[metric], "metric": metric, "note": ", ".join(notes)}
+            row |= {at: _metric(one, name, metric) for at, one in finals.items()}
+            low, high = (row.get(method) for method in contrast or ("", ""))
+            if isinstance(low, float) and isinstance(high, float):
+                row[difference[0]] = f"{100 * (high - low):+.1f}"  # points
+            rows.append(row)
     marks = zip(finals, differences(list(finals.values())), strict=True)
     return Table(
         facts=(LABEL,),
-        metrics=tuple(comparison.methods),
+        metrics=(*comparison.methods, *difference),
         rows=tuple(rows),
         notes=tuple(f"Not comparable: {label}, {mark}." for label, mark in marks if mark),
         sources=("Per cent. Small numbers are points above or below the untouched model.",),
     )
 
 
-def with_contrast(table: Table, contrast: tuple[str, str] | None) -> Table:
-    """The table with a last column, in points: the second method minus the first."""
-    if contrast is None:
-        return table
-    name = f"{contrast[1]} - {contrast[0]}"
-    rows = []
-    for row in table.rows:
-        low, high = row.get(contrast[0]), row.get(contrast[1])
-        if isinstance(low, float) and isinstance(high, float):
-            row = {**row, name: f"{100 * (high - low):+.1f}"}
-        rows.append(row)
-    return replace(table, metrics=(*table.metrics, name), rows=tuple(rows))
-
-
 def charts(comparison: Comparison) -> list[Chart]:
     """Losses as they were logged; accuracy of boxes at the steps where it was measured."""
-    found = []
-    for title, key in (("Global loss (nats)", "global"), ("Local loss", "local")):
-        series = {
-            run.label: [
-                (float(a["step"]), float(a[key])) for a in run.lines if a.get(key) is not None
-            ]
-            for run in comparison.runs
-        }
-        found.append(Chart(title, series))
+    found = [
+        Chart(
+            title,
+            {
+                run.label: [
+                    (float(a["step"]), float(a[key])) for a in run.lines if a.get(key) is not None
+                ]
+                for run in comparison.runs
+            },
+        )
+        for title, key in (("Global loss (nats)", "global"), ("Local loss", "local"))
+    ]
     start = [comparison.start] if comparison.start else []
     measured: dict[str, list[Point]] = {}
     for run in comparison.runs:
@@ -365,16 +349,15 @@ def map_settings(comparison: Comparison, explainer: str | None) -> dict[str, Any
     node: Any = {"_target_": GRAD_ECLIP}
     if explainer is not None:
         if explainer not in options("explainer"):
-            known = ", ".join(options("explainer"))
-            raise ValueError(f"explainer={explainer}: there is {known}")
+            raise ValueError(f"explainer={explainer}: {suggest(explainer, options('explainer'))}")
         node = OmegaConf.load(conf_dir() / "explainer" / f"{explainer}.yaml")
     else:
         for run in comparison.runs:
             own = OmegaConf.select(run.config, "objective.explainer")
             if own is not None and not own["_target_"].endswith(UNIFORM):
                 node = own
-    settings = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
-    return cast("dict[str, Any]", settings)
+    settings: Any = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    return dict(settings)
 
 
 def find_cases(
@@ -382,15 +365,7 @@ def find_cases(
 ) -> list[Case]:
     """The first pictures whose first caption names at least two annotated things, without maps.
 
-    Args:
-        images: Folder of the pictures.
-        captions: COCO captions file.
-        instances: COCO instances file of the same pictures.
-        parse: Caption to phrases.
-        count: Pictures at most.
-
     Raises:
-        FileNotFoundError: No such file.
         ValueError: No picture qualifies.
     """
     categories, annotated = coco.read_regions(instances)

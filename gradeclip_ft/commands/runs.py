@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,8 +71,7 @@ def run_dir(name: str, runs_dir: str | Path = "runs") -> Path:
     Raises:
         ValueError: If the name could leave `runs_dir` or is not a portable file name.
     """
-    legal = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-=+@,")
-    if not name or name[0] in ".-" or not set(name) <= legal:
+    if not re.fullmatch(r"[\w=+@,][\w.=+@,-]*", name, re.ASCII):
         raise ValueError(
             f"name={name!r} is not a valid run name; "
             "use letters, digits and any of . _ - = + @ , and begin with a letter or a digit"
@@ -225,18 +226,14 @@ def read_config(folder: Path) -> DictConfig:
         raise FileNotFoundError(f"no run in {folder} (it has no {CONFIG}); {_known(folder)}")
     try:
         cfg = OmegaConf.load(path)
-    except Exception as error:  # of yaml or OmegaConf, on arbitrary bytes
-        raise ValueError(_unreadable(path)) from error
+    except Exception:  # of yaml or OmegaConf, on arbitrary bytes
+        cfg = None
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise ValueError(_unreadable(path))
+        raise ValueError(
+            f"{path} is empty or cut off; start `train` again with resume=auto and the settings of "
+            "the run, which writes it again"
+        )
     return cfg
-
-
-def _unreadable(path: Path) -> str:
-    return (
-        f"{path} is empty or cut off; start `train` again with resume=auto and the settings of the "
-        "run, which writes it again"
-    )
 
 
 def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
@@ -253,12 +250,10 @@ def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     if folder is None and len(path.parts) == 1:
         folder = run_dir(str(spec), runs_dir)
     if folder is not None and (folder / WEIGHTS).is_file():
-        if reason := damage(folder / WEIGHTS):
-            raise ValueError(
-                f"{folder / WEIGHTS}: {reason}. Continue the run with resume=auto, which writes it "
-                "again"
-            )
-        return folder / WEIGHTS
+        weights = folder / WEIGHTS
+        if reason := damage(weights):
+            raise ValueError(f"{weights}: {reason}. Write it again with resume=auto of the run")
+        return weights
     if folder is not None and (folder / CONFIG).exists():
         raise FileNotFoundError(
             f"run {folder} has no {WEIGHTS} yet; it is written with the first checkpoint"
@@ -274,13 +269,11 @@ def _require_folder(folder: Path) -> None:
 
 
 def _refusal(folder: Path) -> str:
-    number = 2
-    while (free := folder.with_name(f"{folder.name}_{number}")).exists():
-        number += 1
+    places = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    free = next(place.name for place in places if not place.exists())
     return (
         f"{folder} already holds a run; continue it with resume=auto, start another with "
-        f"name={free.name}, or start another from its weights with name={free.name} "
-        f"init_from={folder.name}"
+        f"name={free}, or start another from its weights with name={free} init_from={folder.name}"
     )
 
 

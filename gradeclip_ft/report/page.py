@@ -23,11 +23,7 @@ SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
 
 def write_page(page: Page, path: Path) -> Path:
-    """Write the page under a temporary name, rename it, and return its path.
-
-    Raises:
-        ValueError: A case lacks the maps of a method, or counts of phrases, maps and boxes differ.
-    """
+    """Write the page under a temporary name, rename it, and return its path."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -51,21 +47,12 @@ def write_page(page: Page, path: Path) -> Path:
 
 def _drawn(case: Case, methods: Sequence[str]) -> dict[str, Any]:
     """What the template needs of a case and cannot compute: pictures and values of the maps."""
-    count = len(case.phrases)
-    if not count:
-        raise ValueError(f"case {case.caption!r} has no phrase; leave it out")
-    if missing := [method for method in methods if method not in case.heat]:
-        raise ValueError(f"case {case.caption!r} has no maps of {missing}; got {[*case.heat]}")
-    parts = {f"maps of {method!r}": case.heat[method] for method in methods}
-    for name, part in {**parts, "scores": case.scores or None, "boxes": case.boxes or None}.items():
-        if part is not None and len(part) != count:
-            raise ValueError(f"{len(part)} {name} for {count} phrases; expected one for each")
     height, width = case.image.shape[:2]
     return {
         "photo": figures.png(Image.fromarray(case.image)),
         "ratio": f"{width} / {height}",
         "small": max(height, width) <= SMALL,
-        "boxes": case.boxes or [()] * count,
+        "boxes": case.boxes or [()] * len(case.phrases),
         "maps": {
             method: [
                 {

@@ -88,6 +88,7 @@ def test_the_last_evaluation_of_every_run_stands_in_the_table(pair: list[Path]) 
         "Untouched": 0.1,
         "Ordinary": 0.125,
         "Grad-ECLIP": 0.672,
+        "Grad-ECLIP - Ordinary": "+54.7",
     }
 
 
@@ -188,7 +189,7 @@ def test_a_page_without_pictures_needs_no_weights(
 def test_an_explainer_can_be_chosen_by_its_name_in_conf() -> None:
     settings = command.map_settings(command.Comparison((), None), "maskclip")
     assert settings["_target_"] == "gradeclip_ft.explain.maskclip.MaskClip"
-    with pytest.raises(ValueError, match=r"explainer=maskclp: there is clip_surgery, game"):
+    with pytest.raises(ValueError, match=r"explainer=maskclp: did you mean maskclip"):
         command.map_settings(command.Comparison((), None), "maskclp")
 
 
