@@ -23,7 +23,7 @@ COMMANDS = {
     "doctor": Command("doctor", config="train"),
     "compare": Command("compare", config=None),
     "report": Command("report", config=None),
-    "data": Command("data", config=None),
+    "data": Command("data", config=None, actions=True),
     "list": Command("list", config=None, calls="list_options"),
 }
 

@@ -28,11 +28,11 @@ from gradeclip_ft.commands.runs import resolve_weights
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.evaluators.base import Evaluator
     from gradeclip_ft.models.clip import LoadedClip
-    from gradeclip_ft.objectives.base import Objective
     from gradeclip_ft.training.callbacks import Evaluate
-    from gradeclip_ft.training.data_module import CaptionDataModule, CaptionSource
+    from gradeclip_ft.training.data_module import CaptionDataModule
     from gradeclip_ft.training.module import FineTuneModule
 
 
@@ -73,9 +73,8 @@ def build(
     require_evaluator(cfg)
     torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
     loaded = build_clip(cfg)
-    objective = build_objective(cfg)
-    source = build_data(cfg, loaded)
-    data = CaptionDataModule(source, seed=cfg.seed, on_prepared=on_prepared)
+    objective = make(cfg.objective, "objective")
+    data = CaptionDataModule(build_data(cfg, loaded), seed=cfg.seed, on_prepared=on_prepared)
     module = make(cfg.optim, "optim")(loaded.require_clip("trained"), objective, seed=cfg.seed)
     evaluate = Evaluate(
         build_evaluators(cfg),
@@ -110,15 +109,9 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
     return loaded
 
 
-def build_objective(cfg: DictConfig) -> Objective:
-    """Batch to loss."""
-    objective: Objective = make(cfg.objective, "objective")
-    return objective
-
-
-def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionSource:
+def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData:
     """Captioned images, tokenised and sized for the model."""
-    source: CaptionSource = make(cfg.data, "data")(
+    source: CaptionTrainData = make(cfg.data, "data")(
         tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
     )
     return source

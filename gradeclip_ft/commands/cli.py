@@ -61,6 +61,7 @@ class Command:
     name: str  # of the module in gradeclip_ft.commands
     config: str | None  # primary file, conf/<config>.yaml; None for a plain command without Hydra
     calls: str | None = None  # name of the function where it is another than the module's
+    actions: bool = False  # whether its module is light and holds ACTIONS, which its help shows
     several: str | None = None  # a group of which it takes several options: `group=[a,b]` or `all`
     default: str = ""  # option of it where none is given
     never: Mapping[str, str] = field(default_factory=dict)  # options refused, with the reason
@@ -192,7 +193,12 @@ def program_help(commands: Mapping[str, Command]) -> str:
 def command_help(entry: Command) -> str:
     """What a command does, and what can be set."""
     if entry.config is None:
-        return f"usage: {PROGRAM} {entry.name} ...\n\n{entry.help}"
+        lines = [f"usage: {PROGRAM} {entry.name} ...\n\n{entry.help}"]
+        if entry.actions:
+            module = importlib.import_module(f"{PACKAGE.name}.commands.{entry.name}")
+            for name, action in module.ACTIONS.items():
+                lines += [f"\n{entry.name} {name} {usage(action)}", f"    {action.__doc__.strip()}"]
+        return "\n".join(lines)
     chosen = [*primary_groups(entry.config), "exp"]
     width = max(map(len, chosen)) + 3
     names = {group: ", ".join(options(group)) for group in chosen}
@@ -261,6 +267,7 @@ def _read(name: str, text: str, hint: Any) -> Any:
 
 def usage(function: Callable[..., Any]) -> str:
     """The words and options that a function takes, in one line."""
+    words = {"None": "null", "True": "true", "False": "false"}  # as one types them
     hints, shown = get_type_hints(function), []
     for p in inspect.signature(function).parameters.values():
         choices = "|".join(_choices(hints.get(p.name)))
@@ -271,7 +278,7 @@ def usage(function: Callable[..., Any]) -> str:
         elif p.default is p.empty:
             shown.append(f"{p.name}={choices or '...'}")
         else:
-            shown.append(f"[{p.name}={'null' if p.default is None else p.default}]")
+            shown.append(f"[{p.name}={choices or words.get(str(p.default), p.default)}]")
     return " ".join(shown)
 
 

@@ -26,7 +26,7 @@ def make(
     image_size: int = 64,
     workers: int = 2,
 ) -> int:
-    """Write the shapes world, unless it is there already."""
+    """The shapes world: training shards, evaluation files in COCO's layout."""
     from gradeclip_ft.data.shapes import make_shapes
 
     make_shapes(out, train=train, val=val, seed=seed, workers=workers, image_size=image_size)
@@ -35,7 +35,7 @@ def make(
 
 
 def count(*shards: str, out: Path | None = None, allow_pipe: bool = False) -> int:
-    """Print and, with `out`, write the number of samples of each shard."""
+    """Samples per shard, with `out` as JSON, which remote shards need without resampling."""
     from gradeclip_ft.data.captions import shard_sizes
 
     sizes = shard_sizes(_urls(shards, allow_pipe))
@@ -47,7 +47,7 @@ def count(*shards: str, out: Path | None = None, allow_pipe: bool = False) -> in
 
 
 def verify(*shards: str, workers: int = 2, allow_pipe: bool = False) -> int:
-    """Read every sample as training does, and print what would be skipped."""
+    """Read everything as training does; exit code 1 if anything would be skipped."""
     from gradeclip_ft.data.check import Report, verify_shard
 
     urls = _urls(shards, allow_pipe)
@@ -76,7 +76,7 @@ def coco(
     name: str = "coco",
     shard_size: int = 1000,
 ) -> int:
-    """Make shards from a COCO captions file."""
+    """Shards from a COCO captions file, without the images of the file `exclude`."""
     from gradeclip_ft.data.pairs import coco_files
 
     return _write(coco_files(captions, images, exclude), out, name, shard_size)
@@ -85,7 +85,7 @@ def coco(
 def folder(
     *, table: Path, images: Path, out: Path, name: str = "part", shard_size: int = 1000
 ) -> int:
-    """Make shards from a folder of images and a table of captions."""
+    """Shards from a folder and a .csv, .tsv or .txt table of file name and caption."""
     from gradeclip_ft.data.pairs import table_files
 
     return _write(table_files(table, images), out, name, shard_size)
@@ -99,7 +99,10 @@ def phrases(
     workers: int = 2,
     allow_pipe: bool = False,
 ) -> int:
-    """Write shards with the phrases of all captions in each sample's JSON."""
+    """The shards again, with phrases in each sample's JSON; training then need not find them.
+
+    `out` may be the folder of the shards.
+    """
     from gradeclip_ft.data.make_shards import add_phrases
     from gradeclip_ft.text.phrases import prepare_tagger
 
@@ -127,7 +130,7 @@ def split(
     shard_size: int = 1000,
     allow_pipe: bool = False,
 ) -> int:
-    """Write the same samples in more, smaller shards."""
+    """The same samples in more, smaller shards."""
     from gradeclip_ft.data.make_shards import split_shards
 
     urls = _urls(shards, allow_pipe)
@@ -186,7 +189,11 @@ def check(
     against: str | None = None,
     read: bool = False,
 ) -> int:
-    """Open the data of evaluators as `evaluate` does, and print what they hold."""
+    """What an evaluator will read: counts, missing files, classes without samples, captions.
+
+    `list evaluators` names them. With `against` images that those training data (FILE.json or
+    SHARDS) hold too, with `read` images that cannot be decoded. Exit code 1 if anything is wrong.
+    """
     from gradeclip_ft.data.check import training_images
 
     if not evaluators:
@@ -250,31 +257,8 @@ ACTIONS: dict[str, Callable[..., int]] = {
 def data(*arguments: str) -> int:
     """Make, check and rewrite shards of captioned images, in CC3M's layout.
 
-    data make shapes [out=data/shapes] [train=10000] [val=1000] [seed=0] [image_size=64] [workers=2]
-        The shapes world: training shards, evaluation files in COCO's layout.
-    data count SHARDS [out=FOLDER/sizes.json]
-        Samples per shard. The file is needed to read remote shards without resampling.
-    data verify SHARDS [workers=2]
-        Reads everything as training does; exit code 1 if anything would be skipped.
-    data check EVALUATOR ... [annotations=FILE] [images=FOLDER] [segments=FOLDER] [folder=FOLDER]
-            [part=test] [against=FILE.json|SHARDS] [read=true]
-        What an evaluator will read: counts, missing files, classes without samples, number of
-        captions; with `against` images that those training data hold too, with `read` images that
-        cannot be decoded. Exit code 1 if anything is wrong. `list evaluators` names them.
-    data coco captions=FILE.json images=FOLDER out=FOLDER [exclude=FILE.json] [name=coco]
-            [shard_size=1000]
-        Shards from a COCO captions file. Images of the file `exclude` are left out.
-    data folder table=FILE images=FOLDER out=FOLDER [name=part] [shard_size=1000]
-        Shards from a folder and a .csv, .tsv or .txt table of file name and caption.
-    data phrases SHARDS out=FOLDER [tagger=auto|nltk|textblob] [max_phrases=20] [workers=2]
-        The shards again, with phrases in each sample's JSON; training then need not find them.
-        `out` may be the folder of the shards.
-    data split SHARDS out=FOLDER [name=part] [shard_size=1000]
-        The same samples in more, smaller shards.
-
     SHARDS follow the action or are given as shards=...: files, folders, globs, addresses, brace
-    lists such as 'cc3m-train-{0000..0575}.tar'. allow_pipe=true accepts pipe:COMMAND in count,
-    verify, phrases and split.
+    lists such as 'cc3m-train-{0000..0575}.tar'. allow_pipe=true accepts pipe:COMMAND.
     """
     action, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if action not in ACTIONS:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -17,7 +18,6 @@ from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.config import is_meant
 
 if TYPE_CHECKING:
-    from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.models.clip import LoadedClip
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -124,7 +124,7 @@ def trainer(cfg: DictConfig) -> Iterator[Finding]:
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model, what trains it, and disk space; its weights are not read."""
-    from gradeclip_ft.commands.build import build_objective, make
+    from gradeclip_ft.commands.build import make
     from gradeclip_ft.models.clip import image_sentence, text_sentence
     from gradeclip_ft.models.load import check_activation
 
@@ -132,7 +132,9 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
     yield OK, f"image tower: {image_sentence(loaded)}"
     yield OK, f"text tower: {text_sentence(loaded)}"
     clip = loaded.require_clip("trained")
-    make(cfg.optim, "optim")(clip, build_objective(cfg), seed=cfg.seed).configure_optimizers()
+    make(cfg.optim, "optim")(
+        clip, make(cfg.objective, "objective"), seed=cfg.seed
+    ).configure_optimizers()
     size = sum(parameter.numel() for parameter in clip.parameters())
     height, width = loaded.image_size
     yield OK, f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels"
@@ -170,14 +172,9 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
     """Shards, and one small batch of them."""
-    from dataclasses import replace
+    from gradeclip_ft.commands.build import build_data
 
-    from gradeclip_ft.commands.build import make
-
-    loaded = structure(cfg.model)
-    source: CaptionTrainData = make(cfg.data, "data")(
-        tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
-    )
+    source = build_data(cfg, structure(cfg.model))
     try:
         urls = source.urls()
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +16,6 @@ from gradeclip_ft.commands.cli import progress_bar
 from gradeclip_ft.commands.config import as_written
 
 if TYPE_CHECKING:
-    from gradeclip_ft.evaluators.base import Precision
     from gradeclip_ft.results.record import Result
 
 
@@ -47,12 +46,14 @@ def evaluate(cfg: DictConfig) -> None:
     """
     import torch
 
-    from gradeclip_ft.evaluators.base import run_all
+    from gradeclip_ft.evaluators.base import Precision, run_all
 
     subject = _subject(cfg)
     evaluators = build_evaluators(cfg)
     if not evaluators:
         raise ValueError("no evaluator chosen; `list evaluators` names them, evaluator=[a,b]")
+    if cfg.precision not in get_args(Precision):
+        raise ValueError(f"precision={cfg.precision}: choose {', '.join(get_args(Precision))}")
     for evaluator in evaluators.values():
         evaluator.prepare()
     loaded = build_clip(OmegaConf.create({"model": subject.model, "runs_dir": cfg.runs_dir}))
@@ -66,7 +67,7 @@ def evaluate(cfg: DictConfig) -> None:
         step=subject.step,
         command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
         again=cfg.again,
-        precision=_precision(cfg.precision),
+        precision=cfg.precision,
         track=progress_bar,
         record=as_written(OmegaConf.create({"model": subject.model, "evaluator": cfg.evaluator})),
         done=lambda result, fresh: _tell(subject, result, fresh),
@@ -93,14 +94,6 @@ def _subject(cfg: DictConfig) -> Subject:
     assert isinstance(model, DictConfig)
     folder = Path(cfg.out) if cfg.out else home / EVALUATIONS
     return Subject(model, run=home.name, step=step, folder=folder)
-
-
-def _precision(word: str) -> Precision:
-    from gradeclip_ft.evaluators.base import Precision
-
-    if word not in get_args(Precision):
-        raise ValueError(f"precision={word}: choose {', '.join(get_args(Precision))}")
-    return cast("Precision", word)
 
 
 def _tell(subject: Subject, result: Result, fresh: bool) -> None:

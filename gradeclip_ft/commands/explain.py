@@ -149,7 +149,6 @@ def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
 
 
 def _files(images: Any) -> Iterator[Path]:
-    """Every picture that is asked for, in order."""
     for name in _listed("images", images):
         if os.path.isdir(name):  # pathlib raises for a name that is too long
             found = images_in(Path(name))
@@ -166,7 +165,6 @@ def _files(images: Any) -> Iterator[Path]:
 
 
 def _phrases_in(captions: Sequence[str], pictures: int) -> list[list[str]]:
-    """Phrases of every caption."""
     if len(captions) not in (1, pictures):
         raise ValueError(
             f"{len(captions)} captions for {pictures} pictures; give one for all, or one for each"
@@ -211,18 +209,13 @@ def slug(text: str) -> str:
 
 def warn_truncated_texts(inputs: Sequence[ExplainInput], loaded: LoadedClip) -> None:
     """Log what of the texts the model cannot read."""
-    for text in dict.fromkeys(
-        text for item in inputs for text in [*item.sentences, *item.prompted]
-    ):
+    texts = [text for item in inputs for text in [*item.sentences, *item.prompted]]
+    for text in dict.fromkeys(texts):
         read, cut = loaded.tokenizer.words(text)
         if cut:
+            length, end = loaded.tokenizer.context_length, " ".join(w.text for w in read[-3:])
             log.warning(
-                "a text is longer than the %d tokens that %s reads; after '... %s' it leaves out "
-                "'%s'",
-                loaded.tokenizer.context_length,
-                loaded.name,
-                " ".join(word.text for word in read[-3:]),
-                cut,
+                "%s reads %d tokens; it leaves out '%s' after '%s'", loaded.name, length, cut, end
             )
 
 
@@ -266,7 +259,6 @@ def _sentences(
 def _case(
     loaded: Loaded, explained: Explained, item: ExplainInput, sentences: Sequence[Words]
 ) -> Case:
-    """One picture for the page."""
     kind = "cosine" if isinstance(loaded, LoadedClip) else "logit"
     return Case(
         image=to_display_image(explained.pixels, loaded).numpy(),
@@ -286,12 +278,8 @@ def _write(folder: Path, case: Case, explained: Explained) -> None:
     for method, maps in case.heat.items():
         for name, heat in zip(names, maps, strict=True):
             Image.fromarray(overlay(case.image, heat)).save(folder / f"{name}-{slug(method)}.png")
-    arrays: dict[str, Any] = {
-        "phrases": np.array(list(case.phrases)),
-        "score": explained.score.numpy(),
-        **case.heat,
-    }
-    np.savez_compressed(folder / MAPS, **arrays)
+    arrays: dict[str, Any] = {"phrases": np.array(list(case.phrases)), **case.heat}
+    np.savez_compressed(folder / MAPS, score=explained.score.numpy(), **arrays)
     read = [one for one in case.sentences if one.values and one.words]
     lines = [{"words": list(o.words), "cut": o.cut, "values": dict(o.values)} for o in read]
     (folder / SENTENCES).write_text(json.dumps(lines, ensure_ascii=False, indent=1), "utf-8")
@@ -312,9 +300,13 @@ def _page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> 
     if cfg.per_head:
         settings["heads"] = "Grad-ECLIP's defaults with heads=all, one head each"
     words = {name for case in cases for one in case.sentences for name in one.values}
-    of_words = {str(name): _settings(cfg.words[name]) for name in cfg.words if name in words}
-    of_methods = {
-        str(name): _settings(node) for name, node in cfg.explainer.items() if name in methods
+    facts = {
+        "Settings": settings,
+        "Methods": {
+            name: _settings(cfg.explainer[name]) for name in cfg.explainer if name in methods
+        },
+        "Words": {name: _settings(cfg.words[name]) for name in cfg.words if name in words},
+        "Versions": versions(),
     }
     page = Page(
         title="What the match is made of",
@@ -323,12 +315,7 @@ def _page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> 
         first=methods[0],
         kind="Method",
         cases=cases,
-        facts={
-            "Settings": settings,
-            "Methods": of_methods,
-            **({"Words": of_words} if of_words else {}),
-            "Versions": dict(versions()),
-        },
+        facts={heading: listed for heading, listed in facts.items() if listed},
     )
     if cfg.picture is not None:
         draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from gradeclip_ft.export.card import Origin
     from gradeclip_ft.models.clip import LoadedClip
 
-TARGETS = ("openclip", "huggingface", "evaclip", "class_embed")
-
 
 def export(cfg: DictConfig) -> None:
     """Write a run's weights for other programs, and check them by loading them again.
@@ -31,6 +29,8 @@ def export(cfg: DictConfig) -> None:
     """
     if (cfg.run is None) == (cfg.weights is None):
         raise ValueError("give either run=NAME or weights=FILE")
+    from gradeclip_ft.export.export import TARGETS, write_export
+
     unknown = [target for target in cfg.to if target not in TARGETS]
     if unknown or not cfg.to:
         raise ValueError(f"to={list(cfg.to)}: there is {', '.join(TARGETS)}; write to=[openclip]")
@@ -39,8 +39,6 @@ def export(cfg: DictConfig) -> None:
     keys = ("model", "init_from", "runs_dir")  # how the model was built before training
     start = OmegaConf.create({key: start.get(key) for key in keys})
     loaded = _load(start, weights, cfg.alpha)
-    from gradeclip_ft.export.export import write_export
-
     origin = _facts(cfg, start, weights)
     for target in cfg.to:
         folder = _folder(cfg, target)

@@ -110,22 +110,18 @@ def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
 
 def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
     """Evaluate what an interruption left out, and tell the user what came out."""
+    from gradeclip_ft.results.table import metrics_table, render
+
     step = job.trainer.global_step
     if cfg.evaluation.after and job.evaluate.evaluated != step:
         job.module.to(job.trainer.strategy.root_device)
         job.evaluate.measure(job.trainer)
-    _print_results(folder, step)
-    if step < cfg.trainer.max_steps:
-        print(f"stopped after step {step} of {cfg.trainer.max_steps}; continue with resume=auto")
-    print(f"{folder / runs.WEIGHTS}  loads in open_clip as it is")
-
-
-def _print_results(folder: Path, step: int) -> None:
-    from gradeclip_ft.results.table import metrics_table, render
-
     before, after = _metrics(folder, 0), _metrics(folder, step)
     if before or after:
         print(render(metrics_table({"before": before, "after": after})), end="")
+    if step < cfg.trainer.max_steps:
+        print(f"stopped after step {step} of {cfg.trainer.max_steps}; continue with resume=auto")
+    print(f"{folder / runs.WEIGHTS}  loads in open_clip as it is")
 
 
 def _metrics(folder: Path, step: int) -> Mapping[str, float]:
@@ -133,8 +129,5 @@ def _metrics(folder: Path, step: int) -> Mapping[str, float]:
     from gradeclip_ft.commands.build import EVALUATIONS
     from gradeclip_ft.results.record import read
 
-    numbers: dict[str, float] = {}
-    for path in sorted((folder / EVALUATIONS).glob(f"*@{step}.json")):
-        result = read(path)
-        numbers |= {f"{result.evaluator}/{name}": value for name, value in result.metrics.items()}
-    return numbers
+    results = map(read, sorted((folder / EVALUATIONS).glob(f"*@{step}.json")))
+    return {f"{r.evaluator}/{name}": value for r in results for name, value in r.metrics.items()}

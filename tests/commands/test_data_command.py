@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from gradeclip_ft.__main__ import COMMANDS
+from gradeclip_ft.commands import cli
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.commands.config import ConfigurationError
 from gradeclip_ft.commands.data import ACTIONS, data
@@ -27,9 +29,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_names_every_action() -> None:
-    assert data.__doc__ is not None
-    assert all(f"data {action} " in data.__doc__ for action in ACTIONS)
+def test_help_names_every_action_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(COMMANDS, ["data", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\ndata {action} " in shown for action in ACTIONS)
+    assert "data phrases [SHARDS ...] out=... [tagger=auto|nltk|textblob] [max_phrases=20]" in shown
 
 
 def test_shapes_are_made_counted_and_verified(

@@ -53,6 +53,8 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
 def test_every_format_gets_its_own_folder(export, tmp_path, capsys) -> None:
     assert export("run=mine") == 0
     assert export("run=mine", "to=[huggingface,class_embed]", "half=true", "alpha=0.5") == 0
+    assert export("run=mine", "to=[openclip,class_embed]", "out=there") == 0
+    assert sorted(path.name for path in Path("there").iterdir()) == ["class_embed", "openclip"]
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == [
         "mine",
         "mine-alpha0.5-half-class_embed",
@@ -77,14 +79,6 @@ def test_runs_and_files_whose_names_begin_alike_get_folders_of_their_own(export,
     ]
 
 
-def test_several_formats_below_one_folder(export, tmp_path) -> None:
-    assert export("run=mine", "to=[openclip,class_embed]", "out=there") == 0
-    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
-        "class_embed",
-        "openclip",
-    ]
-
-
 def test_the_note_holds_run_step_settings_and_results(export) -> None:
     assert export("run=mine", "out=there") == 0
     note = json.loads(Path("there/gradeclip_ft.json").read_text())
@@ -93,6 +87,9 @@ def test_the_note_holds_run_step_settings_and_results(export) -> None:
     scores = note["metrics"]["regions"]
     assert (scores["before"]["metrics"]["top1"], scores["after"]["step"]) == (0.1, 5)
     assert scores["of_these_weights"] is False
+    assert export("weights=runs/mine/weights.safetensors", "out=file") == 0  # without a run
+    note = json.loads(Path("file/gradeclip_ft.json").read_text())
+    assert (note["run"], note["metrics"]) == (None, {})
 
 
 def test_start_weights_are_found_through_a_chain_of_runs(export, tmp_path) -> None:
@@ -101,12 +98,6 @@ def test_start_weights_are_found_through_a_chain_of_runs(export, tmp_path) -> No
     assert export("run=second", "out=there") == 0
     note = json.loads(Path("there/gradeclip_ft.json").read_text())
     assert (note["start_weights"], note["start_weights_licence"]) == ("packaged", "apache-2.0")
-
-
-def test_weights_without_a_run(export) -> None:
-    assert export("weights=runs/mine/weights.safetensors", "out=there") == 0
-    note = json.loads(Path("there/gradeclip_ft.json").read_text())
-    assert (note["run"], note["metrics"]) == (None, {})
 
 
 @pytest.mark.parametrize(
@@ -137,11 +128,3 @@ def test_an_export_that_cannot_be_says_why_and_leaves_nothing(
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) in (["runs"], ["exports", "runs"])
     assert not list((tmp_path / "exports").glob("*"))
-
-
-def test_the_table_of_targets_is_the_one_of_the_writer() -> None:
-    """The command refuses a target before torch is imported."""
-    from gradeclip_ft.commands import export as command
-    from gradeclip_ft.export import export
-
-    assert tuple(export.TARGETS) == command.TARGETS
