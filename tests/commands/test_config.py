@@ -79,11 +79,6 @@ def test_values_of_another_choice_are_refused_rather_than_ignored() -> None:
     assert "data.make: its keys (folder) belong to a choice that was replaced" in text
 
 
-def test_arguments_given_at_run_time_are_not_missed_in_partial_nodes() -> None:
-    """Would catch a demand for the tokenizer in yaml."""
-    check(compose("train", []), "train")
-
-
 def test_an_evaluator_of_ones_own_may_be_added() -> None:
     """Would catch the check closing the door on new evaluators from the command line."""
     target = "gradeclip_ft.evaluators.regions.RegionEvaluator"

@@ -1,4 +1,4 @@
-"""`evaluate` on the packaged model and on a run, in a small shapes world."""
+"""`evaluate` on the packaged model, a run, and its exports, in a small shapes world."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import run
 from gradeclip_ft.commands.config import compose
 from gradeclip_ft.commands.evaluate import evaluate
+from gradeclip_ft.commands.export import export
+from gradeclip_ft.commands.train import train
 from gradeclip_ft.models.load import load_clip
 
 SMALL = [
@@ -103,3 +105,36 @@ def test_a_missing_run_and_weights_without_a_step_are_named(
         evaluate(compose("evaluate", ["run=a.safetensors"]))
     with pytest.raises(ValueError, match="no evaluator chosen"):
         evaluate(compose("evaluate", ["evaluator=[]"]))
+
+
+def numbers(*model: str) -> dict[str, dict[str, float]]:
+    """All metrics of one model, by evaluator."""
+    folder = Path("measured") / str(len(list(Path("measured").glob("*"))))
+    evaluate(compose("evaluate", [*SMALL, f"out={folder}", *model]))
+    return {path.name: json.loads(path.read_text())["metrics"] for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+def test_every_format_of_a_fine_tuned_model_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run itself, open_clip's file and folder, transformers' names, a wrapped .pt."""
+    monkeypatch.chdir(tmp_path)
+    train(compose("train", ["+exp=smoke", "name=tuned", "evaluator=[]"]))
+    export(compose("export", ["run=tuned", "to=[openclip,huggingface]", "out=out"]))
+    state = load_file("runs/tuned/weights.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, "w.pt")
+    expected = numbers("run=tuned")
+    expected = {name.replace("@4", "@0"): found for name, found in expected.items()}
+    assert len(expected) == 2
+    ways = (
+        ["model=folder", "model.name=out/openclip"],
+        ["model=folder", "model.name=out/huggingface"],
+        ["model.weights=out/openclip/open_clip_model.safetensors"],
+        ["model.weights=out/huggingface/model.safetensors"],  # transformers' names
+        ["model.weights=w.pt"],
+        ["model.weights=out/openclip"],
+    )
+    for way in ways:
+        assert numbers(*way) == expected, way
+    assert numbers() != expected  # the untouched model has other numbers

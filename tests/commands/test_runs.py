@@ -47,14 +47,10 @@ def test_a_name_that_could_leave_the_folder_is_refused(name: str) -> None:
         runs.run_dir(name)
 
 
-def test_the_folder_depends_on_the_name_alone() -> None:
-    """Would catch a timestamp in the path, which relaunched ranks do not share."""
-    assert runs.run_dir("b16_lr=1e-5", "/x") == Path("/x/b16_lr=1e-5")
-
-
 def test_a_new_run_records_its_resolved_configuration_and_environment(tmp_path: Path) -> None:
     """Would catch interpolations in config.yaml, which mean nothing outside of their command."""
     cfg = OmegaConf.create({"steps": 8, "schedule": {"steps": "${steps}"}})
+    assert runs.run_dir("b16_lr=1e-5", "/x") == Path("/x/b16_lr=1e-5")  # by its name alone
     assert runs.claim(tmp_path / "a", cfg) is None
     assert runs.read_config(tmp_path / "a").schedule == {"steps": 8}
     assert "${" not in (tmp_path / "a" / "config.yaml").read_text()
@@ -84,17 +80,13 @@ def test_remains_of_a_run_without_its_configuration_are_refused_too(
         runs.claim(tmp_path / "a", SETTINGS)
 
 
-def test_an_empty_folder_may_be_claimed(tmp_path: Path) -> None:
-    """Would catch a refusal of a folder that a scheduler made for its log."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "slurm.out").touch()
-    assert runs.claim(tmp_path / "a", SETTINGS) is None
-
-
-def test_resume_begins_a_run_that_is_not_there(tmp_path: Path) -> None:
-    """Would catch a requeued job whose first command line differs from the later ones."""
-    assert runs.claim(tmp_path / "a", SETTINGS, resume="auto") is None
-    assert (tmp_path / "a" / "config.yaml").exists()
+def test_an_empty_folder_may_be_claimed_also_on_resume(tmp_path: Path) -> None:
+    """Would catch a refusal of a folder with a scheduler's log, or of a requeued first start."""
+    for name, resume in (("a", None), ("b", "auto")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slurm.out").touch()
+        assert runs.claim(tmp_path / name, SETTINGS, resume=resume) is None
+        assert (tmp_path / name / "config.yaml").exists()
 
 
 def test_resume_continues_from_the_last_checkpoint(tmp_path: Path) -> None:
@@ -120,10 +112,11 @@ def test_resume_refuses_another_configuration_and_shows_what_changed(tmp_path: P
 
 
 def test_resume_allows_what_the_weights_do_not_depend_on(tmp_path: Path) -> None:
-    """Would catch a refusal to stop later or to evaluate more often."""
+    """Would catch a refusal to stop later, to evaluate more often, or to use fewer machines."""
     runs.claim(tmp_path / "a", SETTINGS)
     other = changed(resume="auto", trainer__stop_at=4, evaluation__every=2, runs_dir="elsewhere")
     runs.claim(tmp_path / "a", other, resume="auto")
+    runs.claim(tmp_path / "a", changed(trainer__devices=4, trainer__num_nodes=2), resume="auto")
 
 
 def test_other_ranks_neither_write_nor_refuse(tmp_path: Path) -> None:
@@ -167,12 +160,15 @@ def test_facts_are_added_to_the_record(tmp_path: Path) -> None:
 
 
 def test_weights_are_found_by_run_name_folder_or_file(tmp_path: Path) -> None:
-    """Would catch init_from= that knows only one of the three."""
+    """Would catch init_from= that knows only one of the three, and an export of half a file."""
     runs.claim(tmp_path / "a", SETTINGS)
     weights = tmp_path / "a" / "weights.safetensors"
-    save_file({}, weights)
+    save_file({"weight": np.ones(4)}, weights)
     assert runs.resolve_weights("a", tmp_path) == weights
     assert runs.resolve_weights(tmp_path / "a") == weights
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cut off.*resume=auto"):
+        runs.resolve_weights("a", tmp_path)
     assert runs.resolve_weights(str(weights)) == weights
 
 
@@ -185,18 +181,8 @@ def test_missing_weights_name_the_likely_run(tmp_path: Path) -> None:
         runs.resolve_weights("grad_eclip", tmp_path)
     with pytest.raises(FileNotFoundError, match="there are no runs"):
         runs.resolve_weights("a", tmp_path / "empty")
-
-
-def test_a_folder_without_a_run_has_no_configuration(tmp_path: Path) -> None:
-    """Would catch a traceback from the yaml reader for `evaluate run=typo`."""
     with pytest.raises(FileNotFoundError, match="no run in"):
         runs.read_config(tmp_path / "a")
-
-
-def test_other_processes_may_go_on_and_the_loader_judges(tmp_path: Path) -> None:
-    """Would catch a job that has lost a machine and cannot use those that are left."""
-    runs.claim(tmp_path / "a", SETTINGS)
-    runs.claim(tmp_path / "a", changed(trainer__devices=4, trainer__num_nodes=2), resume="auto")
 
 
 @pytest.mark.parametrize("resampled", [True, False, None])
@@ -212,18 +198,6 @@ def test_only_drawn_samples_allow_another_batch_size(
     else:
         with pytest.raises(ValueError, match=r"data.batch_size: 64 -> 128"):
             runs.claim(tmp_path / "a", other, resume="auto")
-
-
-def test_damaged_weights_of_a_run_are_not_taken_for_granted(tmp_path: Path) -> None:
-    """Would catch an export of half a file."""
-    runs.claim(tmp_path / "a", SETTINGS)
-    weights = tmp_path / "a" / "weights.safetensors"
-    save_file({"weight": np.ones(4)}, weights)
-    assert runs.resolve_weights("a", tmp_path) == weights
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"cut off.*resume=auto"):
-        runs.resolve_weights("a", tmp_path)
-    assert runs.resolve_weights(str(weights)) == weights
 
 
 def test_side_files_that_a_crash_emptied_do_not_block_a_run(

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +229,25 @@ def test_each_job_of_a_sweep_has_its_run(train, home) -> None:
     first, second = (losses(home / "runs" / f"sweep_{seed}") for seed in (0, 1))
     assert first.keys() == second.keys() == {1, 2, 3, 4}
     assert first[1] != second[1]
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_may_run_side_by_side(tmp_path: Path) -> None:
+    """Each in a process of its own, as typed: a run per job, other losses for another seed."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    line = "train -m +exp=smoke seed=0,1 name=s_${seed} evaluator=[] hydra/launcher=joblib"
+    done = subprocess.run(
+        [sys.executable, "-m", "gradeclip_ft", *line.split(), "hydra.launcher.n_jobs=2"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (losses(tmp_path / "runs" / f"s_{seed}") for seed in (0, 1))
+    assert first.keys() == second.keys() == {1, 2, 3, 4}
+    assert first[4] != second[4]
+    assert (tmp_path / "runs" / "s_1" / "weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

@@ -23,13 +23,8 @@ FLAGS = (
 
 def open_page(browser: str, report: Path, state: str, profile: Path) -> str:
     """The document after its script ran."""
-    command = [
-        browser,
-        *FLAGS,
-        f"--user-data-dir={profile}",
-        "--dump-dom",
-        report.as_uri() + state,
-    ]
+    user = f"--user-data-dir={profile}"
+    command = [browser, *FLAGS, user, "--dump-dom", report.as_uri() + state]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 
 
@@ -63,3 +58,13 @@ def with_script(report: Path, folder: Path, action: str) -> Path:
     copy = folder / "acted.html"
     copy.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
     return copy
+
+
+def in_frame(page: Path, width: int) -> Path:
+    """A page that shows another in a frame, as windows have a least width; its title is told."""
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        "<script>onmessage = (event) => { document.title = event.data; }</script>"
+        f'<iframe style="width: {width}px; border: 0" src="{page.name}"></iframe>'
+    )
+    return frame

@@ -8,7 +8,7 @@ import pytest
 
 from gradeclip_ft.report.content import Page
 from gradeclip_ft.report.page import write_page
-from tests.report.browsing import open_page, shown, told, with_script
+from tests.report.browsing import in_frame, open_page, shown, told, with_script
 
 pytestmark = pytest.mark.browser
 
@@ -71,16 +71,11 @@ def test_slider_and_switch_reach_every_map(browser: str, report: Path, tmp_path:
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser: str, report: Path, tmp_path: Path) -> None:
-    """Catches a table or grid wider than 390 pixels; a frame, as windows have a least width."""
+    """Catches a table or grid wider than 390 pixels."""
     action = (
         "parent.postMessage([innerWidth, document.documentElement.scrollWidth,"
         "...[...document.querySelectorAll('.scroll, .shown .grid-side')]"
         ".map((part) => part.scrollWidth - part.clientWidth)].join(' '), '*')"
     )
-    frame = tmp_path / "frame.html"
-    name = with_script(report, tmp_path, action).name
-    frame.write_text(
-        "<script>onmessage = (event) => { document.title = event.data; }</script>"
-        f'<iframe style="width: 390px; border: 0" src="{name}"></iframe>'
-    )
+    frame = in_frame(with_script(report, tmp_path, action), 390)
     assert told(open_page(browser, frame, "", tmp_path / "profile")) == "390 390 0 0"

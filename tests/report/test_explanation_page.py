@@ -10,7 +10,7 @@ import pytest
 
 from gradeclip_ft.report.content import Case, Page, Words
 from gradeclip_ft.report.page import write_page
-from tests.report.browsing import open_page, shown, told, with_script
+from tests.report.browsing import in_frame, open_page, shown, told, with_script
 
 METHODS = [f"method_{letter}" for letter in "abcdefghijklmn"]
 SENTENCE = Words(
@@ -48,10 +48,7 @@ def test_words_carry_their_share_and_the_largest_the_deepest_colour(page: Path) 
     assert words[2][1] == "dog: 0.750 of the relevance by one"
     assert "no relevance anywhere" in text
     assert "“$5 &amp; more”" in text
-
-
-def test_a_score_stands_once_behind_each_phrase(page: Path) -> None:
-    assert page.read_text().count("cosine 0.312") == 1
+    assert text.count("cosine 0.312") == 1  # once for all methods
 
 
 @pytest.mark.browser
@@ -75,11 +72,7 @@ def test_many_methods_fit_a_screen_and_a_phone(browser: str, page: Path, tmp_pat
         "side.scrollWidth - side.clientWidth,"
         "names.filter((name) => name.offsetHeight > 0).length].join(' '), '*')"
     )
-    name = with_script(page, tmp_path, action).name
+    acted = with_script(page, tmp_path, action)
     for width in (1280, 390):
-        frame = tmp_path / "frame.html"
-        frame.write_text(
-            "<script>onmessage = (event) => { document.title = event.data; }</script>"
-            f'<iframe style="width: {width}px; border: 0" src="{name}"></iframe>'
-        )
+        frame = in_frame(acted, width)
         assert told(open_page(browser, frame, "", tmp_path / str(width))) == "0 0 28"

@@ -28,21 +28,17 @@ class Reader(HTMLParser):
         self.text = re.sub(r"\s+", " ", " ".join(self.words))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Opens."""
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Opens and closes."""
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        """Closes what was opened last."""
         assert self.open.pop() == tag, (tag, self.getpos())
 
     def handle_data(self, data: str) -> None:
-        """Text the reader sees."""
         if not self.open or self.open[-1] not in ("script", "style"):
             self.words.append(" ".join(data.split()))
 

@@ -13,11 +13,8 @@ from PIL import Image
 
 from gradeclip_ft.commands import report
 from gradeclip_ft.data.coco import CocoImage, Region
-from gradeclip_ft.explain.clip_surgery import ClipSurgery
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.models.load import load_clip
-from gradeclip_ft.report.content import Case
 
 NAMES = ["red circle", "blue star", "car"]
 PICTURE = CocoImage(
@@ -119,11 +116,3 @@ def test_maps_follow_phrases_and_leave_the_model_alone(tmp_path: Path) -> None:
     (both, _) = report.add_maps([one, two], "b", load_clip("shapes_tiny"), GradEclip(), "a {}")
     assert [*both.heat] == [*both.values["cosine"]] == ["a", "b"]
     np.testing.assert_array_equal(both.heat["a"], one.heat["a"])
-
-
-@pytest.mark.parametrize("method", [Rollout(), ClipSurgery(depth=2)], ids=["rollout", "surgery"])
-def test_a_report_may_show_any_method(method: object) -> None:
-    """Also those of several layers, and those that compare with texts of their own."""
-    case = Case(np.zeros((64, 64, 3), np.uint8), ["red circle"], {}, boxes=[[]])
-    (found,) = report.add_maps([case], "a", load_clip("shapes_tiny"), method, "a {}")
-    assert found.heat["a"].shape == (1, 8, 8)
