@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +13,8 @@ from gradeclip_ft.export.job import Written
 from gradeclip_ft.models.architecture import HUB
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.results.collect import results_folder
-from gradeclip_ft.results.record import PACKAGES, Json, Result, read, versions
+from gradeclip_ft.results.record import PACKAGES, Json, Result, read, unit_of, versions
+from gradeclip_ft.results.table import Row, Table, render
 
 METHOD = (
     "Exported by `gradeclip_ft`, which fine-tunes CLIP on captions and aligns regions with phrases "
@@ -147,6 +148,7 @@ def card(facts: Mapping[str, Any], written: Written) -> str:
         "precision": facts["precision"],
         "SHA-256 of the weights in fp32": facts["weights_hash"],
     }
+    lines = "\n".join(f"| {name} | {value} |" for name, value in origin.items())
     checks = "\n".join(f"- {check}" for check in written.checks)
     licence = facts["start_weights_licence"]
     return f"""---
@@ -158,7 +160,9 @@ tags: [clip, grad-eclip, region-features]
 
 # {facts["run"] or facts["model"]}
 
-{_table(("", ""), origin.items())}
+|  |  |
+|--|--|
+{lines}
 
 ## Results
 
@@ -183,16 +187,20 @@ tags: [clip, grad-eclip, region-features]
 
 
 def _results(facts: Mapping[str, Any]) -> str:
-    """Metrics in percent before and after, one row each."""
+    """Metrics before and after, one row each."""
     metrics: Mapping[str, Any] = facts["metrics"]
     if not metrics:
         return "Not evaluated."
-    rows = [
-        (f"{evaluator}: {name}", *numbers)
-        for evaluator, scores in metrics.items()
-        for name, *numbers in _rows(scores["before"], scores["after"])
-    ]
-    table = _table(("metric, %", "before", "after", "step"), rows)
+    rows: list[Row] = []
+    for evaluator, scores in metrics.items():
+        before, after = (scores[side] or {"metrics": {}} for side in ("before", "after"))
+        rows += [
+            {"metric": f"{evaluator}: {name}", "unit": unit_of(name), "step": after.get("step")}
+            | {"before": before["metrics"].get(name), "after": after["metrics"].get(name)}
+            for name in {**before["metrics"], **after["metrics"]}
+        ]
+    columns = (("metric", "unit"), ("before", "after", "step"))
+    table = render(Table(*columns, tuple(rows)), "markdown").rstrip()
     if all(scores["of_these_weights"] for scores in metrics.values()):
         rounded = facts["precision"] == "float16"
         return f"{table}\n\nMeasured before rounding to fp16." if rounded else table
@@ -200,15 +208,3 @@ def _results(facts: Mapping[str, Any]) -> str:
         f"{table}\n\nThese are numbers of the run, not of exactly these weights: of another step "
         "or share, or of the start weights alone."
     )
-
-
-def _rows(before: Any, after: Any) -> Iterator[tuple[str, str, str, object]]:
-    for name in (after or before)["metrics"]:
-        found = [side["metrics"].get(name) if side else None for side in (before, after)]
-        first, second = ("" if value is None else f"{100 * value:.1f}" for value in found)
-        yield name, first, second, after["step"] if after else ""
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    lines = [head, ("--",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -30,9 +30,10 @@ def text_of(loaded, folder, origin, **options) -> str:
 
 def test_the_table_holds_both_ends_of_the_run(packaged, tmp_path) -> None:
     own = {"hash": packaged.weights_hash}
-    after = replace(RESULT, metrics={"boxes/top1": 0.375}, step=9, weights=own)
+    after = replace(RESULT, metrics={"boxes/top1": 0.375, "rise/seconds": 2.5}, step=9, weights=own)
     text = text_of(packaged, tmp_path / "out", origin(RESULT, after))
-    assert "| regions: boxes/top1 | 25.0 | 37.5 | 9 |" in text
+    assert "| regions: boxes/top1 | % | 25.0 | 37.5 | 9 |" in text
+    assert "| regions: rise/seconds | s |  | 2.5000 | 9 |" in text
     assert "not of exactly these weights" not in text
     assert "| run | mine, step 9 |" in text
 
@@ -40,7 +41,7 @@ def test_the_table_holds_both_ends_of_the_run(packaged, tmp_path) -> None:
 def test_numbers_of_other_weights_are_called_so(packaged, tmp_path) -> None:
     """Mixed or earlier weights must not go out under the run's numbers."""
     text = text_of(packaged, tmp_path / "out", origin(None, replace(RESULT, step=4)))
-    assert "| regions: boxes/top1 |  | 25.0 | 4 |" in text
+    assert "| regions: boxes/top1 | % |  | 25.0 | 4 |" in text
     assert "not of exactly these weights" in text
 
 
