@@ -97,13 +97,16 @@ def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
 
 def _start_weights(start: DictConfig) -> str:
     """Weights that the first of a chain of runs began with."""
-    earlier = start.get("init_from")
-    if earlier is None:
-        return str(start.model.get("weights") or "packaged")
-    file = runs.resolve_weights(earlier, start.runs_dir)
-    if file.name == runs.WEIGHTS and (file.parent / runs.CONFIG).exists():
-        return _start_weights(runs.read_config(file.parent))
-    return str(file)
+    passed: set[Path] = set()
+    while (earlier := start.get("init_from")) is not None:
+        file = runs.resolve_weights(earlier, start.runs_dir)
+        home = file.parent.resolve()
+        # A chain that comes back to a run (one was made again) says nothing about its first start.
+        if file.name != runs.WEIGHTS or not (home / runs.CONFIG).exists() or home in passed:
+            return str(file)
+        passed.add(home)
+        start = runs.read_config(home)
+    return str(start.model.get("weights") or "packaged")
 
 
 def _folder(cfg: DictConfig, target: str) -> Path:

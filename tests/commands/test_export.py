@@ -100,6 +100,15 @@ def test_start_weights_are_found_through_a_chain_of_runs(export, tmp_path) -> No
     assert (note["start_weights"], note["start_weights_licence"]) == ("packaged", "apache-2.0")
 
 
+def test_a_chain_of_runs_that_names_itself_has_no_known_start(export, tmp_path) -> None:
+    """A run of an earlier name was made again from its successor."""
+    make_run(tmp_path / "runs" / "second", {"init_from": "third"})
+    make_run(tmp_path / "runs" / "third", {"init_from": "second"})
+    assert export("run=third", "out=there") == 0
+    note = json.loads(Path("there/gradeclip_ft.json").read_text())
+    assert note["start_weights_licence"] == "unknown"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
