@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -53,12 +52,8 @@ def licence_of(model: str, weights: str) -> tuple[str, str]:
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Results of one evaluator: at step 0, and the newest after it; None where not measured."""
-
-    before: Result | None
-    after: Result | None
+Scores = tuple[Result | None, Result | None]
+"""Of one evaluator: at step 0, and the newest after it; None where not measured."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,7 @@ def scores_of(folder: Path) -> dict[str, Scores]:
     by_step = sorted(results, key=lambda result: result.step)
     before = {result.evaluator: result for result in by_step if result.step == 0}
     after = {result.evaluator: result for result in by_step if result.step > 0}
-    return {
-        name: Scores(before.get(name), after.get(name)) for name in sorted(before.keys() | after)
-    }
+    return {name: (before.get(name), after.get(name)) for name in sorted(before.keys() | after)}
 
 
 def facts(loaded: LoadedClip, origin: Origin, *, target: str, half: bool) -> dict[str, Json]:
@@ -99,17 +92,14 @@ def facts(loaded: LoadedClip, origin: Origin, *, target: str, half: bool) -> dic
     start = Path(origin.start).name
     licence, note = licence_of(model, start)
     weights = loaded.weights_hash
-    metrics: dict[str, Json] = {
-        name: {
-            **{
-                side: result and {"step": result.step, "metrics": dict(result.metrics)}
-                for side, result in (("before", scores.before), ("after", scores.after))
-            },
-            "of_these_weights": scores.after is not None
-            and scores.after.weights.get("hash") == weights,
+    metrics: dict[str, Json] = {}
+    for name, (before, after) in origin.scores.items():
+        own = after is not None and after.weights.get("hash") == weights
+        sides = {
+            side: result and {"step": result.step, "metrics": dict(result.metrics)}
+            for side, result in (("before", before), ("after", after))
         }
-        for name, scores in origin.scores.items()
-    }
+        metrics[name] = {**sides, "of_these_weights": own}
     return {
         "target": target,
         "model": model,
@@ -125,13 +115,6 @@ def facts(loaded: LoadedClip, origin: Origin, *, target: str, half: bool) -> dic
         "start_weights_licence_note": note,
         "metrics": metrics,
         "versions": versions([*PACKAGES, "safetensors", "transformers"]),
-    }
-
-
-def as_strings(facts: Mapping[str, Json]) -> dict[str, str]:
-    """Facts for the header of a .safetensors, which holds strings alone."""
-    return {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
     }
 
 

@@ -1,7 +1,7 @@
 """EVA models as F-ViT and CLIPSelf load them: backbone and text vectors of one fine-tuned model.
 
-F-ViT silently skips unknown names, so the backbone would stay random: nothing is written unless all
-names are exactly EVA-CLIP's, and timm's reader of such files finds the same trunk.
+F-ViT silently skips unknown names, so that the backbone would stay random: all names must be
+EVA-CLIP's, and timm's reader of such files must find the same trunk.
 """
 
 from __future__ import annotations
@@ -17,38 +17,25 @@ from torch import Tensor
 from gradeclip_ft.export.job import Job, Written, read_tensors, save_state
 from gradeclip_ft.export.openclip import code
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
-from gradeclip_ft.models.clip import LoadedClip, class_embeddings
+from gradeclip_ft.models.clip import class_embeddings
 from gradeclip_ft.models.names import OURS, THEIRS, from_evaclip, name_table, to_evaclip
 from gradeclip_ft.text.prompts import VILD
 
 
 @dataclass(frozen=True)
 class Detector:
-    """F-ViT's settings for one backbone.
+    """F-ViT's settings for one backbone."""
 
-    Attributes:
-        file: Name that its configuration of the fine-tuned backbone asks for.
-        vectors: Name that it asks for the class vectors under.
-        size: Of the backbone, in the name of that configuration.
-        model: Name of the architecture there.
-        layers: Blocks, from 0, whose outputs the pyramid takes.
-        image: Side of its images in pixels.
-        width: Channels of these outputs.
-        strides: Of the region proposals.
-        embedding: Channels of the joint embedding.
-        patch: Side of a patch in pixels.
-    """
-
-    file: str
-    vectors: str
-    size: str
+    file: str  # that its configuration asks for
+    vectors: str  # the same for the class vectors
+    size: str  # in the name of that configuration
     model: str
-    layers: tuple[int, ...]
-    image: int
-    width: int
-    strides: tuple[int | float, ...]
-    embedding: int
-    patch: int
+    layers: tuple[int, ...]  # blocks, from 0, whose outputs the pyramid takes
+    image: int  # pixels
+    width: int  # channels of these outputs
+    strides: tuple[int | float, ...]  # of the region proposals
+    embedding: int  # channels of the joint embedding
+    patch: int  # pixels
 
 
 DETECTORS = {
@@ -77,7 +64,7 @@ DETECTORS = {
         patch=14,
     ),
 }
-OTHER, OTHER_VECTORS = "eva_clip_model.pt", "coco_with_background.pt"
+OTHER, OTHER_VECTORS = "eva_clip_model.pt", "coco_with_background.pt"  # for other models
 # fmt: off
 COCO = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
@@ -124,7 +111,7 @@ def write_evaclip(job: Job, stage: Path) -> Written:
         f"timm's reader of EVA-CLIP files: trunk bit-equal, embeddings equal to {difference:.0e}",
         *vectors.checks,
     )
-    return Written(checks, _usage(job, detector, file.name))
+    return Written(checks, _usage(job.folder, detector))
 
 
 def write_class_embed(job: Job, stage: Path) -> Written:
@@ -135,7 +122,8 @@ def write_class_embed(job: Job, stage: Path) -> Written:
     Raises:
         ExportError: What was read back is not what was computed.
     """
-    loaded, file = job.loaded, stage / _vectors_name(job.loaded)
+    loaded, detector = job.loaded, DETECTORS.get(job.loaded.name)
+    file = stage / (detector.vectors if detector else OTHER_VECTORS)
     names = [*COCO, BACKGROUND]
     rows = class_embeddings(loaded.clip, loaded.tokenizer, names, VILD).float().cpu()
     vectors = {name: row.clone() for name, row in zip(names, rows, strict=True)}
@@ -144,17 +132,11 @@ def write_class_embed(job: Job, stage: Path) -> Written:
     lengths = rows.norm(dim=1)
     if not bool(((lengths - 1).abs() <= LENGTH_TOLERANCE).all()):
         raise ExportError(
-            f"class vectors have lengths from {lengths.min():g} to {lengths.max():g}, expected 1. "
-            "Look for NaN in the text tower"
+            f"class vectors have lengths from {lengths.min():g} to {lengths.max():g}, expected 1"
         )
     checks = (f"{file.name}: 80 classes and background, unit vectors read back bit-equal",)
     call = f'vectors = torch.load("{job.folder / file.name}")'
     return Written(checks, code("import torch", call))
-
-
-def _vectors_name(loaded: LoadedClip) -> str:
-    detector = DETECTORS.get(loaded.name)
-    return detector.vectors if detector else OTHER_VECTORS
 
 
 def _read_back(job: Job, file: Path, trunk: Eva) -> dict[str, Tensor]:
@@ -173,13 +155,10 @@ def _read_back(job: Job, file: Path, trunk: Eva) -> dict[str, Tensor]:
     return {**by_timm, **rest}
 
 
-def _usage(job: Job, detector: Detector | None, file: str) -> str:
+def _usage(folder: Path, detector: Detector | None) -> str:
     """How F-ViT takes both files: its configuration's name and lines, as Markdown."""
-    vectors = _vectors_name(job.loaded)
-    copies = [
-        f"cp {job.folder / file} checkpoints/",
-        f"cp {job.folder / vectors} datasets/embeddings/",
-    ]
+    file, vectors = (detector.file, detector.vectors) if detector else (OTHER, OTHER_VECTORS)
+    copies = [f"cp {folder / file} checkpoints/", f"cp {folder / vectors} datasets/embeddings/"]
     if detector is None:
         lines = [
             "F-ViT has configurations for EVA02-B-16 and EVA02-L-14-336. In one of your own:",

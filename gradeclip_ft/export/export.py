@@ -56,8 +56,6 @@ def write_export(
         ExportError: Read back, it is another model; nothing is kept.
         FileExistsError: The folder holds something else.
     """
-    if target not in TARGETS:
-        raise ValueError(f"to={target}: there is {', '.join(TARGETS)}; write to=[openclip]")
     job = Job(
         loaded=loaded,
         state=state_of(loaded, half=half),
@@ -80,13 +78,9 @@ def write_export(
 def staged(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to write into; its files are in `folder` once the block ends without an error.
 
-    Args:
-        folder: Absent, empty, or an earlier export of the same weights in the same format, whose
-            files are replaced.
-        facts: Of this export; see `card.facts`.
-
     Raises:
-        FileExistsError: The folder holds something else.
+        FileExistsError: The folder is neither absent nor empty, nor does it hold an earlier export
+            of the same weights in the same format, whose files are replaced.
     """
     target = folder.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,25 +130,16 @@ def _replaceable(folder: Path, facts: Mapping[str, Any]) -> list[str]:
 def mix(
     start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """Weights between two states of one model, the temperature included.
-
-    Only floating tensors are mixed; others are those of `tuned`.
-
-    Args:
-        start: Before fine-tuning.
-        tuned: After it.
-        alpha: Share of `tuned`, from 0 to 1.
+    """Weights between two states of one model, the temperature included; integers are `tuned`'s.
 
     Raises:
-        ValueError: If alpha is outside of 0 to 1, or the states are of two architectures.
+        ValueError: The share `alpha` of `tuned` is outside of 0 to 1, or the states are of two
+            architectures.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha={alpha} is outside of 0 to 1: the share of the fine-tuned weights")
-    differing = [
-        name
-        for name in sorted(start.keys() | tuned.keys())
-        if name not in start or name not in tuned or start[name].shape != tuned[name].shape
-    ]
+    shapes = ({(name, value.shape) for name, value in state.items()} for state in (start, tuned))
+    differing = sorted({name for name, _ in set.symmetric_difference(*shapes)})
     if differing:
         raise ValueError(
             f"start and fine-tuned weights differ in {len(differing)} tensors, for example "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradeclip_ft.export.card import as_strings
 from gradeclip_ft.export.job import (
     Job,
     Written,
@@ -25,7 +24,6 @@ from gradeclip_ft.export.job import (
 )
 from gradeclip_ft.export.openclip import code, write_openclip
 from gradeclip_ft.export.verify import ExportError, check_embeddings, check_tensors
-from gradeclip_ft.models.architecture import pair
 from gradeclip_ft.models.load import open_clip_config
 from gradeclip_ft.models.names import clip_config, from_huggingface, misfit, to_huggingface
 
@@ -40,15 +38,13 @@ class AsEncoders(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Any:
         """Image embeddings."""
-        embeddings: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return embeddings
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor) -> Any:
         """Text embeddings."""
-        embeddings: Tensor = self.model.get_text_features(input_ids=tokens).pooler_output
-        return embeddings
+        return self.model.get_text_features(input_ids=tokens).pooler_output
 
 
 def write_huggingface(job: Job, stage: Path) -> Written:
@@ -60,8 +56,7 @@ def write_huggingface(job: Job, stage: Path) -> Written:
     written = write_openclip(replace(job, form="safetensors"), stage)
     loaded = job.loaded
     model = open_clip_config(loaded)["model_cfg"]
-    reason = misfit(model)
-    if reason is not None:
+    if (reason := misfit(model)) is not None:
         said = f"no files for transformers: its CLIPModel has no {reason}"
         return Written((*written.checks, said), written.usage)
     row = loaded.tokenizer(["a"])[0]
@@ -75,7 +70,7 @@ def write_huggingface(job: Job, stage: Path) -> Written:
     write_json(_preprocessor(job), stage / "preprocessor_config.json")
     write_clip_tokenizer(loaded, stage)
     renamed = to_huggingface(job.state)
-    save_state(renamed, stage / TRANSFORMERS, as_strings(job.facts))
+    save_state(renamed, stage / TRANSFORMERS, job.facts)
     stored = read_tensors(stage / TRANSFORMERS)
     check_tensors(renamed, stored, TRANSFORMERS)
     nested = "text.positional_embedding" in job.state
@@ -92,7 +87,7 @@ def write_huggingface(job: Job, stage: Path) -> Written:
 
 def _preprocessor(job: Job) -> dict[str, Any]:
     how = job.loaded.preprocessing
-    height, width = pair(open_clip_config(job.loaded)["model_cfg"]["vision_cfg"]["image_size"])
+    height, width = job.inputs.pixels.shape[2:]
     size = {"height": height, "width": width}
     squash = how.resize == "squash"
     return {

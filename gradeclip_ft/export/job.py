@@ -69,10 +69,8 @@ def state_of(loaded: LoadedClip, *, half: bool) -> dict[str, Tensor]:
     Raises:
         ValueError: A tensor has NaN or infinite values, or values that fp16 cannot hold.
     """
-    state = {
-        key: value.detach().cpu().contiguous()
-        for key, value in loaded.clip.model.state_dict().items()
-    }
+    whole = loaded.clip.model.state_dict().items()
+    state = {key: value.detach().cpu().contiguous() for key, value in whole}
     if broken := _not_finite(state):
         raise ValueError(
             f"weights are not finite in {len(broken)} tensors ({', '.join(broken[:SHOWN])}); the "
@@ -81,7 +79,7 @@ def state_of(loaded: LoadedClip, *, half: bool) -> dict[str, Tensor]:
     if not half:
         return state
     rounded = {
-        key: value.half() if value.is_floating_point() else value for key, value in state.items()
+        k: value.half() if value.is_floating_point() else value for k, value in state.items()
     }
     if broken := _not_finite(rounded):
         raise ValueError(
@@ -92,25 +90,22 @@ def state_of(loaded: LoadedClip, *, half: bool) -> dict[str, Tensor]:
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    return [
-        key
-        for key, value in state.items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
+    return [key for key, value in state.items() if not bool(value.isfinite().all())]
 
 
 def save_state(
-    state: Mapping[str, Tensor], path: Path, note: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor], path: Path, facts: Mapping[str, Json] | None = None
 ) -> None:
     """A plain dict of tensors as .safetensors or .pt.
 
     Args:
         state: Contiguous tensors on the CPU.
         path: Its suffix decides.
-        note: Strings for the header of a .safetensors; a .pt holds tensors alone.
+        facts: For the header of a .safetensors, which holds strings; a .pt holds tensors alone.
     """
     if path.suffix == ".safetensors":
-        save_file(dict(state), path, metadata={**(note or {}), "format": "pt"})
+        note = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (facts or {}).items()}
+        save_file(dict(state), path, metadata={**note, "format": "pt"})
     else:
         torch.save(dict(state), path)
     path.chmod(0o644)
@@ -144,9 +139,7 @@ def write_description(loaded: LoadedClip, folder: Path) -> bool:
     trunk = model["vision_cfg"].get("timm_model_name") or ""
     if trunk.startswith(FOLDER):
         (folder / TRUNK).mkdir()
-        shutil.copyfile(
-            Path(trunk.removeprefix(FOLDER)) / "config.json", folder / TRUNK / "config.json"
-        )
+        shutil.copy(Path(trunk.removeprefix(FOLDER)) / "config.json", folder / TRUNK)
         model["vision_cfg"] = {**model["vision_cfg"], "timm_model_name": f"{FOLDER}{TRUNK}"}
         parts = True
     tokenizer = loaded.tokenizer.tokenize
@@ -163,15 +156,11 @@ def write_description(loaded: LoadedClip, folder: Path) -> bool:
     return parts
 
 
-def write_clip_tokenizer(loaded: LoadedClip, folder: Path) -> bool:
-    """CLIP's byte-pair tokenizer as `transformers.CLIPTokenizer` reads it.
-
-    Returns:
-        Whether this model has that tokenizer; for others nothing is written.
-    """
+def write_clip_tokenizer(loaded: LoadedClip, folder: Path) -> None:
+    """CLIP's byte-pair tokenizer as `transformers.CLIPTokenizer` reads it; no other one."""
     tokenizer = loaded.tokenizer.tokenize
     if not isinstance(tokenizer, SimpleTokenizer):
-        return False
+        return
     tokens: dict[str, Any] = dict(tokenizer.encoder)
     start, end = (tokenizer.decoder[i] for i in (tokenizer.sot_token_id, tokenizer.eot_token_id))
     tokens[START], tokens[END] = tokens.pop(start), tokens.pop(end)
@@ -181,12 +170,8 @@ def write_clip_tokenizer(loaded: LoadedClip, folder: Path) -> bool:
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(special, folder / "special_tokens_map.json")
-    write_json(
-        {
-            **special,
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": loaded.tokenizer.context_length,
-        },
-        folder / "tokenizer_config.json",
-    )
-    return True
+    kind = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": loaded.tokenizer.context_length,
+    }
+    write_json({**special, **kind}, folder / "tokenizer_config.json")

@@ -12,29 +12,22 @@ from pathlib import Path
 import open_clip
 from torch import nn
 
-from gradeclip_ft.export.card import as_strings
 from gradeclip_ft.export.job import Job, Written, read_tensors, save_state, write_description
 from gradeclip_ft.export.verify import check_embeddings, check_tensors
-from gradeclip_ft.models.architecture import pair
-from gradeclip_ft.models.load import open_clip_config
 
-FILES = {
-    "safetensors": "open_clip_model.safetensors",
-    "pt": "open_clip_model.pt",
-}
+FORMS = ("safetensors", "pt")
 
 
 def write_openclip(job: Job, stage: Path) -> Written:
     """Weights and description; read back by `open_clip.create_model`.
 
     Raises:
-        ValueError: If the form is unknown, or does not suit an architecture without a registered
-            name.
+        ValueError: The form is unknown, or not for an architecture without a registered name.
         ExportError: Read back, it is another model.
     """
     loaded = job.loaded
-    if job.form not in FILES:
-        raise ValueError(f"format={job.form} is unknown; use {' or '.join(FILES)}")
+    if job.form not in FORMS:
+        raise ValueError(f"format={job.form} is unknown; use {' or '.join(FORMS)}")
     registered = loaded.architecture.registered
     if job.form != "safetensors" and not registered:
         raise ValueError(
@@ -42,14 +35,14 @@ def write_openclip(job: Job, stage: Path) -> Written:
             "with a description, whose weights are safetensors; use format=safetensors"
         )
     parts = write_description(loaded, stage)
-    file = stage / FILES[job.form]
-    save_state(job.state, file, as_strings(job.facts))
+    file = stage / f"open_clip_model.{job.form}"
+    save_state(job.state, file, job.facts)
     check_tensors(job.state, read_tensors(file), file.name)
     checks = [f"{file.name}: {len(job.state)} tensors read back bit-equal"]
     calls = []
     if registered:
-        size = pair(open_clip_config(loaded)["model_cfg"]["vision_cfg"].get("image_size", 224))
-        again = open_file(loaded.name, file, size)
+        height, width = job.inputs.pixels.shape[2:]
+        again = open_file(loaded.name, file, (height, width))
         difference = check_embeddings(loaded, again, job.inputs, half=job.half)
         calls.append(
             f'open_clip.create_model("{loaded.name}", pretrained="{job.folder / file.name}")'

@@ -83,19 +83,10 @@ def check_tensors(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], fil
 
 
 def check_embeddings(loaded: LoadedClip, other: Any, inputs: Inputs, *, half: bool) -> float:
-    """Compare the embeddings of the model and of its export.
-
-    Args:
-        loaded: The model, in fp32.
-        other: Has `encode_image` and `encode_text`.
-        inputs: Shown to both.
-        half: Whether the export was rounded to fp16.
-
-    Returns:
-        Largest difference over the unit embeddings.
+    """Largest difference of the unit embeddings of a model and of its export.
 
     Raises:
-        ExportError: If it is above the tolerance: 1e-5, for fp16 2e-3.
+        ExportError: It is above the tolerance: 1e-5, 2e-3 where `half` says fp16.
     """
     difference = largest_difference(loaded, other, inputs)
     tolerance = HALF_TOLERANCE if half else TOLERANCE

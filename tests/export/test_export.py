@@ -64,21 +64,19 @@ def test_nothing_but_an_export_of_the_same_kind_is_replaced(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("before", "now", "words"),
     [
-        ({"run": "other"}, "an export of mine, which an export of other"),
-        ({"config_hash": "xyz"}, "an export of mine"),
-        ({"run": None}, "an export of mine, which an export of these weights"),
+        ({}, {"run": "other"}, "an export of mine, which an export of other"),
+        ({}, {"config_hash": "xyz"}, "an export of mine"),
+        ({}, {"run": None}, "an export of mine, which an export of these weights"),
+        ({"run": None}, {"run": None, "weights_hash": "1"}, "an export of other weights"),
     ],
 )
-def test_an_export_of_another_run_is_not_replaced(tmp_path, facts, words) -> None:
+def test_an_export_of_another_run_is_not_replaced(tmp_path, before, now, words) -> None:
     """Runs of one name in two places; weights files of one name."""
-    write(tmp_path / "out", {"weights": "first"})
+    write(tmp_path / "out", {"weights": "first"}, **before)
     with pytest.raises(FileExistsError, match=words):
-        write(tmp_path / "out", {"weights": "second"}, **facts)
-    write(tmp_path / "file", {"weights": "first"}, run=None)
-    with pytest.raises(FileExistsError, match="an export of other weights"):
-        write(tmp_path / "file", {"weights": "second"}, run=None, weights_hash="1")
+        write(tmp_path / "out", {"weights": "second"}, **now)
 
 
 def test_a_note_that_a_crash_cut_off_is_refused_in_words(tmp_path) -> None:
@@ -98,16 +96,12 @@ def test_a_note_that_points_outside_removes_nothing_there(tmp_path) -> None:
     assert (tmp_path / "diary").read_text() == "mine"
 
 
-START = {
-    "weight": torch.tensor([0.0, 4.0]),
-    "logit_scale": torch.tensor(1.0),
-    "ids": torch.tensor([1]),
-}
-TUNED = {
-    "weight": torch.tensor([4.0, 0.0]),
-    "logit_scale": torch.tensor(3.0),
-    "ids": torch.tensor([2]),
-}
+def state(weight: list[float], scale: float, number: int) -> dict[str, torch.Tensor]:
+    values = {"weight": weight, "logit_scale": scale, "ids": [number]}
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+START, TUNED = state([0.0, 4.0], 1.0, 1), state([4.0, 0.0], 3.0, 2)
 
 
 @pytest.mark.parametrize(

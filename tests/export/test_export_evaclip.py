@@ -35,19 +35,15 @@ def test_the_files_have_the_names_that_the_detector_asks_for(eva02, tmp_path) ->
     assert "fvit_vitb16_upsample_fpn_bs64_3e_ovcoco_eva_clipself_patches.py" in written.usage
 
 
-def test_the_file_is_a_plain_dict_of_tensors_without_ours(eva02, tmp_path) -> None:
-    """F-ViT's loader takes a dict below `model` or `state_dict`, or else the dict itself."""
-    write_export(eva02, "evaclip", tmp_path / "out", ORIGIN)
-    stored = torch.load(tmp_path / "out" / "eva_clip_model.pt", weights_only=True)
-    assert all(isinstance(value, torch.Tensor) for value in stored.values())
-    assert stored.keys() == to_evaclip(eva02.clip.model.state_dict()).keys()
-
-
 @pytest.mark.parametrize("name", ["tiny-test-eva02", "tiny-test-eva01"])
-def test_our_reader_takes_the_file_back(small, tmp_path, name) -> None:
+def test_the_file_is_a_plain_dict_of_tensors_that_our_reader_takes(small, tmp_path, name) -> None:
+    """F-ViT's loader takes a dict below `model` or `state_dict`, or else the dict itself."""
     write_export(small[name], "evaclip", tmp_path / "out", ORIGIN)
-    again = load_clip(name, tmp_path / "out" / "eva_clip_model.pt")
-    assert again.weights_hash == small[name].weights_hash
+    file = tmp_path / "out" / "eva_clip_model.pt"
+    stored = torch.load(file, weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in stored.values())
+    assert stored.keys() == to_evaclip(small[name].clip.model.state_dict()).keys()
+    assert load_clip(name, file).weights_hash == small[name].weights_hash
 
 
 @torch.no_grad()
@@ -57,13 +53,9 @@ def test_class_vectors_by_a_naive_loop(eva02, tmp_path) -> None:
     vectors = torch.load(tmp_path / "out" / "coco_with_background.pt", weights_only=True)
     assert list(vectors) == [*COCO, "background"]
     assert len(set(vectors)) == 81
+    encode, tokenizer = eva02.clip.model.encode_text, eva02.tokenizer
     for name in ("traffic light", "orange", "background"):
-        rows = [
-            normalize(
-                eva02.clip.model.encode_text(eva02.tokenizer([fill(template, name)]))[0], dim=0
-            )
-            for template in VILD
-        ]
+        rows = [normalize(encode(tokenizer([fill(words, name)]))[0], dim=0) for words in VILD]
         expected = normalize(torch.stack(rows).mean(0), dim=0)
         assert (vectors[name].dtype, vectors[name].shape) == (torch.float32, (16,))
         torch.testing.assert_close(vectors[name], expected, rtol=0, atol=1e-5)
@@ -81,11 +73,8 @@ def test_one_renamed_key_stops_the_export_with_its_name(eva02, tmp_path, monkeyp
     """G2: F-ViT would load the rest and leave this layer random."""
 
     def renamed(state):
-        there = to_evaclip(state)
-        there["visual.blocks.1.attn.inner_ln.bias"] = there.pop(
-            "visual.blocks.1.attn.inner_attn_ln.bias"
-        )
-        return there
+        right, wrong = "blocks.1.attn.inner_attn_ln.bias", "blocks.1.attn.inner_ln.bias"
+        return {key.replace(right, wrong): value for key, value in to_evaclip(state).items()}
 
     monkeypatch.setattr("gradeclip_ft.export.evaclip.to_evaclip", renamed)
     with pytest.raises(ExportError, match=r"inner_attn_ln\.bias; 1 unknown: .*inner_ln\.bias"):
@@ -96,7 +85,7 @@ def test_one_renamed_key_stops_the_export_with_its_name(eva02, tmp_path, monkeyp
 def test_a_tensor_under_the_wrong_name_stops_the_export(eva02, tmp_path, monkeypatch) -> None:
     """The names are complete, but gate and input of the MLP are exchanged."""
 
-    def exchanged(state, path, note=None) -> None:
+    def exchanged(state, path, facts=None) -> None:
         one, two = "visual.blocks.0.mlp.w1.weight", "visual.blocks.0.mlp.w2.weight"
         save_state({**state, one: state[two], two: state[one]}, path)
 
@@ -107,13 +96,13 @@ def test_a_tensor_under_the_wrong_name_stops_the_export(eva02, tmp_path, monkeyp
 
 def test_a_key_map_that_timm_does_not_share_stops_the_export(eva02, tmp_path, monkeypatch) -> None:
     """Our own reader would undo our own mistake; timm's does not."""
-    monkeypatch.setattr("gradeclip_ft.export.evaclip.checkpoint_filter_fn", _without_bias)
+
+    def without_bias(state, trunk):
+        return {key: value for key, value in trunk.state_dict().items() if "q_proj.b" not in key}
+
+    monkeypatch.setattr("gradeclip_ft.export.evaclip.checkpoint_filter_fn", without_bias)
     with pytest.raises(ExportError, match=r"by timm's reader .*blocks\.0\.attn\.q_proj\.bias"):
         write_export(eva02, "evaclip", tmp_path / "out", ORIGIN)
-
-
-def _without_bias(state, trunk):
-    return {key: value for key, value in trunk.state_dict().items() if "q_proj.bias" not in key}
 
 
 def test_a_plain_vit_is_told_where_to_go(vit, tmp_path) -> None:
