@@ -10,7 +10,7 @@ from gradeclip_ft.data.files import ImageSet, Source
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import ClassMeanAccuracy
-from gradeclip_ft.models.clip import LoadedClip, imagenet_names, imagenet_templates
+from gradeclip_ft.models.clip import IMAGENET_NAMES, IMAGENET_TEMPLATES, LoadedClip
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -88,19 +88,19 @@ class ZeroShotEvaluator:
 
     def _names(self, images: ImageSet) -> list[str]:
         if isinstance(self.class_names, str):
-            found = imagenet_names() if self.class_names == "imagenet" else list(images.classes)
+            found = IMAGENET_NAMES if self.class_names == "imagenet" else images.classes
         else:
-            found = list(self.class_names)
+            found = self.class_names
         if len(found) != len(images.classes):
             raise ValueError(
                 f"{self.name}: {len(found)} class names for {len(images.classes)} classes of the "
                 "data; set class_names=data, or a list in the order of the labels"
             )
-        return found
+        return list(found)
 
     def _templates(self, images: ImageSet) -> list[str]:
         if self.templates == "imagenet":
-            return list(imagenet_templates())
+            return IMAGENET_TEMPLATES
         if self.templates == "data" and not images.templates:
             raise ValueError(f"{self.name}: the data bring no templates; set templates=imagenet")
         return list(images.templates if self.templates == "data" else self.templates)

@@ -7,7 +7,7 @@ evaluated; neither can be trained or exported.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,10 @@ from gradeclip_ft.models.trace import Foreign, UnsupportedTowerError
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.text.prompts import fill
 
+# In the order of the sorted WordNet ids, which name the folders of the images.
+IMAGENET_NAMES: list[str] = IMAGENET_CLASSNAMES
+IMAGENET_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -48,15 +52,27 @@ class Preprocessing:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"
 
+    @classmethod
+    def of(cls, how: Mapping[str, Any]) -> Preprocessing:
+        """A `preprocess_cfg` of open_clip; CLIP's own where it says nothing."""
+        mean, std = how.get("mean") or cls.mean, how.get("std") or cls.std
+        resize = how.get("resize_mode") or "shortest"
+        if resize not in ("shortest", "squash"):
+            raise ValueError(f"resize_mode is {resize!r}, expected shortest or squash")
+        return cls(
+            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+            std=(float(std[0]), float(std[1]), float(std[2])),
+            interpolation=how.get("interpolation") or "bicubic",
+            resize="squash" if resize == "squash" else "shortest",
+        )
+
 
 @dataclass(frozen=True)
 class ImageTransform:
     """PIL image to pixels; a plain object, so it crosses process boundaries.
 
-    Attributes:
-        size: (height, width) of the result.
-        preprocessing: Statistics and resizing of the model.
-        train: Random instead of central crop. There is no flip: captions say left and right.
+    For training the crop is random, without a flip: captions say left and right. `size` is
+    (height, width).
     """
 
     size: tuple[int, int]
@@ -120,13 +136,7 @@ def evaluation_mode(module: Foreign) -> Iterator[None]:
 
 @runtime_checkable
 class ImageTextModel(Protocol):
-    """What evaluating and explaining take: a Clip, or the Blip beside it; both are torch modules.
-
-    Attributes:
-        model: The library's module.
-        image: Adapter of the image tower.
-        text: Adapter of the text tower.
-    """
+    """What evaluating and explaining take, a torch module: a Clip, or the Blip beside it."""
 
     model: Foreign
     image: Tower
@@ -134,30 +144,23 @@ class ImageTextModel(Protocol):
 
     def to(self, *where: Any) -> Any:
         """Move or cast all parameters."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        ...
 
     @property
     def log_scale(self) -> Tensor:
         """Logarithm of the inverse temperature, a scalar."""
-        ...
 
 
 class Clip(nn.Module):
     """An open_clip model, sole owner of the parameters, with an adapter per tower.
 
-    Attributes:
-        model: The open_clip module; its state dict is an open_clip checkpoint.
-        image: Adapter of the image tower.
-        text: Adapter of the text tower.
+    The state dict of `model` is an open_clip checkpoint.
     """
 
     def __init__(self, model: Foreign) -> None:
@@ -214,9 +217,6 @@ class Clip(nn.Module):
         Maps stay outside: the gradient inside a step goes through the last layer alone, and that is
         taken apart, not called.
 
-        Args:
-            backend: Of `torch.compile`, `inductor` for example.
-
         Raises:
             UnsupportedTowerError: The model has no such blocks.
         """
@@ -234,11 +234,7 @@ class LoadedClip:
     """A model of images and texts with its tokenizer and preprocessing.
 
     Attributes:
-        clip: The model: a Clip, or a Blip.
-        tokenizer: Texts to token ids.
-        preprocessing: Pixel statistics and resizing of the model.
         image_size: (height, width) in pixels.
-        architecture: What the model is made of.
         weights: Where its weights came from: a tag, a file, `random`; None for a model's own.
         activation_unknown: Whether they may have been trained with another activation.
     """
@@ -252,14 +248,7 @@ class LoadedClip:
     activation_unknown: bool = False
 
     def require_clip(self, what: str) -> Clip:
-        """The model as one of open_clip's, which alone can be trained and exported.
-
-        Args:
-            what: Is not possible otherwise: trained, exported.
-
-        Raises:
-            ValueError: It is not one.
-        """
+        """The model, if it is one of open_clip's; else a ValueError: it cannot be `what`."""
         if not isinstance(self.clip, Clip):
             raise ValueError(
                 f"{self.name} is a {type(self.clip).__name__}, which can be explained and "
@@ -302,27 +291,14 @@ class LoadedClip:
         return ImageTransform(self.image_size, self.preprocessing, train)
 
     def pixels(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "B 3 H W"]:
-        """Pictures, or their files, as the model takes them, on its device.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: A file is not a picture.
-        """
+        """Pictures, or their files, as the model takes them, on its device; see `stack`."""
         return self.transform().stack(images).to(self.clip.device)
 
     @torch.no_grad()
     def encode_images(
         self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 32
     ) -> Float[Tensor, "B D"]:
-        """Unit embeddings of pictures, on the CPU, in fp32; without pictures no rows.
-
-        Args:
-            images: Pictures or their files.
-            batch_size: Pictures at a time; bounds memory, not the result.
-
-        Raises:
-            FileNotFoundError: No such file.
-        """
+        """Unit embeddings of pictures or their files, on the CPU, in fp32; without any no rows."""
         if not images:  # a blank one says how many columns there are
             return self.encode_images([Image.new("RGB", (1, 1))])[:0]
         parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
@@ -330,12 +306,7 @@ class LoadedClip:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "M D"]:
-        """Unit embeddings of texts, on the CPU, in fp32; without texts no rows.
-
-        Args:
-            texts: Sentences.
-            batch_size: Texts at a time; bounds memory, not the result.
-        """
+        """Unit embeddings of texts, on the CPU, in fp32; without texts no rows."""
         if not texts:
             return self.encode_texts([""])[:0]
         return embed_texts(self.clip, self.tokenizer, texts, batch_size).cpu()
@@ -391,16 +362,6 @@ def class_embeddings(
     embedded = embed_texts(clip, tokenizer, sentences, batch_size)
     by_class = embedded.view(len(names), len(templates), -1)  # (K, T, D)
     return unit(by_class.mean(1))
-
-
-def imagenet_names() -> list[str]:
-    """Class names in the order of the sorted WordNet ids, which name the folders of the images."""
-    return list(IMAGENET_CLASSNAMES)
-
-
-def imagenet_templates() -> tuple[str, ...]:
-    """The 80 templates with `{}` for the class name."""
-    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
 def image_sentence(loaded: LoadedClip) -> str:

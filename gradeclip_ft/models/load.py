@@ -86,7 +86,7 @@ def load_clip(
     return LoadedClip(
         clip=clip.eval(),
         tokenizer=_tokenizer(architecture, clip),
-        preprocessing=_preprocessing(pixels or published_preprocess(name)),
+        preprocessing=Preprocessing.of(pixels or published_preprocess(name)),
         image_size=checked_size(image_size, own, clip.image.patch, name),
         architecture=architecture,
         weights=spec if weights is not None else None,
@@ -201,20 +201,6 @@ def published_preprocess(name: str) -> Mapping[str, Any]:
         for tag in open_clip.list_pretrained_tags_by_model(name)
     ]
     return found[0] if found and all(one == found[0] for one in found) else {}
-
-
-def _preprocessing(how: Mapping[str, Any]) -> Preprocessing:
-    default = Preprocessing()
-    mean, std = how.get("mean") or default.mean, how.get("std") or default.std
-    resize = how.get("resize_mode") or "shortest"
-    if resize not in ("shortest", "squash"):
-        raise ValueError(f"resize_mode is {resize!r}, expected shortest or squash")
-    return Preprocessing(
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
-        interpolation=how.get("interpolation") or "bicubic",
-        resize="squash" if resize == "squash" else "shortest",
-    )
 
 
 def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:

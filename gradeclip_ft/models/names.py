@@ -25,9 +25,7 @@ def _pairs(*names: str) -> tuple[str, ...]:
 SAME = {name: name for name in _pairs("norm1", "norm2", "attn.proj")}
 # EVA02-B and L: separate projections, a norm inside the attention, SwiGLU.
 SEPARATE = SAME | {
-    "attn.q_proj.weight": "attn.q_proj.weight",
-    "attn.k_proj.weight": "attn.k_proj.weight",
-    "attn.v_proj.weight": "attn.v_proj.weight",
+    **{name: name for name in (f"attn.{part}_proj.weight" for part in "qkv")},
     "attn.q_proj.bias": "attn.q_bias",
     "attn.v_proj.bias": "attn.v_bias",
     **dict(
@@ -45,15 +43,12 @@ FUSED = SAME | {
 }
 STEM = ("cls_token", "pos_embed", *_pairs("patch_embed.proj", "norm", "head"))
 TEXT_BLOCK = (
-    "attn.in_proj_weight",
-    "attn.in_proj_bias",
+    *("attn.in_proj_weight", "attn.in_proj_bias"),
     *_pairs("ln_1", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"),
 )
 TEXT_STEM = (
-    "token_embedding.weight",
-    "positional_embedding",
-    *_pairs("ln_final"),
-    "text_projection",
+    *("token_embedding.weight", "positional_embedding"),
+    *(*_pairs("ln_final"), "text_projection"),
 )
 
 
@@ -89,11 +84,9 @@ def from_evaclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def name_table(state: Iterable[str], prefix: str) -> dict[str, str]:
-    """Every name of such a model, open_clip's to EVA-CLIP's, in a fixed order.
+    """Every name of a model with these keys, open_clip's to EVA-CLIP's, in a fixed order.
 
-    Args:
-        state: Keys, from which layout and number of blocks are read.
-        prefix: Of the image tower in these keys, `OURS` or `THEIRS`.
+    `prefix` is that of the image tower in these keys, `OURS` or `THEIRS`.
     """
     keys = set(state)
     block = FUSED if f"{prefix}blocks.0.attn.qkv.weight" in keys else SEPARATE
@@ -121,16 +114,20 @@ def _require(expected: Iterable[str], got: Iterable[str], whose: str) -> None:
         "missing": [key for key in wanted if key not in present],
         "unknown": [key for key in present if key not in wanted],
     }
-    lines = [
-        f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if lines:
+    if lines := listed(problems):
         raise ValueError(
             f"these are not the weights of {whose} ({len(present)} tensors, expected "
             f"{len(wanted)}); {'; '.join(lines)}. For other architectures use to=[openclip]"
         )
+
+
+def listed(problems: Mapping[str, list[str]]) -> list[str]:
+    """One line for each kind of problem that some names have, with the first of them."""
+    return [
+        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in problems.items()
+        if names
+    ]
 
 
 # open_clip's ViT, text tower not nested, to CLIPModel.
@@ -184,11 +181,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: Mapping[str, Tensor], *, nested: bool = False) -> dict[str, Tensor]:
-    """Names of CLIPModel to open_clip's.
-
-    Args:
-        state: Tensors of a CLIPModel.
-        nested: Whether the text tower is below `text.`, as in open_clip's CustomTextCLIP.
+    """Names of CLIPModel to open_clip's, with the text tower below `text.` if `nested`.
 
     Raises:
         ValueError: A key is not one of CLIPModel's, or one is missing.
@@ -237,11 +230,7 @@ NEUTRAL = {
 
 
 def misfit(model: Mapping[str, Any]) -> str | None:
-    """What of an open_clip architecture `transformers.CLIPModel` cannot hold; None if all fits.
-
-    Args:
-        model: The `model_cfg` of an `open_clip_config.json`.
-    """
+    """What of a `model_cfg` of open_clip `transformers.CLIPModel` cannot hold; None if all fits."""
     parts = {"vision_cfg": model["vision_cfg"], "text_cfg": model["text_cfg"], "": model}
     for part, options in parts.items():
         for key, value in options.items():

@@ -83,10 +83,7 @@ class Tower:
 def opaque_tower(encoder: Foreign, reason: str, **known: int | bool) -> Tower:
     """What every tower can: embeddings, as the library computes them (ConvNeXt, means, ...).
 
-    Args:
-        encoder: The library's encoder.
-        reason: Why there is no trace.
-        known: Of texts: context_length, pad and cuts_exactly.
+    `known` are context_length, pad and cuts_exactly of texts; `reason` says why there is no trace.
     """
 
     def refuse_pass(x: Tensor) -> NoReturn:
@@ -99,11 +96,7 @@ def opaque_tower(encoder: Foreign, reason: str, **known: int | bool) -> Tower:
 
 
 def refuse_tower(tower: str, problems: dict[str, bool]) -> None:
-    """Raise for the first problem that is present.
-
-    Raises:
-        UnsupportedTowerError: One is.
-    """
+    """Raise an UnsupportedTowerError for the first problem that is present."""
     for problem, present in problems.items():
         if present:
             raise UnsupportedTowerError(f"{tower} {problem}")
@@ -138,6 +131,23 @@ def patch_grid(tower: Tower, height: int, width: int) -> tuple[int, int]:
     return height // tower.patch, width // tower.patch
 
 
+def embed_patches(
+    x: Float[Tensor, "B 3 H W"],
+    patchify: Rows,
+    class_token: Tensor,
+    table: Float[Tensor, "N C"],
+    old: tuple[int, int],
+    new: tuple[int, int],
+) -> Float[Tensor, "B M C"]:
+    """Class token and patches with their positions, resampled from the `old` to the `new` grid."""
+    patches = patchify(x).flatten(2).transpose(1, 2)  # (B, h·w, C)
+    # Under autocast the convolution gives bf16 while parameters are fp32; the library casts these
+    # two to the dtype of the patches, and so must we to stay equal to it.
+    first = class_token.to(patches.dtype).expand(len(patches), 1, -1)
+    positions = resample_positions(table, old, new).to(patches.dtype)
+    return cat([first, patches], dim=1) + positions
+
+
 def image_pass(
     tokens: Float[Tensor, "B N W"],
     layers: tuple[Layer, ...],
@@ -149,30 +159,35 @@ def image_pass(
 ) -> Pass:
     """The pass of an image tower, whose patches are its last tokens.
 
-    Args:
-        tokens: Input of the first layer.
-        layers: First to last.
-        head: Rows after the last layer to embeddings.
-        grid: (h, w) of the patches.
-        learned_query: Of an attention pool; else the query is the first token.
-        checkpointed: Compute activations again in the backward pass.
+    The query is the first token, or that of an attention pool, which is learned.
     """
     query = None if learned_query else tokens.new_zeros(len(tokens), dtype=long)
     explained = patch_tokens(tokens, grid)
     return Pass(tokens, layers, head, query, explained, grid, checkpointed=checkpointed)
 
 
+def residual_layer(
+    attend: Callable[[Tensor, Pick], tuple[Tensor, Tensor, Tensor]],
+    add: Rows,
+    mix: Rows,
+    project: Foreign,
+    heads: int,
+    run: Callable[[Tensor, Tensor | None], Tensor],
+) -> Layer:
+    """A block that adds attention to its rows, and then `mix`, its MLP, of the sum."""
+
+    def finish(x: Tensor, o: Tensor) -> Tensor:
+        # Row by row, so it takes one query row (B, W) as well as all patches (B, N, W).
+        x = x + add(o)
+        return x + mix(x)
+
+    return Layer(attend, finish, add, project, heads, run)
+
+
 def project_fused(
     y: Tensor, pick: Pick, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q of the picked rows, k and v of all.
-
-    Args:
-        y: Normed tokens (B, N, W).
-        pick: Which rows need a query.
-        weight: (3 C, W), the queries' part first.
-        bias: (3 C), or None.
-    """
+    """Q of the picked rows of the normed tokens (B, N, W), k and v of all; weight is (3 C, W)."""
     width = len(weight) // 3
     first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
     q = linear(pick(y), weight[:width], first)  # (B, C), or (B, N, C) where all rows are picked
@@ -187,11 +202,6 @@ def resample_positions(
 
     Bicubic without antialias, corners not aligned: what CLIPSelf, F-ViT and the Grad-ECLIP authors'
     script do. open_clip and timm antialias, which differs in the third digit.
-
-    Args:
-        table: Leading rows, then one row per cell of the old grid, row by row.
-        old: (h, w) of the table.
-        new: (h, w) wanted; the table itself comes back where both are equal.
 
     Raises:
         ValueError: The table is smaller than the old grid.

@@ -22,6 +22,7 @@ from gradeclip_ft.models.names import (
     from_evaclip,
     from_huggingface,
     is_evaclip,
+    listed,
     stated_by_clip,
 )
 from gradeclip_ft.models.tower import resample_positions
@@ -29,6 +30,7 @@ from gradeclip_ft.models.trace import Foreign
 
 log = logging.getLogger(__name__)
 
+PICTURES = "preprocessor_config.json"
 BILINEAR = 2  # Pillow's number; 3 is bicubic
 # In this order: averaged weights only where a file has no others.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
@@ -45,11 +47,7 @@ FOLDER_FILES = (
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights in a folder.
-
-    Raises:
-        FileNotFoundError: There are none.
-    """
+    """The weights in a folder; a FileNotFoundError where there are none."""
     found = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no weights, expected {FOLDER_FILES[0]}")
@@ -66,11 +64,7 @@ def stated_config(
         ours: The `model_cfg` of the architecture that is to take them.
 
     Returns:
-        The `model_cfg` and the `preprocess_cfg` in open_clip's form; None and empty where nothing
-        is said.
-
-    Raises:
-        ValueError: open_clip does not compute what they describe.
+        `model_cfg` and `preprocess_cfg` in open_clip's form; None and empty where nothing is said.
     """
     folder = weights if weights.is_dir() else weights.parent
     described, config = folder / CONFIG_NAME, folder / "config.json"
@@ -85,14 +79,19 @@ def stated_config(
         stated = stated_by_clip(content, ours)
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from error
-    pictures = folder / "preprocessor_config.json"
+    pictures = folder / PICTURES
     how = read_json(pictures) if pictures.is_file() else {}
-    if not how:
-        return stated, {}
-    pixels = {"mean": how.get("image_mean"), "std": how.get("image_std")}
-    pixels["interpolation"] = "bilinear" if how.get("resample") == BILINEAR else "bicubic"
-    pixels["resize_mode"] = "shortest" if how.get("do_center_crop", True) else "squash"
-    return stated, pixels
+    return stated, pixels_of_processor(how) if how else {}
+
+
+def pixels_of_processor(how: Mapping[str, Any]) -> dict[str, Any]:
+    """The `preprocess_cfg` in open_clip's form of a `preprocessor_config.json`."""
+    return {
+        "mean": how.get("image_mean"),
+        "std": how.get("image_std"),
+        "interpolation": "bilinear" if how.get("resample") == BILINEAR else "bicubic",
+        "resize_mode": "shortest" if how.get("do_center_crop", True) else "squash",
+    }
 
 
 def is_run(weights: Path) -> bool:
@@ -171,7 +170,6 @@ def _is_plain(key: object, value: object) -> bool:
     )
 
 
-SHOWN = 5
 MOST_POSITIONS = 2**18  # more is not an image: a tensor can claim any shape
 TRANSFORMERS_MARK = "vision_model.embeddings.class_embedding"
 # Buffers and settings that some files carry and no model needs; by name, never by pattern.
@@ -209,11 +207,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_state(model: Foreign, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy the tensors into the model; position embeddings of another grid are interpolated.
-
-    Raises:
-        ValueError: Keys are missing or unexpected, shapes differ, or values are not finite.
-    """
+    """As `load_exactly`; position embeddings of another grid are interpolated."""
     expected = model.state_dict()
     if "positional_embedding" in state and "text.positional_embedding" in expected:
         state = {  # OpenAI's flat names of the text tower, which this model has below `text.`
@@ -287,14 +281,10 @@ def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: 
         and value.shape == expected[key].shape  # a small file can claim terabytes
         if value.is_floating_point() and not value.isfinite().all()
     ]
-    lines = [
-        f"  {len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in {**misfits, "not finite": broken}.items()
-        if names
-    ]
+    lines = listed({**misfits, "not finite": broken})
     if not lines:
         return
-    report = "\n".join(lines)
+    report = "\n".join(f"  {line}" for line in lines)
     if any(misfits.values()):
         close = _names_of_shapes(got)
         if close and close == _names_of_shapes(expected):  # to name it again would be no help

@@ -19,29 +19,22 @@ from gradeclip_ft.models.clip import LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, fetch_tokenizer
 from gradeclip_ft.models.tower import (
     Tower,
+    embed_patches,
     image_grid,
     image_pass,
     project_fused,
-    resample_positions,
+    residual_layer,
 )
 from gradeclip_ft.models.towers.text import bert_text_tower
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick
-from gradeclip_ft.models.weights import load_exactly, read_tensors
+from gradeclip_ft.models.weights import PICTURES, load_exactly, pixels_of_processor, read_tensors
 
 BLIP = "blip:"
-PICTURES = "preprocessor_config.json"
-BILINEAR = 2  # Pillow's number; BLIP's own is 3, bicubic
 OMITTED = ("text_encoder.embeddings.position_ids",)  # a constant that older files carry
 
 
 class Blip(nn.Module):
-    """A BlipForImageTextRetrieval seen through two towers, for explanation and evaluation.
-
-    Attributes:
-        model: The library's module.
-        image: Adapter of the image tower.
-        text: Adapter of the text tower.
-    """
+    """A BlipForImageTextRetrieval seen through two towers, for explanation and evaluation."""
 
     def __init__(self, model: Foreign) -> None:
         super().__init__()
@@ -74,10 +67,8 @@ def _image_tower(model: Foreign) -> Tower:
 
     def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
         grid, side = image_grid(x, patch), parts.image_size // patch
-        patches = parts.patch_embedding(x).flatten(2).transpose(1, 2)  # (B, h·w, W)
-        positions = resample_positions(parts.position_embedding[0], (side, side), grid)
-        first = parts.class_embedding.expand(len(x), -1, -1)
-        tokens = torch.cat([first, patches], dim=1) + positions
+        token, table = parts.class_embedding, parts.position_embedding[0]
+        tokens = embed_patches(x, parts.patch_embedding, token, table, (side, side), grid)
         return image_pass(tokens, layers, head, grid)
 
     return Tower(
@@ -98,17 +89,14 @@ def _layer(layer: Foreign) -> Layer:
         qkv = attention.qkv
         return project_fused(layer.layer_norm1(tokens), pick, qkv.weight, qkv.bias)
 
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        x = x + attention.projection(o)
-        rows: Tensor = x + layer.mlp(layer.layer_norm2(x))
-        return rows
-
-    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        rows: Tensor = layer(tokens)
-        return rows
-
-    project = attention.projection
-    return Layer(attend, finish, project, project, int(attention.num_heads), run)
+    return residual_layer(
+        attend,
+        add=attention.projection,
+        mix=lambda x: layer.mlp(layer.layer_norm2(x)),
+        project=attention.projection,
+        heads=int(attention.num_heads),
+        run=lambda tokens, mask: layer(tokens),
+    )
 
 
 def load_blip(
@@ -122,41 +110,36 @@ def load_blip(
     Args:
         name: Folder or repository of a BlipForImageTextRetrieval, with or without `blip:`.
         weights: A file or folder in its layout, or `random`; None for the folder's own.
-        image_size: Side in pixels, or (height, width), where it is not the model's own.
+        image_size: As for `load_clip`.
 
     Raises:
         ValueError: transformers is not installed, another kind of model, or weights that do not
             fit.
         FileNotFoundError: The folder lacks a file.
     """
-    folder = _folder(name)
+    source = name.removeprefix(BLIP)
+    folder = _folder(source)
     model = _build(folder)
-    source = folder if weights is None else weights
-    if source != "random":
-        state = {key: x for key, x in read_tensors(source).items() if key not in OMITTED}
-        load_exactly(model, state, str(source))
+    chosen = folder if weights is None else weights
+    if chosen != "random":
+        state = {key: x for key, x in read_tensors(chosen).items() if key not in OMITTED}
+        load_exactly(model, state, str(chosen))
     clip = Blip(model.float()).eval()
-    how, default = _read(folder / PICTURES), Preprocessing()
+    squashed = {**pixels_of_processor(_read(folder / PICTURES)), "resize_mode": "squash"}
     length = clip.text.context_length
     return LoadedClip(
         clip=clip,
         tokenizer=Tokenizer(fetch_tokenizer(str(folder), length, {}), length, pad=clip.text.pad),
-        preprocessing=Preprocessing(  # squashed to a square; CLIP's statistics unless stated
-            mean=tuple(how.get("image_mean") or default.mean),
-            std=tuple(how.get("image_std") or default.std),
-            interpolation="bilinear" if how.get("resample") == BILINEAR else "bicubic",
-            resize="squash",
-        ),
+        preprocessing=Preprocessing.of(squashed),
         image_size=checked_size(
             image_size, int(model.config.vision_config.image_size), clip.image.patch, name
         ),
-        architecture=Architecture(f"{BLIP}{name.removeprefix(BLIP)}", {}, {}, folder=folder),
+        architecture=Architecture(f"{BLIP}{source}", {}, {}, folder=folder),
         weights=None if weights is None else str(weights),
     )
 
 
-def _folder(name: str) -> Path:
-    source = name.removeprefix(BLIP)
+def _folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve()

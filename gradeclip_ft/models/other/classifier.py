@@ -29,10 +29,11 @@ from gradeclip_ft.models.clip import (
 )
 from gradeclip_ft.models.tower import (
     Tower,
+    embed_patches,
     image_grid,
     image_pass,
     project_fused,
-    resample_positions,
+    residual_layer,
 )
 from gradeclip_ft.models.towers.timm import trunk_tower
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
@@ -44,12 +45,7 @@ TAGS_SHOWN, CLASSES_SHOWN = 6, 3
 
 
 class Classifier(nn.Module):
-    """A classifier; its image tower's embedding is the logits, its score one of them.
-
-    Attributes:
-        model: The library's module.
-        image: Adapter of all of it.
-    """
+    """A classifier; its image tower's embedding is the logits, its score one of them."""
 
     def __init__(self, model: Foreign) -> None:
         super().__init__()
@@ -77,8 +73,6 @@ class LoadedClassifier:
     """A classifier with its preprocessing and class names.
 
     Attributes:
-        classifier: The model.
-        preprocessing: Pixel statistics and resizing of the model.
         image_size: (height, width) in pixels.
         name: As it was asked for.
         classes: Names in the order of the logits; None where they are unknown.
@@ -126,10 +120,8 @@ class LoadedClassifier:
         for number, name in enumerate(self.classes or ()):
             for one in (name, *name.split(",")):
                 index.setdefault(one.strip().lower(), set()).add(number)
-        rows = torch.tensor(
-            [_class_number(name, index, self.count) for name in names], dtype=torch.long
-        )
-        return nn.functional.one_hot(rows, self.count).float()
+        rows = [_class_number(name, index, self.count) for name in names]
+        return torch.eye(self.count)[rows]
 
 
 ImageModel: TypeAlias = ImageTextModel | Classifier
@@ -171,14 +163,15 @@ def load_classifier(
     if library == "timm":
         model_name, _, tag = model_name.partition(".")
     chosen = (tag or None) if weights is None else str(weights)
-    found = LIBRARIES[library](model_name, chosen, None if names is None else len(names))
-    count = int(found.model.num_classes)
+    asked = None if names is None else len(names)
+    model, preprocessing, own_size, own_names = LIBRARIES[library](model_name, chosen, asked)
+    count = int(model.num_classes)
     if count < 1:
         raise ValueError(f"{name} has no head of classes; give classes=, or choose another tag")
     if names is not None and len(names) != count:
         raise ValueError(f"{len(names)} class names, but {name} has {count} classes; give as many")
     try:
-        classifier = Classifier(found.model).eval()
+        classifier = Classifier(model).eval()
     except UnsupportedTowerError as error:
         raise UnsupportedTowerError(
             f"{name} cannot be explained: {error}. Choose a classifier with a class token, such as "
@@ -186,26 +179,21 @@ def load_classifier(
         ) from error
     return LoadedClassifier(
         classifier=classifier,
-        preprocessing=found.preprocessing,
-        image_size=checked_size(image_size, found.image_size, classifier.image.patch, name),
+        preprocessing=preprocessing,
+        image_size=checked_size(image_size, own_size, classifier.image.patch, name),
         name=name,
-        classes=found.classes if names is None else tuple(names),
+        classes=own_names if names is None else tuple(names),
         count=count,
         weights=str(chosen),
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A library's module, how its pixels are made, and the names of its classes if known."""
-
-    model: Foreign
-    preprocessing: Preprocessing
-    image_size: int | Sequence[int]
-    classes: tuple[str, ...] | None
+Found: TypeAlias = tuple[Foreign, Preprocessing, int | Sequence[int], tuple[str, ...] | None]
+"""A library's module, how its pixels are made, their size, and the names of its classes if known.
+"""
 
 
-def _from_timm(name: str, weights: str | None, count: int | None) -> _Found:
+def _from_timm(name: str, weights: str | None, count: int | None) -> Found:
     _check_name(name, timm.list_models())
 
     def build(tensors: Mapping[str, Tensor]) -> Foreign:
@@ -222,20 +210,20 @@ def _from_timm(name: str, weights: str | None, count: int | None) -> _Found:
         lambda: timm.create_model(f"{name}.{weights}", pretrained=True),
     )
     how = model.pretrained_cfg
-    resize: Literal["squash", "shortest"] = (
-        "squash" if how.get("crop_mode") == "squash" else "shortest"
-    )
     subset = infer_imagenet_subset({"num_classes": model.num_classes})
-    return _Found(
+    return (
         model,
         # The margin that both libraries crop away is kept: nothing of a picture goes unexplained.
-        Preprocessing(how["mean"], how["std"], _interpolation(how["interpolation"]), resize),
+        Preprocessing(
+            *(how["mean"], how["std"], _interpolation(how["interpolation"])),
+            resize="squash" if how.get("crop_mode") == "squash" else "shortest",
+        ),
         model.patch_embed.img_size if hasattr(model, "patch_embed") else how["input_size"][1:],
         None if subset is None else tuple(ImageNetInfo(subset).label_descriptions()),
     )
 
 
-def _from_torchvision(name: str, weights: str | None, count: int | None) -> _Found:
+def _from_torchvision(name: str, weights: str | None, count: int | None) -> Found:
     models = torchvision.models
     ours = [
         one
@@ -268,7 +256,7 @@ def _from_torchvision(name: str, weights: str | None, count: int | None) -> _Fou
     first = next(iter(published))
     how = (published[weights] if weights in tags else first).transforms()
     names = tuple(first.meta["categories"])
-    return _Found(
+    return (
         model,
         Preprocessing(tuple(how.mean), tuple(how.std), _interpolation(how.interpolation.value)),
         int(model.image_size),
@@ -276,7 +264,7 @@ def _from_torchvision(name: str, weights: str | None, count: int | None) -> _Fou
     )
 
 
-LIBRARIES: dict[str, Callable[[str, str | None, int | None], _Found]] = {
+LIBRARIES: dict[str, Callable[[str, str | None, int | None], Found]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
 }
@@ -373,11 +361,9 @@ def _torchvision_tower(model: Foreign) -> Tower:
 
     def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
         grid, side = image_grid(x, patch), model.image_size // patch
-        patches = model.conv_proj(x).flatten(2).transpose(1, 2)  # (B, h·w, W)
-        positions = resample_positions(model.encoder.pos_embedding[0], (side, side), grid)
-        first = model.class_token.expand(len(x), -1, -1)
-        tokens = model.encoder.dropout(torch.cat([first, patches], dim=1) + positions)
-        return image_pass(tokens, layers, head, grid)
+        token, table = model.class_token, model.encoder.pos_embedding[0]
+        tokens = embed_patches(x, model.conv_proj, token, table, (side, side), grid)
+        return image_pass(model.encoder.dropout(tokens), layers, head, grid)
 
     return Tower(
         open_pass,
@@ -397,17 +383,11 @@ def _torchvision_layer(block: Foreign) -> Layer:
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         return project_fused(block.ln_1(tokens), pick, weight, bias)
 
-    def add(o: Tensor) -> Tensor:
-        added: Tensor = block.dropout(attention.out_proj(o))
-        return added
-
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        x = x + add(o)
-        rows: Tensor = x + block.mlp(block.ln_2(x))
-        return rows
-
-    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        rows: Tensor = block(tokens)
-        return rows
-
-    return Layer(attend, finish, add, attention.out_proj, int(attention.num_heads), run)
+    return residual_layer(
+        attend,
+        add=lambda o: block.dropout(attention.out_proj(o)),
+        mix=lambda x: block.mlp(block.ln_2(x)),
+        project=attention.out_proj,
+        heads=int(attention.num_heads),
+        run=lambda tokens, mask: block(tokens),
+    )

@@ -24,11 +24,8 @@ def resnet_tower(visual: Foreign) -> Tower:
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
         return pool.q_proj(pick(tokens)), pool.k_proj(tokens), pool.v_proj(tokens)
 
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        rows: Tensor = pool.c_proj(o)
-        return rows
-
-    layer = Layer(attend, finish, pool.c_proj, pool.c_proj, int(pool.num_heads), None)
+    project = pool.c_proj
+    layer = Layer(attend, lambda x, o: project(o), project, project, int(pool.num_heads), None)
 
     def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
         grid = image_grid(x, STRIDE)

@@ -21,6 +21,7 @@ from gradeclip_ft.models.tower import (
     project_fused,
     refuse_tower,
     resample_positions,
+    residual_layer,
 )
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
 
@@ -39,13 +40,7 @@ def trunk_tower(visual: Foreign) -> Tower:
     pooled = isinstance(pool, AttentionPoolLatent)
     if not pooled and not isinstance(trunk, Eva | VisionTransformer):
         raise UnsupportedTowerError(f"image tower is timm's {type(trunk).__name__}")
-    _check_trunk(trunk)
-    if pooled:
-        _check_pool(trunk)
-    elif isinstance(trunk, Eva):
-        _check_eva(trunk)
-    else:
-        _check_vit(trunk)
+    _check(trunk, pooled=pooled)
     last = pool if pooled else trunk.blocks[-1].attn
     patch = int(trunk.patch_embed.patch_size[0])
     plain = () if isinstance(trunk, Eva) else tuple(_block_layer(block) for block in trunk.blocks)
@@ -130,20 +125,14 @@ def _block_layer(block: Foreign) -> Layer:
         q, k, v = project_fused(block.norm1(tokens), pick, weight, bias)
         return _by_head(q, attention.q_norm, heads), _by_head(k, attention.k_norm, heads), v
 
-    def add(o: Tensor) -> Tensor:
-        added: Tensor = block.ls1(attention.proj(attention.norm(o)))
-        return added
-
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        x = x + add(o)
-        rows: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
-        return rows
-
-    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        rows: Tensor = block(tokens)
-        return rows
-
-    return Layer(attend, finish, add, attention.proj, heads, run)
+    return residual_layer(
+        attend,
+        add=lambda o: block.ls1(attention.proj(attention.norm(o))),
+        mix=lambda x: block.ls2(block.mlp(block.norm2(x))),
+        project=attention.proj,
+        heads=heads,
+        run=lambda tokens, mask: block(tokens),
+    )
 
 
 def _by_head(x: Tensor, norm: Foreign, heads: int) -> Tensor:
@@ -181,21 +170,18 @@ def _eva_layer(block: Foreign, rope: Tensor | None) -> Layer:
             attended = block.gamma_1 * attended
         return attended
 
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        x = x + add(o)
-        if post_norm:
-            mixed = block.norm2(block.mlp(x))
-        else:
-            mixed = block.mlp(block.norm2(x))
-            mixed = mixed if block.gamma_2 is None else block.gamma_2 * mixed
-        rows: Tensor = x + mixed
-        return rows
+    def mix(x: Tensor) -> Tensor:
+        mixed: Tensor = block.norm2(block.mlp(x)) if post_norm else block.mlp(block.norm2(x))
+        return mixed if post_norm or block.gamma_2 is None else block.gamma_2 * mixed
 
-    def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        rows: Tensor = block(tokens, rope=rope)
-        return rows
-
-    return Layer(attend, finish, add, attention.proj, int(attention.num_heads), run)
+    return residual_layer(
+        attend,
+        add,
+        mix,
+        project=attention.proj,
+        heads=int(attention.num_heads),
+        run=lambda tokens, mask: block(tokens, rope=rope),
+    )
 
 
 def _rotate(k: Tensor, rope: Tensor, attention: Foreign) -> Tensor:
@@ -224,57 +210,33 @@ def _pool_layer(trunk: Foreign) -> Layer:
     return Layer(attend, finish, pool.proj, pool.proj, heads, None)
 
 
-def _check_trunk(trunk: Foreign) -> None:
-    """Refuse what would make the embedded patches wrong."""
+def _check(trunk: Foreign, *, pooled: bool) -> None:
+    """Refuse what would make the embedded patches, the last layer or the query wrong."""
     drop = getattr(trunk, "patch_drop", None)
-    refuse_tower(
-        "image tower",
-        {
-            "has no patch embedding": not hasattr(trunk, "patch_embed"),
-            "drops patches": drop is not None and not isinstance(drop, nn.Identity),
-            "has a second class token, of a distillation": hasattr(trunk, "dist_token"),
-            "mixes rotary positions by depth": bool(getattr(trunk, "rope_mixed", False)),
-        },
-    )
-
-
-def _check_vit(trunk: Foreign) -> None:
-    block = trunk.blocks[-1]
-    refuse_tower(
-        "image tower",
-        {
-            f"pools by {trunk.global_pool!r}": trunk.global_pool != "token",
-            f"has {type(block).__name__} blocks": type(block) is not Block,
-            f"has {type(block.attn).__name__}": type(block.attn) is not Attention,
-            "gates its attention": getattr(block.attn, "gate", None) is not None,
-        },
-    )
-
-
-def _check_eva(trunk: Foreign) -> None:
-    block, attention = trunk.blocks[-1], trunk.blocks[-1].attn
-    known = isinstance(block, EvaBlock | EvaBlockPostNorm)
-    plain = isinstance(getattr(attention, "q_norm", None), nn.Identity)
-    refuse_tower(
-        "image tower",
-        {
-            f"pools by {trunk.global_pool!r}": trunk.global_pool != "token",
-            f"has {type(block).__name__} blocks": not known,
-            f"has {type(attention).__name__}": not isinstance(attention, EvaAttention),
-            "gates its attention": getattr(attention, "gate", None) is not None,
-            "normalises queries and keys": not plain,
-        },
-    )
-
-
-def _check_pool(trunk: Foreign) -> None:
-    pool = trunk.attn_pool
-    several = pool.latent_len > 1 and pool.pool != "token"
-    refuse_tower(
-        "image tower",
-        {
-            f"pools by {trunk.global_pool!r}": trunk.global_pool != "map",
+    problems = {
+        "has no patch embedding": not hasattr(trunk, "patch_embed"),
+        "drops patches": drop is not None and not isinstance(drop, nn.Identity),
+        "has a second class token, of a distillation": hasattr(trunk, "dist_token"),
+        "mixes rotary positions by depth": bool(getattr(trunk, "rope_mixed", False)),
+        f"pools by {trunk.global_pool!r}": trunk.global_pool != ("map" if pooled else "token"),
+    }
+    if pooled:
+        pool = trunk.attn_pool
+        problems |= {
             "pools with positions of its own": pool.pos_embed is not None,
-            f"averages {pool.latent_len} learned queries": several,
-        },
-    )
+            f"averages {pool.latent_len} learned queries": pool.latent_len > 1
+            and pool.pool != "token",
+        }
+    else:
+        block, attention = trunk.blocks[-1], trunk.blocks[-1].attn
+        eva = isinstance(trunk, Eva)
+        known = isinstance(block, EvaBlock | EvaBlockPostNorm) if eva else type(block) is Block
+        plain = isinstance(attention, EvaAttention) if eva else type(attention) is Attention
+        problems |= {
+            f"has {type(block).__name__} blocks": not known,
+            f"has {type(attention).__name__}": not plain,
+            "gates its attention": getattr(attention, "gate", None) is not None,
+            "normalises queries and keys": eva
+            and not isinstance(getattr(attention, "q_norm", None), nn.Identity),
+        }
+    refuse_tower("image tower", problems)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from jaxtyping import Float
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
@@ -12,11 +11,12 @@ from torch.nn.functional import linear
 
 from gradeclip_ft.models.tower import (
     Tower,
+    embed_patches,
     image_grid,
     image_pass,
     project_fused,
     refuse_tower,
-    resample_positions,
+    residual_layer,
 )
 from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTowerError
 
@@ -52,9 +52,12 @@ def vit_tower(visual: Foreign) -> Tower:
         return projected
 
     def open_pass(x: Float[Tensor, "B 3 H W"]) -> Pass:
-        grid = image_grid(x, patch)
+        grid, table = image_grid(x, patch), visual.positional_embedding
+        tokens = embed_patches(
+            x, visual.conv1, visual.class_embedding, table, tuple(visual.grid_size), grid
+        )
         return image_pass(
-            _embed(visual, x, grid),
+            visual.ln_pre(tokens),
             layers,
             head,
             grid,
@@ -89,21 +92,12 @@ def check_blocks(blocks: Iterable[Foreign], tower: str) -> None:
 
 def block_layer(block: Foreign) -> Layer:
     """A block as a layer; pre-norm, with or without layer scale."""
-    heads = int(block.attn.num_heads)
+    attention = block.attn
+    heads = int(attention.num_heads)
 
     def attend(tokens: Tensor, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
         return project_fused(block.ln_1(tokens), pick, weight, bias)
-
-    def add(o: Tensor) -> Tensor:
-        added: Tensor = block.ls_1(block.attn.out_proj(o))
-        return added
-
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        # Row by row, so it takes one query row (B, W) as well as all patches (B, N, W).
-        x = x + add(o)
-        rows: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-        return rows
 
     def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.ndim == 3:  # the library wants one mask for every head
@@ -111,21 +105,14 @@ def block_layer(block: Foreign) -> Layer:
         rows: Tensor = block(tokens, attn_mask=mask)
         return rows
 
-    return Layer(attend, finish, add, block.attn.out_proj, heads, run)
-
-
-def _embed(
-    visual: Foreign, x: Float[Tensor, "B 3 H W"], grid: tuple[int, int]
-) -> Float[Tensor, "B N E"]:
-    """Class token and patches with their positions: the input of the first block, at any grid."""
-    patches = visual.conv1(x).flatten(2).transpose(1, 2)  # (B, h·w, E)
-    # Under autocast the convolution gives bf16 while parameters are fp32; the library casts these
-    # two to the dtype of the patches, and so must we to stay equal to it.
-    first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-    positions = resample_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
-    rows = torch.cat([first, patches], dim=1) + positions.to(patches.dtype)
-    embedded: Tensor = visual.ln_pre(rows)
-    return embedded
+    return residual_layer(
+        attend,
+        add=lambda o: block.ls_1(attention.out_proj(o)),
+        mix=lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+        project=attention.out_proj,
+        heads=heads,
+        run=run,
+    )
 
 
 def _pool_layer(pool: Foreign) -> Layer:
@@ -145,9 +132,6 @@ def _pool_layer(pool: Foreign) -> Layer:
         k, v = linear(y, weights[1], biases[1]), linear(y, weights[2], biases[2])
         return q.expand(len(tokens), -1), k, v
 
-    def finish(x: Tensor, o: Tensor) -> Tensor:
-        rows: Tensor = attention.out_proj(o)  # no residual: a pool's input is not its query
-        return rows
-
     project = attention.out_proj
-    return Layer(attend, finish, project, project, int(attention.num_heads), None)
+    # No residual: a pool's input is not its query.
+    return Layer(attend, lambda x, o: project(o), project, project, int(attention.num_heads), None)
