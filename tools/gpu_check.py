@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,107 +27,105 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from open_clip.loss import ClipLoss
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.data.captions import Sample, collate
+from gradeclip_ft.commands.cli import call
 from gradeclip_ft.explain.base import heat_from_trace
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.load import load_clip
-from gradeclip_ft.objectives.base import Objective
 from gradeclip_ft.objectives.global_local import GlobalLocal
-from gradeclip_ft.objectives.global_only import GlobalOnly
+from tools.measure import (
+    GRAD_ECLIP,
+    OPEN_CLIP,
+    ORDINARY,
+    Pair,
+    Steps,
+    Turns,
+    in_turns,
+    make_batch,
+    table,
+    written,
+)
 
 # Dense bf16 peak in FLOP/s, by a part of the device's name (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 CC3M = 2_905_954  # samples of one epoch
-COLOURS = ("red", "blue", "white", "old", "small", "wooden", "striped", "tall", "wet", "bright")
-THINGS = ("dog", "car", "table", "boat", "umbrella", "clock", "horse", "kite", "street", "cup")
-PROMPT = "This is a photo of the {}"
 Row = dict[str, Any]
 
 
-def main(arguments: list[str]) -> int:
+def gpu_check(
+    *,
+    device: Literal["cuda", "cpu"] = "cuda",
+    parts: tuple[str, ...] = (),
+    out: Path = Path("results/gpu"),
+) -> int:
     """Run the parts that are missing, or those named."""
-    options = {"device": "cuda", "out": "results/gpu", "parts": ""}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in options:
-            print(f"error: {key}= is not an option; expected {', '.join(options)}", file=sys.stderr)
-            return 2
-        options[key] = value
-    if options["device"] == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device; device=cpu runs every part in small", file=sys.stderr)
-        return 2
-    out, device = Path(options["out"]), options["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: no CUDA device; device=cpu runs every part in small")
     record = out.with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(record.read_text()) if record.is_file() else {}
-    names = (
-        options["parts"].split(",") if options["parts"] else [p for p in PARTS if p not in found]
-    )
     failed = False
-    for name in names:
+    for name in parts or [part for part in PARTS if part not in found]:
         start = time.perf_counter()
         try:
             rows = PARTS[name](device)
         except Exception as error:  # a part that fails must not cost the others their minutes
             rows, failed = [{"failed": f"{type(error).__name__}: {error}"[:600]}], True
         found[name] = {"rows": rows, "seconds": round(time.perf_counter() - start, 1)}
-        out.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(found, indent=1))
-        out.with_suffix(".md").write_text(_markdown(found))
-        print(_markdown({name: found[name]}), flush=True)
+        sections = {
+            name: f"\n## {name} ({part['seconds']} s)\n\n{table(part['rows'])}"
+            for name, part in found.items()
+        }
+        out.with_suffix(".md").write_text("".join(sections.values()))
+        print(sections[name], flush=True)
     return int(failed)
 
 
 def environment(device: str) -> list[Row]:
     """Card, driver and versions."""
-    cuda = device == "cuda"
-    return [
-        {
-            "card": torch.cuda.get_device_name() if cuda else platform.processor(),
-            "GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-            if cuda
-            else "",
-            "cuda": torch.version.cuda or "",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-    ]
+    card: Row = {"card": platform.processor(), "GiB": ""}
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        card = {"card": torch.cuda.get_device_name(), "GiB": round(memory / 2**30, 1)}
+    numbers = {"cuda": torch.version.cuda or "", "torch": torch.__version__}
+    numbers |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    return [card | numbers | {"cores": os.cpu_count()}]
 
 
 def exactness(device: str) -> list[Row]:
     """Embedding, dense features, maps, loss and gradient against fp32 on the CPU."""
     rows = []
     for name in ("ViT-B-32", "EVA02-B-16") if device == "cuda" else ("ViT-B-32",):
-        loaded = _load(name)
-        batch = _batch(loaded, 8, 3)
-        reference = _one_step(loaded, batch, "cpu", None)
-        cases: list[tuple[str, torch.dtype | None]] = [("fp32", None), ("bf16", torch.bfloat16)]
-        for label, precision in cases:
-            measured = _one_step(loaded, batch, device, precision)
-            errors = {k: _relative(measured[k], reference[k]) for k in reference}
+        loaded = load(name)
+        batch = make_batch(loaded, written_pairs(loaded, 8), 3)
+        reference = one_step(loaded, batch, "cpu", torch.float32)
+        for label, precision in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+            measured = one_step(loaded, batch, device, precision)
+            errors = {
+                key: float((measured[key] - expected).norm() / expected.norm())
+                for key, expected in reference.items()
+            }
             rows.append({"model": name, "precision": label, **errors})
     return rows
 
 
-def _one_step(
-    loaded: LoadedClip, batch: CaptionBatch, device: str, precision: torch.dtype | None
+def one_step(
+    loaded: LoadedClip, batch: CaptionBatch, device: str, precision: torch.dtype
 ) -> dict[str, Tensor]:
+    """What a step computes, in fp32 on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     clip, batch = loaded.clip.to(device), batch.to(device)
     clip.zero_grad()
-    with torch.autocast(device, precision or torch.bfloat16, enabled=precision is not None):
+    with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
         trace = clip.image.trace(batch.images)
         captions, distinct = clip.encode_texts_of(batch)
         dense = trace.dense()
@@ -136,52 +133,43 @@ def _one_step(
         loss = GlobalLocal(GradEclip(create_graph=True))(clip, batch).total
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([p.grad.flatten() for p in clip.parameters() if p.grad is not None])
-    found = {
-        "embedding": trace.embedding,
-        "text": captions,
-        "dense": dense,
-        "map": heat,
-        "loss": loss,
-        "gradient": gradient,
-    }
+    found = {"embedding": trace.embedding, "text": captions, "dense": dense, "map": heat}
+    found |= {"loss": loss, "gradient": gradient}
     return {key: value.detach().float().cpu() for key, value in found.items()}
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def train(folder: str, *words: str) -> tuple[Row, list[Row]]:
+    """The command itself: exit code, seconds and last words of a failure; and its metrics."""
+    command = [sys.executable, "-m", "gradeclip_ft", "train", f"runs_dir={folder}", "evaluator=[]"]
+    start = time.perf_counter()
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    row: Row = {"code": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
+    if done.returncode:
+        return row | {"said": (done.stdout + done.stderr)[-600:]}, []
+    name = next(word.removeprefix("name=") for word in words if word.startswith("name="))
+    lines = Path(folder, name, "metrics.jsonl").read_text().splitlines()
+    row["gave up compiling"] = "recompile_limit" in done.stderr
+    return row, [line for line in map(json.loads, lines) if "loss" in line]
 
 
 def training(device: str) -> list[Row]:
     """The command itself: one process, NCCL (or gloo) with one rank, resume."""
-    folder = Path(tempfile.mkdtemp())
     single = ["trainer=gpu"] if device == "cuda" else ["trainer=cpu"]
     exact = [*single, "trainer.precision=32-true"]
     ranks = ["trainer=ddp", "trainer.devices=1"] if device == "cuda" else ["trainer=ddp_sim"]
     runs = {
-        "fp32": exact,
-        "default": single,
-        "ddp": ranks,
-        "half": [*exact, "trainer.stop_at=2"],
-        "resumed": [*exact, "resume=auto"],
+        "fp32": [*exact, "name=fp32"],
+        "default": [*single, "name=default"],
+        "ddp": [*ranks, "name=ddp"],
+        "half": [*exact, "name=half", "trainer.stop_at=2"],
+        "resumed": [*exact, "name=half", "resume=auto"],
     }
     rows = []
-    for name, extra in runs.items():
-        run = "half" if name == "resumed" else name
-        command = [sys.executable, "-m", "gradeclip_ft", "train", "+exp=smoke", f"name={run}"]
-        command += [f"runs_dir={folder}", "evaluator=[]", *extra]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = (
-            (folder / run / "metrics.jsonl").read_text().splitlines() if not done.returncode else []
-        )
-        losses = [entry["loss"] for line in lines if "loss" in (entry := json.loads(line))]
-        row: Row = {"run": name, "code": done.returncode, "losses": losses}
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        if done.returncode:
-            row["said"] = (done.stdout + done.stderr)[-600:]
-        rows.append(row)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, words in runs.items():
+            row, lines = train(folder, "+exp=smoke", *words)
+            rows.append({"run": name, **row, "losses": [line["loss"] for line in lines]})
     rows[-1]["equals fp32 run"] = rows[-1]["losses"] == rows[0]["losses"]
-    shutil.rmtree(folder)
     return rows
 
 
@@ -189,41 +177,16 @@ def synchronisation(device: str) -> list[Row]:
     """Places in a Grad-ECLIP step where the host waits for the GPU, by CUDA's warning mode."""
     if device != "cuda":
         return [{"skipped": "needs CUDA"}]
-    loaded = _load("ViT-B-32")
-    step = _Step(loaded, _batch(loaded, 32, 3).to(device), device)
-    step.ours(GlobalLocal(GradEclip(create_graph=True)))
+    loaded = load("ViT-B-32")
+    run = Steps(loaded, device).variants(written_pairs(loaded, 32), 3)[GRAD_ECLIP]
+    run()
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        step.ours(GlobalLocal(GradEclip(create_graph=True)))
+        run()
     torch.cuda.set_sync_debug_mode("default")
     places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught})
     return [{"waits": len(caught), "where": ", ".join(places)}]
-
-
-class _Step:
-    """One training step in bf16, ours or open_clip's, on one model and one batch."""
-
-    def __init__(self, loaded: LoadedClip, batch: CaptionBatch, device: str, fused: bool = False):
-        self.clip, self.batch, self.device = loaded.clip.to(device).train(), batch, device
-        words = [f"a photo number {n} of many things in a street" for n in range(len(batch.images))]
-        self.full = loaded.tokenizer(words).to(device)
-        self.optimizer = AdamW(self.clip.parameters(), lr=1e-5, weight_decay=0.1, fused=fused)
-
-    def ours(self, objective: Objective) -> None:
-        self._update(lambda: objective(self.clip, self.batch).total)
-
-    def open_clip(self) -> None:
-        """As open_clip's own training does: the model on full contexts, and ClipLoss."""
-        model: Any = self.clip.model
-        self._update(lambda: ClipLoss()(*model(self.batch.images, self.full)[:3]))
-
-    def _update(self, loss: Callable[[], Tensor]) -> None:
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
 
 
 def step(device: str) -> list[Row]:
@@ -233,88 +196,73 @@ def step(device: str) -> list[Row]:
     for name in ("ViT-B-16", "EVA02-B-16") if cuda else ("ViT-B-32",):
         for size in (64, 256, 512) if cuda else (2,):
             try:
-                rows += _step_rows(name, size, device)
+                rows += step_rows(name, size, device)
             except torch.cuda.OutOfMemoryError:
                 rows.append({"model": name, "batch": size, "way": "out of memory"})
                 torch.cuda.empty_cache()
     return rows
 
 
-def _step_rows(name: str, size: int, device: str, **options: Any) -> list[Row]:
-    loaded = _load(name)
+def step_rows(name: str, size: int, device: str, **options: bool) -> list[Row]:
+    """One model and batch, with the options of `variants`."""
+    loaded = load(name)
     if options.get("grad_checkpointing"):
         loaded.require_clip("trained").set_grad_checkpointing()
     if options.get("compile"):
         loaded.require_clip("trained").compile_blocks("inductor")
-    batch = _batch(loaded, size, 3).to(device)
-    taken = _Step(loaded, batch, device, fused=bool(options.get("fused")))
-    local = GlobalLocal(GradEclip(create_graph=True))
-    ways: dict[str, Callable[[], None]] = {
-        "open_clip": taken.open_clip,
-        "ordinary": lambda: taken.ours(GlobalOnly()),
-        "Grad-ECLIP": lambda: taken.ours(local),
-    }
-    if options:
-        del ways["ordinary"]
-    times = _in_turns(ways, device, rounds=8 if device == "cuda" else 1)
+    steps = Steps(loaded, device, fused=options.get("fused", False))
+    every = steps.variants(written_pairs(loaded, size), 3)
+    names = [OPEN_CLIP, GRAD_ECLIP] if options else [OPEN_CLIP, ORDINARY, GRAD_ECLIP]
+    turns = in_device_turns({way: every[way] for way in names}, device, 8)
     rows = []
-    for way, run in ways.items():
-        seconds = statistics.median(times[way])
-        ratios = [a / b for a, b in zip(times[way], times["open_clip"], strict=True)]
+    for way, seconds in ((way, turns.median(way)) for way in names):
         row: Row = {"model": name, "batch": size, "way": way, **options}
-        row |= {"images/s": round(size / seconds), "of open_clip": statistics.median(ratios)}
+        row |= {"images/s": round(size / seconds), "of open_clip": turns.against(way, OPEN_CLIP)[0]}
         row["hours for CC3M"] = CC3M * seconds / size / 3600
-        rows.append(row | _gpu_columns(run, seconds) if device == "cuda" else row)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            every[way]()
+            row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            with FlopCounterMode(display=False) as counter:
+                every[way]()
+            rate, card = counter.get_total_flops() / seconds, torch.cuda.get_device_name()
+            peak = next((value for part, value in PEAKS.items() if part in card), math.nan)
+            row |= {"TFLOP/s": round(rate / 1e12), "utilisation": rate / peak}
+        rows.append(row)
     return rows
-
-
-def _gpu_columns(run: Callable[[], None], seconds: float) -> Row:
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    with FlopCounterMode(display=False) as counter:
-        run()
-    rate = counter.get_total_flops() / seconds
-    name = torch.cuda.get_device_name()
-    peak = next((value for part, value in PEAKS.items() if part in name), math.nan)
-    return {"peak GiB": round(memory, 2), "TFLOP/s": round(rate / 1e12), "utilisation": rate / peak}
 
 
 def variants(device: str) -> list[Row]:
     """The same step with a fused optimiser, recomputed activations, and compiled blocks."""
     name, size = ("EVA02-B-16", 256) if device == "cuda" else ("ViT-B-32", 2)
-    rows = _step_rows(name, size, device, fused=True)
-    rows += _step_rows(name, size, device, grad_checkpointing=True)
+    rows = step_rows(name, size, device, fused=True)
+    rows += step_rows(name, size, device, grad_checkpointing=True)
     if device == "cuda":  # about half a minute of compilation
-        rows += _step_rows(name, size, device, compile=True, fused=True)
+        rows += step_rows(name, size, device, compile=True, fused=True)
     return rows
 
 
 def throughput(device: str) -> list[Row]:
     """Images per second of encoding, dense features and maps in fp32 and bf16."""
-    loaded = _load("ViT-B-16" if device == "cuda" else "ViT-B-32")
+    loaded = load("ViT-B-16" if device == "cuda" else "ViT-B-32")
     size = 64 if device == "cuda" else 2
-    batch = _batch(loaded, size, 3).to(device)
-    clip = loaded.clip.to(device).eval()
+    images = torch.randn(size, 3, *loaded.image_size, device=device)
+    tower = loaded.clip.to(device).eval().image
     with torch.no_grad():
-        width = clip.image.encode(batch.images[:1]).shape[1]
+        width = tower.encode(images[:1]).shape[1]
     targets = nn.functional.normalize(torch.randn(10 * size, width, device=device), dim=-1)
     owner = torch.arange(size, device=device).repeat_interleave(10)
     ways: dict[str, Callable[[], Any]] = {
-        "encode": lambda: clip.image.encode(batch.images),
-        "dense": lambda: clip.image.trace(batch.images).dense(),
-        "10 maps each": lambda: heat_from_trace(
-            GradEclip(), clip.image.trace(batch.images), targets, owner
-        ),
+        "encode": torch.no_grad()(lambda: tower.encode(images)),
+        "dense": torch.no_grad()(lambda: tower.trace(images).dense()),
+        "10 maps each": lambda: heat_from_trace(GradEclip(), tower.trace(images), targets, owner),
     }
     rows = []
     for precision in (torch.float32, torch.bfloat16):
         with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
-            with torch.no_grad():
-                plain = _in_turns({k: ways[k] for k in ("encode", "dense")}, device, rounds=5)
-            maps = _in_turns({"10 maps each": ways["10 maps each"]}, device, rounds=5)
-        for way, seconds in {**plain, **maps}.items():
-            rate = round(size / statistics.median(seconds))
+            turns = in_device_turns(ways, device, 5)
+        for way in ways:
+            rate = round(size / turns.median(way))
             rows.append({"precision": str(precision), "what": way, "images/s": rate})
     return rows
 
@@ -329,122 +277,73 @@ def loop(device: str) -> list[Row]:
         return [{"skipped": f"no shards in {shards}"}]
     cuda = device == "cuda"
     steps, workers = (80, max((os.cpu_count() or 2) - 2, 1)) if cuda else (4, 1)
-    model = ["+exp=cc3m_vitb16"] if cuda else ["model=open_clip", "model.name=ViT-B-32"]
-    base = [*model, "model.weights=random", "data=cc3m", f"data.shards={shards}", "evaluator=[]"]
-    base += ["data.samples_per_epoch=100000", f"data.workers={workers}", "++data.tagger=textblob"]
-    base += ["trainer=gpu" if cuda else "trainer=cpu", f"trainer.max_steps={steps}"]
-    base += ["trainer.log_every=1", "++data.shuffle=100", "optim.schedule.warmup=1"]
+    words = ["+exp=cc3m_vitb16"] if cuda else ["model=open_clip", "model.name=ViT-B-32"]
+    words += ["model.weights=random", "data=cc3m", f"data.shards={shards}", "name=loop"]
+    words += ["data.samples_per_epoch=100000", f"data.workers={workers}", "++data.tagger=textblob"]
+    words += ["trainer=gpu" if cuda else "trainer=cpu", f"trainer.max_steps={steps}"]
+    words += ["trainer.log_every=1", "++data.shuffle=100", "optim.schedule.warmup=1"]
     rows = []
     for size, compiled in ((64, False), (64, True)) if cuda else ((2, False),):
-        folder = Path(tempfile.mkdtemp())
-        command = [sys.executable, "-m", "gradeclip_ft", "train", *base, f"data.batch_size={size}"]
-        command += ["name=loop", f"runs_dir={folder}", "optim.compile=inductor"][
-            : 3 if compiled else 2
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        row: Row = {"batch": size, "compiled": compiled, "code": done.returncode}
-        if done.returncode:
-            row["said"] = (done.stdout + done.stderr)[-600:]
-        else:
-            lines = map(json.loads, (folder / "loop/metrics.jsonl").read_text().splitlines())
-            rates = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
-            late = rates[len(rates) // 2 :]  # the first half compiles, and fills the buffers
-            row["images/s"] = round(statistics.median(late))
-            row["hours for CC3M"] = CC3M / statistics.median(late) / 3600
-            row["gave up compiling"] = "recompile_limit" in done.stderr
-        rows.append(row)
-        shutil.rmtree(folder)
+        more = [f"data.batch_size={size}", *(["optim.compile=inductor"] if compiled else [])]
+        with tempfile.TemporaryDirectory() as folder:
+            row, lines = train(folder, *words, *more)
+        rows.append({"batch": size, "compiled": compiled, **row})
+        if lines:
+            late = lines[len(lines) // 2 :]  # the first half compiles, and fills the buffers
+            rate = statistics.median(line["samples_per_second"] for line in late)
+            rows[-1] |= {"images/s": round(rate), "hours for CC3M": CC3M / rate / 3600}
     return rows
 
 
 def loading(device: str) -> list[Row]:
     """Images per second and core: decode a 640 x 480 JPEG, then the training transform."""
-    loaded = _load("ViT-B-32")
-    transform = loaded.transform(train=True)
-    path = Path(tempfile.mkdtemp()) / "photo.jpg"
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 30, 40, generator=generator)
+    transform = load("ViT-B-32").transform(train=True)
+    coarse = torch.rand(1, 3, 30, 40, generator=torch.Generator().manual_seed(0))
     pixels = nn.functional.interpolate(coarse, (480, 640), mode="bicubic").clamp(0, 1) * 255
-    Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy()).save(path, quality=90)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     count = 100 if device == "cuda" else 10
-    start = time.perf_counter()
-    for _ in range(count):
-        with Image.open(path) as image:
-            transform(image.convert("RGB"))
-    rate = count / (time.perf_counter() - start)
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy()).save(file.name, quality=90)
+        start = time.perf_counter()
+        for _ in range(count):
+            with Image.open(file.name) as image:
+                transform(image.convert("RGB"))
+        rate = count / (time.perf_counter() - start)
     torch.set_num_threads(threads)
-    shutil.rmtree(path.parent)
     return [{"images/s per core": round(rate), "cores": os.cpu_count()}]
 
 
-def _load(name: str) -> LoadedClip:
+def load(name: str) -> LoadedClip:
+    """With random weights."""
     torch.manual_seed(0)
     return load_clip(name, "random")
 
 
-def _batch(loaded: LoadedClip, size: int, phrases: int) -> CaptionBatch:
+def written_pairs(loaded: LoadedClip, size: int) -> list[Pair]:
     """Random pixels, written captions; phrases repeat between images as they do in the world."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = loaded.image_size
-    samples = []
-    for number in range(size):
-        colours = torch.randperm(10, generator=generator)[:phrases].tolist()
-        things = torch.randperm(10, generator=generator)[:phrases].tolist()
-        found = [f"{COLOURS[c]} {THINGS[t]}" for c, t in zip(colours, things, strict=True)]
-        image = torch.randn(3, height, width, generator=generator)
-        caption = f"a {found[0]} in front of a {found[-1]} on a sunny day number {number}"
-        samples.append(Sample(str(number), image, caption, found))
-    return collate(samples, loaded.tokenizer, PROMPT, {})
+    return [written(number, loaded.image_size) for number in range(size)]
 
 
-def _in_turns(
-    ways: dict[str, Callable[[], Any]], device: str, *, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, after three rounds that are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(-3 if device == "cuda" else 0, rounds):
-        for name, run in ways.items():
-            start = _now(device)
-            run()
-            if number >= 0:
-                seconds[name].append(_now(device) - start)
-    return seconds
+def in_device_turns(ways: dict[str, Callable[[], Any]], device: str, rounds: int) -> Turns:
+    """Wall seconds, when the device has finished; after three rounds that are not counted."""
 
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _markdown(found: dict[str, Any]) -> str:
-    text = ""
-    for name, part in found.items():
-        rows = part["rows"]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text += f"\n## {name} ({part['seconds']} s)\n\n| {' | '.join(columns)} |\n"
-        text += "|" + "--|" * len(columns) + "\n"
-        for row in rows:
-            cells = (row.get(column, "") for column in columns)
-            text += (
-                f"| {' | '.join(f'{c:.3g}' if isinstance(c, float) else str(c) for c in cells)} |\n"
-            )
-    return text
+    cuda = device == "cuda"
+    return in_turns(ways, rounds if cuda else 1, now, warm_up=3 if cuda else 0)
 
 
 PARTS: dict[str, Callable[[str], list[Row]]] = {
-    "environment": environment,
-    "exactness": exactness,
-    "training": training,
-    "synchronisation": synchronisation,
-    "step": step,
-    "variants": variants,
-    "throughput": throughput,
-    "loading": loading,
-    "loop": loop,
+    part.__name__: part
+    for part in (
+        *(environment, exactness, training, synchronisation, step),
+        *(variants, throughput, loading, loop),
+    )
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call(gpu_check, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Kills a run again and again and asks what came of it; docs/scale.md holds what this printed.
+"""Kills a run again and again and asks what came of it; results/campaigns.md holds what it printed.
 
     python -m tools.kill_test                    # 20 kills of one process
     python -m tools.kill_test kills=3 steps=40
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import random
 import signal
@@ -27,13 +26,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands.cli import call, run
-from gradeclip_ft.training.run_files import CHECKPOINT, WEIGHTS, newest_good
+from gradeclip_ft.training.run_files import CHECKPOINT, WEIGHTS, newest_good, read_lines
 
 PATIENCE = 900.0  # seconds that anything may take
 # What `train` imports late, and we before the first fork only: workers that are spawned to draw
@@ -66,28 +66,22 @@ class Life:
     log: Path
     code: int | None = None
 
-    def alive(self) -> bool:
-        """Whether it has not ended."""
+    def ended(self) -> bool:
+        """Whether it has."""
         if self.code is None:
-            ended, status = os.waitpid(self.process, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if ended else None
-        return self.code is None
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if process else None
+        return self.code is not None
 
     def wait(self) -> int:
         """Its exit code."""
-        until(lambda: not self.alive(), self)
+        until(self.ended)
         assert self.code is not None
         return self.code
 
-    def send(self, number: signal.Signals) -> None:
-        """A signal, if it can still get one."""
-        if self.alive():
-            os.kill(self.process, number)
-
     def said(self) -> str:
         """Its last line."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return self.log.read_text(errors="replace").strip().rpartition("\n")[2]
 
 
 def live(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Life:
@@ -95,8 +89,7 @@ def live(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     for name in LATE:
         importlib.import_module(f"gradeclip_ft.{name}")
     log = Path(f"life-{time.monotonic_ns()}.log")
-    process = os.fork()
-    if process:
+    if process := os.fork():
         return Life(process, log)
     code = 1
     try:
@@ -118,8 +111,7 @@ def two_ranks(arguments: Sequence[str], *, slurm: bool = False) -> list[Life]:
     """The two processes of one job, as torchrun or srun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     if slurm:
         common |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "b16", "SLURM_NODEID": "0"}
         common |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
@@ -127,30 +119,26 @@ def two_ranks(arguments: Sequence[str], *, slurm: bool = False) -> list[Life]:
     else:
         common |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "lives"}
     names = ("SLURM_PROCID", "SLURM_LOCALID") if slurm else ("RANK", "LOCAL_RANK")
-    ranks = (common | dict.fromkeys(names, str(rank)) for rank in range(2))
-    return [live(arguments, environment) for environment in ranks]
+    return [live(arguments, common | dict.fromkeys(names, str(rank))) for rank in range(2)]
 
 
-def until(condition: Callable[[], bool], *lives: Life, every: float = 0.005) -> None:
+def until(condition: Callable[[], bool], *, every: float = 0.005) -> None:
     """Wait for something.
 
     Raises:
-        TimeoutError: It does not happen; the lives are killed.
+        TimeoutError: It does not happen.
     """
     limit = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > limit:
-            for one in lives:
-                one.send(signal.SIGKILL)
-            raise TimeoutError(f"nothing happened for {PATIENCE} s; see {[x.log for x in lives]}")
+            raise TimeoutError(f"nothing happened for {PATIENCE} s; see life-*.log in {Path.cwd()}")
         time.sleep(every)
 
 
 def losses(name: str) -> dict[int, float]:
     """Loss of each logged step of a run."""
     path = Path("runs") / name / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = read_lines(path) if path.exists() else []
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
@@ -238,16 +226,17 @@ def kill(line: list[str], aim: str, draw: random.Random, start: float) -> tuple[
     if aim == "start":
         time.sleep(draw.uniform(0, start))
     else:
-        until(lambda: not one.alive() or last_step("killed") > before, one)
+        until(lambda: one.ended() or last_step("killed") > before)
         start = time.monotonic() - begun
         goal = before + draw.randint(1, 4)
-        until(lambda: not one.alive() or last_step("killed") >= goal, one)
+        until(lambda: one.ended() or last_step("killed") >= goal)
         if aim == "write":
-            until(lambda: not one.alive() or writing(), one, every=0.0)
+            until(lambda: one.ended() or writing(), every=0.0)
         time.sleep(draw.uniform(0, 0.03 if aim == "write" else 0.1))
-    one.send(signal.SIGKILL)
-    if one.wait() != -signal.SIGKILL:
+    if one.ended():
         raise SystemExit(f"ended by itself with {one.code}: {one.said()}; give more steps")
+    os.kill(one.process, signal.SIGKILL)
+    one.wait()
     early = last_step("killed") <= before  # a file left by the life before may still be there
     return ("start" if early else "write" if writing() else "step"), start
 
@@ -266,48 +255,33 @@ def kill_ranks() -> int:
     for rank, number, slurm in ACTS:
         name = f"{number.name}_{rank}"
         end = act(rank, number, name, slurm=slurm)
-        codes = [
-            one.wait() for one in two_ranks([*JOB, f"name={name}", "resume=auto"], slurm=slurm)
-        ]
-        same = codes == [0, 0] and losses(name) == losses("whole")
+        again = two_ranks([*JOB, f"name={name}", "resume=auto"], slurm=slurm)
+        same = [one.wait() for one in again] == [0, 0] and losses(name) == losses("whole")
         lost += not same
         print(
-            f"| {rank}: {number.name} | {'srun' if slurm else 'torchrun'} | {end.seconds:.1f} s | "
-            f"{', '.join(map(str, end.codes))} | {end.at}, {end.saved} | "
-            f"{'the same losses' if same else 'OTHER LOSSES'} | {end.said} |",
+            f"| {rank}: {number.name} | {'srun' if slurm else 'torchrun'} | {end['seconds']:.1f} s "
+            f"| {', '.join(map(str, end['codes']))} | {end['at']}, {end['saved']} | "
+            f"{'the same losses' if same else 'OTHER LOSSES'} | {end['said']} |",
             flush=True,
         )
     return 1 if lost else 0
 
 
-@dataclass(frozen=True)
-class End:
-    """What became of a job.
+def act(rank: int, number: signal.Signals, name: str, *, slurm: bool) -> dict[str, Any]:
+    """A job that loses a process, or gets a signal in one, after some step.
 
-    Attributes:
-        codes: Exit code of each process.
-        seconds: From the signal to the end of the last process.
-        at: Step in the metrics when the signal was sent.
-        saved: Step of the newest good checkpoint afterwards.
-        said: Last line of a process that was not killed.
+    Returns:
+        Exit codes, seconds from the signal to the end of both, step in the metrics at the signal,
+        step of the newest good checkpoint, and the last line of a process that was not killed.
     """
-
-    codes: tuple[int, ...]
-    seconds: float
-    at: int
-    saved: int
-    said: str
-
-
-def act(rank: int, number: signal.Signals, name: str, *, slurm: bool) -> End:
-    """A job that loses a process, or gets a signal in one, after some step."""
     job = two_ranks([*JOB, f"name={name}"], slurm=slurm)
-    until(lambda: last_step(name) >= 5 or not all(map(Life.alive, job)), *job)
+    until(lambda: last_step(name) >= 5 or any(one.ended() for one in job))
     at, begun = last_step(name), time.monotonic()
-    job[rank].send(number)
-    codes = tuple(one.wait() for one in job)
-    witness = job[0] if codes[0] != -number else job[1]
-    return End(codes, time.monotonic() - begun, at, saved_step(name), witness.said())
+    os.kill(job[rank].process, number)
+    codes = [one.wait() for one in job]
+    seconds = time.monotonic() - begun
+    said = job[0 if codes[0] != -number else 1].said()
+    return {"codes": codes, "seconds": seconds, "at": at, "saved": saved_step(name), "said": said}
 
 
 if __name__ == "__main__":

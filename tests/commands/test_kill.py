@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.ddp, pytest.mark.timeout(500)]
 # One process for both, which imports the program and draws the shapes once. Of the two tasks of
 # SLURM in the second part, only task 1 gets a signal.
 BOTH = """
-import dataclasses, json, random, signal
+import json, random, signal
 from tools.kill_test import act, kill_one
 kill_one(2, 12, random.Random(1))
-print(json.dumps(dataclasses.asdict(act(1, signal.SIGUSR1, "signalled", slurm=True))))
+print(json.dumps(act(1, signal.SIGUSR1, "signalled", slurm=True)))
 """
 
 

@@ -1,0 +1,460 @@
+"""What things cost: `python -m tools.bench ACTION [key=value ...]`; `out=results/speed` keeps it.
+
+Every action prints a table with the machine, the threads and the versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import nltk
+import torch
+import webdataset
+from open_clip.transform import image_transform
+from torch import Tensor
+
+from gradeclip_ft.commands.cli import call, usage
+from gradeclip_ft.commands.config import perform, wants_traceback
+from gradeclip_ft.data.captions import (
+    CaptionTrainData,
+    caption_phrases,
+    phrase_entry,
+)
+from gradeclip_ft.data.coco import read_captions
+from gradeclip_ft.data.make_shards import add_phrases, write_shard
+from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.data.shards import Skips, read_shard
+from gradeclip_ft.evaluators.base import evaluating
+from gradeclip_ft.evaluators.regions import RegionEvaluator
+from gradeclip_ft.explain.base import explain_image
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.models.clip import class_embeddings
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.results.record import commit, versions
+from gradeclip_ft.text.phrases import PhraseFinder, load_tagger
+from tools.measure import (
+    GRAD_ECLIP,
+    LISTING,
+    NAMES,
+    OPEN_CLIP,
+    PHOTOS,
+    PROMPT,
+    RATIOS,
+    SHARDS,
+    Rows,
+    cpu_steps,
+    in_turns,
+    published_heat,
+    read_pairs,
+    table,
+    tagger_name,
+)
+
+INTRODUCTION = """# Speed
+
+Every section is printed by the command above its table; the JSON file holds the same numbers. CPU
+seconds are those of the process itself, one thread, so that other programs on the machine do not
+enter; variants run in turns, ratios are medians over the rounds' own ratios.
+"""
+
+
+def publish(title: str, rows: Rows, notes: Sequence[str], out: Path | None) -> None:
+    """Print a table; with `out`, enter it into OUT.json in place of its title, and write OUT.md."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    machine = names[0] if names else platform.machine()
+    entry = {
+        "title": title,
+        "rows": rows,
+        "notes": list(notes),
+        "command": f"python -m tools.bench {shlex.join(sys.argv[1:])}",
+        "machine": f"{machine}, one thread, {platform.platform(aliased=True, terse=True)}",
+        "versions": {**versions(), "torch": torch.__version__},
+        "commit": commit(),
+    }
+    print(section(entry))
+    if out is None:
+        return
+    path = out.with_suffix(".json")
+    sections = json.loads(path.read_text()) if path.is_file() else []
+    sections = [old for old in sections if old["title"] != title] + [entry]
+    sections.sort(key=lambda section: str(section["title"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(sections, indent=1, ensure_ascii=False) + "\n")
+    out.with_suffix(".md").write_text("\n".join([INTRODUCTION, *map(section, sections)]))
+
+
+def section(entry: Mapping[str, Any]) -> str:
+    """An entry in Markdown."""
+    rows = [{"": name, **row} for name, row in entry["rows"].items()]
+    packages = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    facts = [*entry["notes"], f"{entry['machine']}; {packages}; commit {entry['commit']}."]
+    head = f"## {entry['title']}\n\n```bash\n{entry['command']}\n```\n\n"
+    return head + table(rows) + "\n" + "".join(f"- {fact}\n" for fact in facts)
+
+
+def step(
+    *,
+    model: str = "ViT-B-16",
+    batch_size: int = 8,
+    phrases: int = 3,
+    rounds: int = 7,
+    out: Path | None = None,
+) -> None:
+    """Forward, backward and optimiser of one batch: open_clip's way, and ours in four ways."""
+    variants, note = cpu_steps(model)
+    rows = in_turns(variants(batch_size, phrases), rounds).rows(RATIOS)
+    notes = [f"Batch of {batch_size}, {phrases} phrases per caption; {rounds} rounds.", note]
+    publish(f"step, {model}, cpu", rows, notes, out)
+
+
+def scaling(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None) -> None:
+    """The Grad-ECLIP step against phrases per caption at batch 8, and against the batch."""
+    variants, note = cpu_steps(model)
+    points = {f"{count} phrases": (8, count) for count in (0, 1, 3, 5, 10)}
+    points |= {f"batch {size}, 3 phrases": (size, 3) for size in (4, 16)}
+    turns = in_turns({name: variants(*at)[GRAD_ECLIP] for name, at in points.items()}, rounds)
+    rows: Rows = {}
+    for name, (size, _) in points.items():
+        ratio, spread = turns.against(name, "1 phrases")
+        rows[name] = {"seconds": turns.median(name), "per image": turns.median(name) / size}
+        rows[name] |= {"against 1 phrase": ratio, "rounds": spread}
+    publish(f"scaling, {model}, cpu", rows, [f"{rounds} rounds.", note], out)
+
+
+def memory(
+    *,
+    model: str = "ViT-B-16",
+    batch_size: int = 8,
+    phrases: int = 3,
+    rounds: int = 3,
+    out: Path | None = None,
+) -> None:
+    """Most memory that two steps take, each variant in a process of its own."""
+    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name in rounds * NAMES:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found[name].append(pool.submit(peak, model, name, batch_size, phrases).result())
+    base = statistics.median(found[OPEN_CLIP])
+    rows: Rows = {
+        name: {
+            "peak GiB": statistics.median(values),
+            "against open_clip": statistics.median(values) / base,
+            "processes": ", ".join(f"{each:.2f}" for each in values),
+        }
+        for name, values in found.items()
+    }
+    notes = [f"Batch of {batch_size}, {phrases} phrases per caption; median of the processes."]
+    publish(f"memory, {model}, cpu", rows, notes, out)
+
+
+def peak(model: str, name: str, size: int, phrases: int) -> float:
+    """GiB; runs in a process that does nothing else."""
+    run = cpu_steps(model)[0](size, phrases)[name]
+    for _ in range(2):  # the second one has the optimiser's state
+        run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# Explanations, evaluations, loading, phrases and starting, beside other programs.
+
+FEW, MANY, IMAGES = 10, 64, 8
+PAIRS, PHRASES = "loop over 8 x 10 pairs", "loop over 10 phrases, for 8 images"
+EXPLAINED = (
+    ("map, 1 image, 10 embeddings", "encode_image, 1 image"),
+    ("maps, 1 image, 10 phrases", "encoders, 1 image, 10 phrases"),
+    ("maps, 1 image, 64 phrases", "encoders, 1 image, 64 phrases"),
+    (PAIRS, "maps, 8 images x 10 phrases"),
+    (PHRASES, "maps, 8 images x 10 phrases"),
+)
+
+
+def explain(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None) -> None:
+    """Grad-ECLIP on one image and on eight, beside encode_image, encode_text and a pair loop."""
+    torch.set_num_threads(1)
+    loaded = load_clip(model, "random")
+    clip, native = loaded.clip, loaded.require_clip("timed")
+    library: Any = native.model
+    pairs, source = read_pairs(5)
+    texts = list(dict.fromkeys(PROMPT.format(text) for pair in pairs for text in pair.phrases))
+    pixels = loaded.pixels([pair.image for pair in pairs[:IMAGES]])
+
+    @torch.no_grad()
+    def encode(count: int) -> None:
+        library.encode_image(pixels[:1])
+        if count:
+            library.encode_text(loaded.tokenizer(texts[:count]))
+
+    def maps(images: int, count: int, *, given: bool = False) -> Tensor:
+        with torch.no_grad():
+            ids = loaded.tokenizer(texts[:count], trim=True)
+            target = torch.randn(count, 512) if given else clip.text.encode(ids)
+        owner = torch.arange(images).repeat_interleave(count)
+        return explain_image(GradEclip(), clip, pixels[:images], target.repeat(images, 1), owner)
+
+    def loop(ids: Tensor, size: int) -> None:
+        """The authors' way: native text, image up to the last block, then block and gradients."""
+        for rows in torch.split(ids, size):
+            with torch.no_grad():
+                target = library.encode_text(rows)
+                opened = native.image.open(pixels[:1])
+                tokens = opened.run(opened.tokens, 0, len(opened.layers) - 1)
+            published_heat(opened, tokens, target, torch.zeros(len(rows), dtype=torch.long))
+
+    ids = loaded.tokenizer(texts[:FEW])
+    variants: dict[str, Callable[[], object]] = {
+        "encode_image, 1 image": partial(encode, 0),
+        "encoders, 1 image, 10 phrases": partial(encode, FEW),
+        "map, 1 image, 10 embeddings": partial(maps, 1, FEW, given=True),
+        "maps, 1 image, 10 phrases": partial(maps, 1, FEW),
+        "encoders, 1 image, 64 phrases": partial(encode, MANY),
+        "maps, 1 image, 64 phrases": partial(maps, 1, MANY),
+        "maps, 8 images x 10 phrases": partial(maps, IMAGES, FEW),
+        PAIRS: partial(loop, ids, 1),
+        PHRASES: partial(loop, ids, FEW),
+    }
+    turns = in_turns(variants, rounds)
+    for name in (PAIRS, PHRASES):
+        turns[name] = [IMAGES * seconds for seconds in turns[name]]
+    notes = [
+        f"{source}; medians over {rounds} rounds in turns after one of warm-up.",
+        "encoders: open_clip's encode_image and encode_text, texts of 77 tokens, without a graph. "
+        "maps: phrases of their own length are encoded, too.",
+        "loop over pairs: both encoders, a full last block and a backward pass for every pair; "
+        "loop over phrases: encoders once, a backward pass for every phrase. Both are timed on one "
+        f"image and counted {IMAGES} times: every image costs the same.",
+    ]
+    publish(f"explain, {model}, cpu", turns.rows(EXPLAINED), notes, out)
+
+
+def evaluate(
+    *,
+    annotations: Path = PHOTOS / "annotations" / "instances_val2017.json",
+    images: Path = PHOTOS / "images",
+    model: str = "ViT-B-16",
+    image_size: int = 224,
+    photos: int = 100,
+    rounds: int = 7,
+    out: Path | None = None,
+) -> None:
+    """A region evaluation, photos loaded and decoded, beside the forward pass alone.
+
+    The forward reads pixels from memory; the evaluation loads photos and masks, traces, pools and
+    classifies. Class texts are encoded once per model, whatever the number of photos.
+    """
+    torch.set_num_threads(1)
+    loaded, size = load_clip(model, "random"), 16
+    data, sentence = (
+        CocoRegions(str(annotations), str(images), limit=photos),
+        ["a photo of the {}."],
+    )
+    regions = RegionEvaluator("bench", data, image_size, sentence, batch_size=size, workers=0)
+    opened = data(image_size=image_size, patch=loaded.patch, mean=loaded.mean, std=loaded.std)
+    pixels = [batch.images for batch in opened.batches(size, 0)]
+
+    def forward() -> None:
+        with evaluating(loaded.clip):
+            for batch in pixels:
+                loaded.clip.image.encode(batch)
+
+    def texts() -> None:
+        with evaluating(loaded.clip):
+            class_embeddings(loaded.clip, loaded.tokenizer, opened.classes, sentence)
+
+    names = ("encoder forward, pixels in memory", "evaluation", "class texts")
+    calls: tuple[Callable[[], object], ...] = (forward, partial(regions, loaded), texts)
+    turns = in_turns(dict(zip(names, calls, strict=True)), rounds)
+    share = turns.against(names[1], names[0])[0] - turns.against(names[2], names[0])[0]
+    rows = turns.rows() | {"evaluation without class texts / forward": {"ratio": share}}
+    notes = [
+        f"{len(opened)} photos at {image_size} px, {opened.counts['things']} regions; medians over "
+        f"{rounds} rounds in turns after one of warm-up."
+    ]
+    publish(f"evaluate, {model}, cpu", rows, notes, out)
+
+
+def loader(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None) -> None:
+    """One worker's work without the worker: decode, crop, captions, phrases, tokens, batches."""
+    torch.set_num_threads(1)
+    loaded, size, limit = load_clip(model, "random"), 64, 320
+
+    def theirs(shard: Path, train: bool) -> int:
+        transform = image_transform(loaded.image_size[0], is_train=train)
+        data = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+        pairs = data.decode("pilrgb").rename(image="jpg;jpeg;png").map_dict(image=transform)
+        return sum(1 for _ in pairs)
+
+    def ours(shard: Path, phrases: int) -> int:
+        source = CaptionTrainData(
+            shards=str(shard),
+            batch_size=size,
+            tokenizer=loaded.tokenizer,
+            transform=loaded.transform(train=True),
+            workers=0,
+            resampled=False,
+            shuffle=0,
+            max_phrases=phrases,
+        )
+        return sum(1 for _ in source.loader(seed=0, epoch=0, rank=0, world_size=1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ahead, source = two_shards(limit, Path(folder))
+        bare = "webdataset decode, open_clip transform"
+        variants: dict[str, Callable[[], object]] = {
+            bare: partial(theirs, plain, True),
+            "the same, resize and crop in the centre": partial(theirs, plain, False),
+            "ours, no phrases": partial(ours, plain, 0),
+            "ours, phrases found by the worker": partial(ours, plain, 5),
+            "ours, phrases computed ahead": partial(ours, ahead, 5),
+        }
+        turns = in_turns(variants, rounds)
+    rows: Rows = {
+        name: {
+            "images/s": limit / turns.median(name),
+            "throughput / bare": 1 / turns.against(name, bare)[0],
+        }
+        for name in variants
+    }
+    notes = [
+        f"{source}, batches of {size}; tagger {tagger_name()}; CPU seconds of one process; medians "
+        f"over {rounds} rounds in turns after one of warm-up.",
+        "open_clip's transform for training is RandomResizedCrop; ours resizes the shortest side "
+        "and crops at random.",
+    ]
+    publish(f"loader, {model}", rows, notes, out)
+
+
+def two_shards(limit: int, folder: Path) -> tuple[Path, Path, str]:
+    """One shard of `limit` samples, and the same with phrases computed ahead."""
+    plain, ahead = folder / "plain.tar", folder / "ahead" / "plain.tar"
+    ahead.parent.mkdir()
+    urls = sorted(map(str, SHARDS.glob("*.tar")))
+    found = (sample for url in urls for sample in read_shard(url, Skips(), wanted=("jpg", "txt")))
+    samples = [{"jpg": sample["jpg"], "txt": sample["txt"]} for sample in found]
+    source = f"{limit} photos of {SHARDS.name}" if samples else "written samples"
+    for pair in () if samples else read_pairs(0)[0]:
+        content = BytesIO()
+        pair.image.save(content, "JPEG", quality=90)
+        samples.append({"jpg": content.getvalue(), "txt": pair.captions[0].encode()})
+    rows = [{**samples[n % len(samples)], "__key__": f"{n:06d}"} for n in range(limit)]
+    write_shard(plain, rows)
+    add_phrases(str(plain), ahead.parent, tagger=tagger_name(), max_phrases=20)
+    return plain, ahead, source
+
+
+def phrases(*, rounds: int = 7, out: Path | None = None) -> None:
+    """Phrases by each tagger, by lookup, and by NLTK's own functions one after the other."""
+    rows = read_captions(LISTING) if LISTING.is_file() else read_pairs(0)[0]
+    texts = [caption for entry in rows for caption in entry.captions][:2000]
+    grammar = nltk.RegexpParser("NP: {<JJ.*>*<NN.*>+}")
+
+    def tags(text: str) -> Any:
+        return nltk.pos_tag(nltk.NLTKWordTokenizer().tokenize(text.lower()))
+
+    def plain(text: str) -> list[str]:
+        """What NLTK's documentation shows."""
+        parts = grammar.parse(tags(text)).subtrees()
+        found = (" ".join(word for word, _ in part) for part in parts if part.label() == "NP")
+        return list(dict.fromkeys(found))
+
+    functions: dict[str, Callable[[str], object]] = {}
+    if tagger_name() == "nltk":
+        functions["nltk.pos_tag and RegexpParser, plain loop"] = plain
+        functions["nltk.pos_tag alone, plain loop"] = tags
+    for name in dict.fromkeys((tagger_name(), "textblob")):
+        finder = PhraseFinder(load_tagger(name), 5)
+        functions[f"ours, {name}"] = finder
+        record = {"phrases": phrase_entry(texts, finder)}
+        stored = partial(caption_phrases, record, find=finder)
+        functions[f"ours, {name}, computed ahead"] = stored
+
+    def each(find: Callable[[str], object]) -> None:
+        for text in texts:
+            find(text)
+
+    turns = in_turns({name: partial(each, find) for name, find in functions.items()}, rounds)
+    base, shown = next(iter(turns)), dict[str, dict[str, Any]]()
+    for name in turns:
+        faster, spread = turns.against(base, name)
+        shown[name] = {"captions/s": len(texts) / turns.median(name)}
+        shown[name] |= {"faster than the first row": faster, "rounds": spread}
+    source = (
+        f"{len(texts)} {f'captions of {LISTING.name}' if LISTING.is_file() else 'written captions'}"
+    )
+    notes = [f"{source}; medians over {rounds} rounds in turns after one of warm-up; one core."]
+    publish("phrases", shown, notes, out)
+
+
+def startup(*, rounds: int = 7, out: Path | None = None) -> None:
+    """Wall and CPU seconds of --help, of list, and of a command up to its first training step."""
+
+    def cpu_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    def run(line: str, folder: str | None = None) -> tuple[float, float]:
+        before, start = cpu_seconds(), time.perf_counter()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "gradeclip_ft", *line.split()]
+        subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+        return time.perf_counter() - start, cpu_seconds() - before
+
+    times: dict[str, list[tuple[float, float]]] = {}
+    for line in ("--help", "list", "list explainers", "train --help"):
+        times[line] = [run(line) for _ in range(rounds)]
+    smoke = "train +exp=smoke evaluation.before=false evaluation.after=false trainer.max_steps=1"
+    for _ in range(max(rounds // 2, 1)):
+        with tempfile.TemporaryDirectory() as folder:  # empty, then beside its data
+            for name in ("drawn", "there"):
+                key = f"+exp=smoke up to its first step, data {name}"
+                line = f"{smoke} optim.schedule.warmup=0 name={name}"
+                times.setdefault(key, []).append(run(line, folder))
+    rows: Rows = {}
+    for name, runs in times.items():
+        wall, cpu = (statistics.median(values) for values in zip(*runs, strict=True))
+        rows[name] = {"seconds": wall, "CPU seconds": cpu}
+    notes = [
+        "Medians of the wall's and of the processes' own CPU seconds, children included; processes "
+        "are new, files are in the page cache.",
+        "smoke: trainer.max_steps=1 and no evaluation; the model, data workers, one step, its "
+        "checkpoint and weights are in it.",
+    ]
+    publish("startup", rows, notes, out)
+
+
+ACTIONS = {
+    action.__name__: action
+    for action in (step, scaling, memory, explain, evaluate, loader, phrases, startup)
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one action, or show them all."""
+    if arguments and arguments[0] in ACTIONS:
+        action = ACTIONS[arguments[0]]
+        return perform(lambda: call(action, arguments[1:]), full=wants_traceback())
+    print(__doc__)
+    for name, action in ACTIONS.items():
+        print(f"{name} {usage(action)}\n    {(action.__doc__ or '').splitlines()[0]}")
+    return 0 if arguments in ([], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
