@@ -108,13 +108,7 @@ class RegionBatch(_Tensors):
 
 @dataclass(frozen=True)
 class PairBatch(_Tensors):
-    """Images with all their captions.
-
-    Attributes:
-        images: Normalised pixels.
-        texts: Token ids of the captions of these images.
-        owner: Row of `images` for every caption.
-    """
+    """Normalised images with the token ids of all their captions; `owner` is a caption's image."""
 
     images: Float[Tensor, "B 3 H W"]
     texts: Int[Tensor, "M L"]
@@ -123,12 +117,7 @@ class PairBatch(_Tensors):
 
 @dataclass(frozen=True)
 class ImageBatch(_Tensors):
-    """Images with one label each.
-
-    Attributes:
-        images: Normalised pixels.
-        labels: Class index of each image.
-    """
+    """Normalised images with the class index of each."""
 
     images: Float[Tensor, "B 3 H W"]
     labels: Int[Tensor, " B"]

@@ -85,7 +85,7 @@ def publish(title: str, rows: Rows, notes: Sequence[str], out: Path | None) -> N
         "rows": rows,
         "notes": list(notes),
         "command": f"python -m tools.bench {shlex.join(sys.argv[1:])}",
-        "machine": f"{machine}, one thread, {platform.platform(aliased=True, terse=True)}",
+        "machine": f"{machine}, one thread, {platform.system()}",
         "versions": {**versions(), "torch": torch.__version__},
         "commit": commit(),
     }

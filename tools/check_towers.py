@@ -9,13 +9,12 @@ Prints Markdown; docs/towers.md holds what it printed. Errors are relative, |our
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -29,6 +28,7 @@ from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.other.blip import Blip
 from gradeclip_ft.models.other.classifier import ImageModel, load_classifier
 from gradeclip_ft.ops.similarity import cosine
+from tools.measure import in_turns
 
 MODELS = (
     *("ViT-B-16", "ViT-L-14", "EVA02-B-16", "EVA02-L-14-336"),
@@ -122,7 +122,14 @@ def dense_error(clip: Clip, pixels: Tensor) -> float:
 def gradient_error(clip: Clip, pixels: Tensor) -> float:
     """Channel weight (eq. 15, the model's own heads) against one full backward pass."""
     with torch.enable_grad():
-        with recorded_attention() as outputs:
+        outputs: list[Tensor] = []
+        native = nn.functional.scaled_dot_product_attention
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            outputs.append(native(*args, **kwargs))  # (B, A, N, c)
+            return outputs[-1]
+
+        with mock.patch.object(nn.functional, "scaled_dot_product_attention", record):
             embedding = library(clip, pixels)
         target = nn.functional.normalize(torch.randn_like(embedding), dim=1)
         (gradient,) = torch.autograd.grad(cosine(embedding, target).sum(), outputs[-1])
@@ -137,8 +144,17 @@ ERRORS = tuple(
 
 
 def check_other(name: str) -> float:
-    """A classifier, or BLIP: one line, and the error of its embedding."""
-    model, embed, side = other(name)
+    """A classifier, or BLIP: one line, and the error of its embedding against the library's own."""
+    model: ImageModel
+    embed: Callable[[Tensor], Tensor]
+    if name == "blip":
+        config = transformers.BlipConfig(vision_config={"image_size": 384})
+        model, side = Blip(transformers.BlipForImageTextRetrieval(config)).eval(), 384
+        parts: Any = model.model
+        embed = lambda x: parts.vision_proj(parts.vision_model(x).last_hidden_state[:, 0])  # noqa: E731
+    else:
+        loaded = load_classifier(name, "random")
+        model, side, embed = loaded.classifier, loaded.image_size[0], loaded.classifier.model
     pixels = torch.randn(2, 3, side, side)
     for parameter in model.parameters():  # some start at zero, or at 1e-10
         parameter.data.add_(0.02 * torch.randn_like(parameter))
@@ -147,25 +163,10 @@ def check_other(name: str) -> float:
         error = relative(model.image.encode(pixels), expected)
     targets, owner = torch.randn(10, expected.shape[1]), torch.arange(10) % len(pixels)
     maps = partial(explain_image, GradEclip(), model, pixels, targets, owner)
-    cost = price(maps, partial(embed, pixels))
-    print(f"| {name} | {side} | {error:.0e} | {cost:.2f} |", flush=True)
+    print(
+        f"| {name} | {side} | {error:.0e} | {price(maps, partial(embed, pixels)):.2f} |", flush=True
+    )
     return error
-
-
-def other(name: str) -> tuple[ImageModel, Callable[[Tensor], Tensor], int]:
-    """The model, the library's own embedding, and side of its pictures."""
-    if name != "blip":
-        loaded = load_classifier(name, "random")
-        return loaded.classifier, loaded.classifier.model, loaded.image_size[0]
-    config = transformers.BlipConfig(vision_config={"image_size": 384})
-    blip = Blip(transformers.BlipForImageTextRetrieval(config)).eval()
-
-    def embed(pixels: Tensor) -> Tensor:
-        rows: Tensor = blip.model.vision_model(pixel_values=pixels).last_hidden_state
-        embedding: Tensor = blip.model.vision_proj(rows[:, 0])
-        return embedding
-
-    return blip, embed, 384
 
 
 @torch.no_grad()
@@ -181,17 +182,10 @@ def print_sizes() -> None:
 
 
 def price(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
-    """Time of ours over that of the library's forward pass, medians of turns."""
-    seconds: list[tuple[float, float]] = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        ours()
-        middle = time.perf_counter()
-        with torch.no_grad():
-            theirs()
-        seconds.append((middle - start, time.perf_counter() - middle))
-    mine = statistics.median(one for one, _ in seconds[1:])  # the first turn is a warm-up
-    return mine / statistics.median(other for _, other in seconds[1:])
+    """Time of ours over that of the library's forward pass."""
+    variants = {"ours": ours, "theirs": torch.no_grad()(theirs)}
+    turns = in_turns(variants, ROUNDS, time.perf_counter)
+    return turns.median("ours") / turns.median("theirs")
 
 
 def library(clip: Clip, pixels: Tensor) -> Tensor:
@@ -199,23 +193,6 @@ def library(clip: Clip, pixels: Tensor) -> Tensor:
     result = clip.model.visual(pixels)
     embedding: Tensor = result[0] if isinstance(result, tuple) else result
     return embedding
-
-
-@contextmanager
-def recorded_attention() -> Iterator[list[Tensor]]:
-    """Outputs (B, A, N, c) of every attention that torch computes meanwhile."""
-    outputs: list[Tensor] = []
-    native = nn.functional.scaled_dot_product_attention
-
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        outputs.append(native(*args, **kwargs))
-        return outputs[-1]
-
-    nn.functional.scaled_dot_product_attention = record
-    try:
-        yield outputs
-    finally:
-        nn.functional.scaled_dot_product_attention = native
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

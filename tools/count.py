@@ -15,7 +15,6 @@ import tarfile
 import tempfile
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +23,6 @@ NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),
 }
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def count(root: Path) -> dict[str, str]:
@@ -33,70 +31,54 @@ def count(root: Path) -> dict[str, str]:
         {path: path.read_text() for path in (root / folder).rglob("*.*") if path.suffix in SOURCES}
         for folder in ("gradeclip_ft", "tests", "tools")
     )
+
+    def lines(files: dict[Path, str]) -> int:
+        return sum(text.count("\n") for text in files.values())
+
     code = {path: code_lines(text) for path, text in package.items()}
     comments = sum(len(found) for _, found in code.values())
     total = sum(len(lines) for lines, _ in code.values())
     trees = [ast.parse(text) for text in package.values()]
-    double = [name for name, times in sorted(public_names(trees).items()) if times > 1]
-    private = [times for tree in trees for times in private_calls(tree)]
+    public: Counter[str] = Counter()
+    private = []
+    for tree in trees:
+        read = Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+        read.update(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+                private.append(read[node.name])
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                public[node.name] += 1
+    double = sorted(name for name, times in public.items() if times > 1)
     cases = [text.count("\ndef test_") + text.count("\n    def test_") for text in tests.values()]
     return {
         "package, files": f"{len(package):,}",
-        "package, lines": f"{lines_of(package):,}",
+        "package, lines": f"{lines(package):,}",
         "package, code lines": f"{total:,}",
         "comments per 100 code lines": f"{100 * comments / total:.1f}",
         "public names with two meanings": f"{len(double)}: {', '.join(double)}",
         "private functions": f"{len(private)}",
         "private functions called once": f"{private.count(1)}",
         "tests, functions": f"{sum(cases):,}",
-        "tests, lines": f"{lines_of(tests):,}",
-        "tools, lines": f"{lines_of(tools):,}",
+        "tests, lines": f"{lines(tests):,}",
+        "tools, lines": f"{lines(tools):,}",
     }
-
-
-def lines_of(files: dict[Path, str]) -> int:
-    """All of them, as `wc -l` counts."""
-    return sum(text.count("\n") for text in files.values())
 
 
 def code_lines(text: str) -> tuple[set[int], set[int]]:
     """Numbers of the lines with code, and of those with a comment for people."""
     code: set[int] = set()
     comments: set[int] = set()
-    docstrings = set(docstring_lines(ast.parse(text)))
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
             code.update(range(token.start[0], token.end[0] + 1))
         elif token.type == tokenize.COMMENT and not token.string.startswith(("# type", "# noqa")):
             comments.add(token.start[0])
-    return code - docstrings, comments
-
-
-def docstring_lines(tree: ast.Module) -> Iterator[int]:
-    """Lines of strings that are statements: docstrings, and those after attributes."""
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):  # docstrings, and strings after attributes
         match node:
             case ast.Expr(value=ast.Constant(value=str()), lineno=first, end_lineno=int(last)):
-                yield from range(first, last + 1)
-
-
-def public_names(trees: list[ast.Module]) -> Counter[str]:
-    """In how many modules each public function, class or type is defined."""
-    return Counter(
-        node.name
-        for tree in trees
-        for node in tree.body
-        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
-    )
-
-
-def private_calls(tree: ast.Module) -> Iterator[int]:
-    """How often each private function of a module is named in it."""
-    read = Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-    read.update(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    for node in tree.body:
-        if isinstance(node, Function) and node.name.startswith("_"):
-            yield read[node.name]
+                code -= set(range(first, last + 1))
+    return code, comments
 
 
 def main(revisions: list[str]) -> None:

@@ -33,18 +33,33 @@ def soak(*, samples: int = 1_000_000, workers: int = 1, folder: Path | None = No
     workers=1         loader processes
     folder=           for the shards, about 2.2 GB per million; default: a temporary one
     """
-    if samples % (PER_SHARD * workers):
-        raise ValueError(f"samples={samples} must be a multiple of {PER_SHARD} x workers={workers}")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for first in range(0, samples, PER_SHARD):
-            rows = range(first, first + PER_SHARD)
-            pack(
-                Path(place, f"part-{first // PER_SHARD:05d}.tar"),
-                ((f"{number:09d}", good(number), damage_of(number)) for number in rows),
-            )
+            numbers = range(first, first + PER_SHARD)
+            rows = ((f"{number:09d}", good(number), damage_of(number)) for number in numbers)
+            pack(Path(place, f"part-{first // PER_SHARD:05d}.tar"), rows)
         print(f"{samples:,} samples in {samples // PER_SHARD:,} shards")
         print(f"every {EVERY}th is broken, in {len(DAMAGES)} ways in turn", flush=True)
-        return read(place, samples, workers)
+        data = source(place, batch_size=BATCH, workers=workers)
+        print(data.prepare(), flush=True)
+        got: Counter[str] = Counter()
+        memory: list[float] = []
+        seen, begun = 0, time.perf_counter()
+        for batch in data.loader(seed=0, epoch=0, rank=0, world_size=1):
+            seen += len(batch.keys)
+            got.update(batch.skipped)
+            if seen * 10 // samples > len(memory):
+                memory.append(megabytes())
+                rate = seen / (time.perf_counter() - begun)
+                print(f"{seen:>10,} samples {rate:6.0f}/s {memory[-1]:7.0f} MB", flush=True)
+    growth, wanted = max(memory) - memory[0], expected(samples, workers)
+    print(f"memory grew by {growth:.1f} MB after the first tenth, {ALLOWED:.0f} are allowed")
+    for cause in sorted(wanted | got):
+        print(f"{got[cause]:>8,} {cause}, {wanted[cause]:,} expected")
+    print(f"{seen:,} usable samples of {samples:,} in the epoch; {got.total():,} counts")
+    passed = seen == samples and got == wanted and growth < ALLOWED
+    print("passed" if passed else "FAILED")
+    return 0 if passed else 1
 
 
 def damage_of(number: int) -> Damage | None:
@@ -64,32 +79,6 @@ def expected(samples: int, workers: int) -> Counter[str]:
             usable += damage is None or damage.usable
             number += 1
     return counts
-
-
-def read(place: str, samples: int, workers: int) -> int:
-    """One epoch; prints what came out and returns the exit code."""
-    data = source(place, batch_size=BATCH, workers=workers)
-    print(data.prepare(), flush=True)
-    got: Counter[str] = Counter()
-    memory: list[tuple[int, float]] = []
-    seen, begun = 0, time.perf_counter()
-    for batch in data.loader(seed=0, epoch=0, rank=0, world_size=1):
-        seen += len(batch.keys)
-        got.update(batch.skipped)
-        if seen * 100 // samples > (seen - len(batch.keys)) * 100 // samples:
-            memory.append((seen, megabytes()))
-            if len(memory) % 10 == 0:
-                rate = seen / (time.perf_counter() - begun)
-                print(f"{seen:>10,} samples {rate:6.0f}/s {memory[-1][1]:7.0f} MB", flush=True)
-    settled = [value for number, value in memory if number >= samples // 10]
-    growth, wanted = max(settled) - settled[0], expected(samples, workers)
-    print(f"memory grew by {growth:.1f} MB after the first tenth, {ALLOWED:.0f} are allowed")
-    for cause in sorted(wanted | got):
-        print(f"{got[cause]:>8,} {cause}, {wanted[cause]:,} expected")
-    print(f"{seen:,} usable samples of {samples:,} in the epoch; {got.total():,} counts")
-    passed = seen == samples and got == wanted and growth < ALLOWED
-    print("passed" if passed else "FAILED")
-    return 0 if passed else 1
 
 
 def megabytes() -> float:

@@ -59,7 +59,7 @@ MAY_CHANGE = (
     "trainer.strategy",
 )
 # The same for data that are drawn with replacement.
-RESAMPLED_MAY_CHANGE = ("data.batch_size", "data.workers", "data.start_method")
+RESAMPLED_MAY_CHANGE = ("data.batch_size", "data.workers")
 
 Json = Any
 logger = logging.getLogger(__name__)

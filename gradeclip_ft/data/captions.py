@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +64,6 @@ SIZES = "sizes.json"
 MOST_BAD_SAMPLES = 10_000
 EMPTY_LENGTH = 8
 logger = logging.getLogger(__name__)
-StartMethod = Literal["fork", "forkserver", "spawn"]
 Transform = Callable[[Image.Image], Tensor]
 """Image to pixels (3, H, W); draws random numbers from torch's default generator alone."""
 
@@ -101,7 +99,6 @@ class CaptionTrainData:
         max_dropped: Share of a worker's samples, and of its shards, that may be unusable; once it
             has seen 1,000 samples or 20 shards, a larger share stops the run.
         allow_pipe: Accept `pipe:COMMAND` among the shards.
-        start_method: How workers start; None leaves it to the platform.
         make: Called by `prepare`, to make the data where they are absent or made otherwise.
     """
 
@@ -119,7 +116,6 @@ class CaptionTrainData:
     tagger: TaggerKind = "auto"
     max_dropped: float = 0.2
     allow_pipe: bool = False
-    start_method: StartMethod | None = None
     make: Callable[[], object] | None = None
 
     def prepare(self) -> dict[str, Any]:
@@ -228,8 +224,6 @@ class CaptionLoader:
     """One epoch of one process; `len()` is the number of batches of the whole epoch.
 
     Attributes:
-        source: The settings.
-        urls: Its shards.
         counts: Samples per shard; empty for resampled shards.
         worker: Numbers of the process; its first worker.
         batches: Of the whole epoch.
@@ -250,13 +244,13 @@ class CaptionLoader:
         source = self.source
         tagger = prepare_tagger(source.tagger, fetch=False) if source.max_phrases else None
         # A joblib sweep's own start method cannot start the workers of a loader.
-        method = source.start_method or ("fork" if inside_joblib_worker() else None)
+        method = "fork" if source.workers and inside_joblib_worker() else None
         loader = DataLoader(
             _WorkerBatches(self, tagger),
             batch_size=None,
             num_workers=source.workers,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=method if source.workers else None,
+            multiprocessing_context=method,
             worker_init_fn=ignore_scheduler_signals,
             generator=torch.Generator(),  # the loader's own draws leave the run's numbers alone
         )
@@ -440,7 +434,7 @@ def sample_counts(urls: Sequence[str]) -> list[int]:
     Raises:
         ValueError: An address without a `sizes.json` next to it, or one that does not name it.
     """
-    return [_count_local(local_path(url)) if is_local(url) else _count_remote(url) for url in urls]
+    return [_count(url) for url in urls]
 
 
 def shard_sizes(urls: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -468,29 +462,26 @@ def fingerprint(urls: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
-def _count_local(path: Path) -> int:
-    status, listed = path.stat(), path.parent / SIZES
-    if listed.is_file():
-        entry = _read_sizes(str(listed), listed.stat().st_mtime_ns).get(path.name)
-        if entry is not None and entry["bytes"] == status.st_size:
-            return entry["samples"]
-    return _count(str(path), status.st_size, status.st_mtime_ns)
+def _count(url: str) -> int:
+    if is_local(url):
+        path = local_path(url)
+        status, listed = path.stat(), path.parent / SIZES
+        if listed.is_file():
+            entry = _read_sizes(str(listed), listed.stat().st_mtime_ns).get(path.name)
+            if entry is not None and entry["bytes"] == status.st_size:
+                return entry["samples"]
+        return _count_anew(str(path), status.st_size, status.st_mtime_ns)
+    name, sizes = shard_name(url), url.partition("?")[0].rpartition("/")[0] + f"/{SIZES}"
+    if name not in _read_sizes(sizes):
+        raise ValueError(
+            f"{printable(sizes)} does not list {name}; write it anew with `data count out=`"
+        )
+    return _read_sizes(sizes)[name]["samples"]
 
 
 @cache
-def _count(path: str, *version: int) -> int:
+def _count_anew(path: str, *version: int) -> int:
     return len(sample_keys(path))
-
-
-def _count_remote(url: str) -> int:
-    listed = url.partition("?")[0].rpartition("/")[0] + f"/{SIZES}"
-    try:
-        return _read_sizes(listed)[shard_name(url)]["samples"]
-    except KeyError:
-        raise ValueError(
-            f"{printable(listed)} does not list {shard_name(url)}; write it anew with "
-            "`data count out=`"
-        ) from None
 
 
 @cache

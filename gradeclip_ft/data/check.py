@@ -39,10 +39,8 @@ class Findings:
 
     Attributes:
         counts: As a result's fingerprint has them.
-        classes: Class names; empty where there are none.
         absent: Classes without a sample.
         captions: Number of images by their number of captions.
-        images: Names of the images.
         unreadable: Messages of images that could not be read; empty if none was tried.
         peculiar: Numbers of images that other programs may show differently, by what they are.
     """
@@ -56,16 +54,11 @@ class Findings:
     peculiar: Mapping[str, int]
 
 
-def _silent(items: range, what: str, total: int) -> Iterable[int]:
-    del what, total
-    return items
-
-
 def check_data(
     source: Source[ImageSet | RegionImages],
     *,
     read: bool,
-    track: Callable[[range, str, int], Iterable[int]] = _silent,
+    track: Callable[[range, str, int], Iterable[int]] = lambda items, what, total: items,
 ) -> Findings:
     """Open the data as an evaluator does, and look.
 
@@ -148,9 +141,7 @@ class Report:
     """What is in some shards.
 
     Attributes:
-        shards: Their number.
-        samples: That could be grouped.
-        usable: That training would use.
+        usable: Samples that training would use.
         causes: What is wrong, by cause.
         examples: The first of each cause, with its message.
         looked_at: Images checked for borders.
@@ -172,13 +163,9 @@ class Report:
 
     def join(self, other: Report) -> None:
         """Add the report of other shards."""
-        self.shards += other.shards
-        self.samples += other.samples
-        self.usable += other.usable
-        self.causes += other.causes
+        for name in ("shards", "samples", "usable", "causes", "looked_at", "bordered"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = {**other.examples, **self.examples}
-        self.looked_at += other.looked_at
-        self.bordered += other.bordered
 
 
 def verify_shard(url: str) -> Report:

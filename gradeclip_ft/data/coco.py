@@ -58,16 +58,7 @@ class Region:
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image with its regions in file order.
-
-    Attributes:
-        id: Of the image.
-        file_name: Relative to the image folder.
-        height: In pixels.
-        width: In pixels.
-        regions: In file order.
-        segments: Name of the panoptic PNG; None for instance files.
-    """
+    """One image with its regions in file order, and its panoptic PNG (None in instance files)."""
 
     id: int
     file_name: str
@@ -305,9 +296,6 @@ class DrawnScene:
     """One annotated image.
 
     Attributes:
-        id: Positive number of the image.
-        file_name: Name of the image file.
-        captions: All sentences about it.
         owner: (height, width) array of segment numbers, 0, 1, 2, ...; each pixel has one.
         classes: Index of each segment's class in things + stuff.
     """

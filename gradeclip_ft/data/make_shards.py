@@ -144,41 +144,25 @@ def _samples(files: Sequence[CaptionedFile], rows: range, skips: Skips) -> Itera
 
 
 def _sample(file: CaptionedFile, key: str) -> RawSample:
+    """A format that the loader does not read becomes a JPEG."""
     captions = [line for text in file.captions if (line := " ".join(text.split()))]
     if not captions:
         raise BadSampleError("missing_text", "it has no caption")
-    suffix, content, size = _image(file.image)
-    record = {
-        "key": key,
-        "caption": captions[0],
-        "captions": captions,
-        "source": file.image.name,
-        "width": size[0],
-        "height": size[1],
-        **file.record,
-    }
-    return {
-        "__key__": key,
-        suffix: content,
-        "txt": captions[0].encode(),
-        "json": json.dumps(record).encode(),
-    }
-
-
-def _image(path: Path) -> tuple[str, bytes, tuple[int, int]]:
-    """Suffix, bytes and size; a format the loader does not read becomes a JPEG."""
     try:
-        content = path.read_bytes()
+        content = file.image.read_bytes()
     except OSError as error:
         raise BadSampleError("missing_image", error.strerror) from error
     check_image_of({"jpg": content})
     with Image.open(io.BytesIO(content)) as header:
-        suffix, size = FORMATS.get(str(header.format)), header.size
+        suffix, (width, height) = FORMATS.get(str(header.format)), header.size
     if suffix is None:
         buffer = io.BytesIO()
         image_of({"jpg": content}).save(buffer, "jpeg", quality=95)
-        return "jpg", buffer.getvalue(), size
-    return suffix, content, size
+        suffix, content = "jpg", buffer.getvalue()
+    record: RawSample = {"key": key, "caption": captions[0], "captions": captions}
+    record |= {"source": file.image.name, "width": width, "height": height, **file.record}
+    sample = {suffix: content, "txt": captions[0].encode(), "json": json.dumps(record).encode()}
+    return {"__key__": key, **sample}
 
 
 def add_phrases(url: str, out: Path, *, tagger: str, max_phrases: int) -> Counter[str]:

@@ -120,15 +120,12 @@ class RegionImages(Dataset[RegionSample]):
     """One letterboxed image with its regions per item.
 
     Attributes:
-        source: Where they come from.
         categories: In order of the labels.
         chosen: Images with the regions that count.
         skipped: Left out, by cause.
         has_masks: Whether every region has one.
         image_size: Side of the padded square in pixels.
         patch: Side of a cell in pixels.
-        mean: Pixel statistics of the model.
-        std: Pixel statistics of the model.
         crop_size: Side in pixels of a crop of each region; None for no crops.
     """
 

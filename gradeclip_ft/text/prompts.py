@@ -9,79 +9,34 @@ from __future__ import annotations
 import re
 
 SCENE = (
-    "There is {a} {} in the scene.",
-    "There is the {} in the scene.",
-    "a photo of {a} {} in the scene.",
-    "a photo of the {} in the scene.",
-    "a photo of one {} in the scene.",
+    "There is {a} {}",
+    "There is the {}",
+    *(f"a photo of {x} {{}}" for x in ("{a}", "the", "one")),
 )
 PHOTO = (
-    "itap of {a} {}.",
-    "itap of my {}.",
-    "itap of the {}.",
-    "a photo of {a} {}.",
-    "a photo of my {}.",
-    "a photo of the {}.",
-    "a photo of one {}.",
-    "a photo of many {}.",
-    "a good photo of {a} {}.",
-    "a good photo of the {}.",
-    "a bad photo of {a} {}.",
-    "a bad photo of the {}.",
+    *(f"itap of {x} {{}}." for x in ("{a}", "my", "the")),
+    *(f"a photo of {x} {{}}." for x in ("{a}", "my", "the", "one", "many")),
+    *(f"a {kind} photo of {x} {{}}." for kind in ("good", "bad") for x in ("{a}", "the")),
 )
-OBJECT = (
-    "a photo of a nice {}.",
-    "a photo of the nice {}.",
-    "a photo of a cool {}.",
-    "a photo of the cool {}.",
-    "a photo of a weird {}.",
-    "a photo of the weird {}.",
-    "a photo of a small {}.",
-    "a photo of the small {}.",
-    "a photo of a large {}.",
-    "a photo of the large {}.",
-    "a photo of a clean {}.",
-    "a photo of the clean {}.",
-    "a photo of a dirty {}.",
-    "a photo of the dirty {}.",
-)
+LOOKS = ("nice", "cool", "weird", "small", "large", "clean", "dirty")
+OBJECT = tuple(f"a photo of {x} {look} {{}}." for look in LOOKS for x in ("a", "the"))
+KINDS = ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "pixelated")
 QUALITY = (
-    "a bright photo of {a} {}.",
-    "a bright photo of the {}.",
-    "a dark photo of {a} {}.",
-    "a dark photo of the {}.",
-    "a photo of a hard to see {}.",
-    "a photo of the hard to see {}.",
-    "a low resolution photo of {a} {}.",
-    "a low resolution photo of the {}.",
-    "a cropped photo of {a} {}.",
-    "a cropped photo of the {}.",
-    "a close-up photo of {a} {}.",
-    "a close-up photo of the {}.",
-    "a jpeg corrupted photo of {a} {}.",
-    "a jpeg corrupted photo of the {}.",
-    "a blurry photo of {a} {}.",
-    "a blurry photo of the {}.",
-    "a pixelated photo of {a} {}.",
-    "a pixelated photo of the {}.",
-    "a black and white photo of the {}.",
-    "a black and white photo of {a} {}.",
+    *(f"a {kind} photo of {x} {{}}." for kind in ("bright", "dark") for x in ("{a}", "the")),
+    *(f"a photo of {x} hard to see {{}}." for x in ("a", "the")),
+    *(f"a {kind} photo of {x} {{}}." for kind in KINDS for x in ("{a}", "the")),
+    *(f"a black and white photo of {x} {{}}." for x in ("the", "{a}")),
 )
 MEDIUM = (
-    "a plastic {}.",
-    "the plastic {}.",
-    "a toy {}.",
-    "the toy {}.",
-    "a plushie {}.",
-    "the plushie {}.",
-    "a cartoon {}.",
-    "the cartoon {}.",
-    "an embroidered {}.",
-    "the embroidered {}.",
-    "a painting of the {}.",
-    "a painting of a {}.",
+    *(
+        f"{x} {kind} {{}}."
+        for kind in ("plastic", "toy", "plushie", "cartoon")
+        for x in ("a", "the")
+    ),
+    *("an embroidered {}.", "the embroidered {}."),
+    *("a painting of the {}.", "a painting of a {}."),
 )
-VILD = SCENE + PHOTO + OBJECT + QUALITY + MEDIUM
+VILD = (*(f"{scene} in the scene." for scene in SCENE), *PHOTO, *OBJECT, *QUALITY, *MEDIUM)
 
 
 def fill(template: str, name: str) -> str:

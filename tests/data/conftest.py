@@ -4,21 +4,18 @@ import functools
 import http.server
 import io
 import json
-import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nltk
 import pytest
 from PIL import Image
 
 from gradeclip_ft.data.captions import CaptionTrainData
 from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
-from gradeclip_ft.text import phrases
 
 Files = Mapping[str, bytes]
 WriteShard = Callable[[Path, Sequence[Files]], Path]
@@ -125,17 +122,3 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def nltk_data(
-    shared_dir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """NLTK's published tagger in a private folder, as the only data NLTK finds."""
-    folder = tmp_path_factory.mktemp("nltk") / "data"
-    shutil.copytree(shared_dir / "data/nltk_data", folder, copy_function=shutil.copyfile)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    phrases.load_tagger.cache_clear()
-    monkeypatch.setattr(nltk.data, "path", [str(folder)])
-    return folder

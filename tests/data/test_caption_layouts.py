@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,135 +39,103 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def captions(folder: Path, name: str, content: Any, images: str = "images", **more: Any) -> Source:
+    """A file of captions: a text, or the content of a JSON."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / name).write_text(text, newline="")
+    return CaptionFile(str(folder / name), str(folder / images), "test", **more)
+
+
+def rows_of(pairs: dict[str, tuple[str, ...]] = CAPTIONS) -> list[tuple[str, int, str]]:
+    """Image, number of the caption, caption."""
+    return [(name, n, text.strip()) for name in pairs for n, text in enumerate(pairs[name])]
+
+
 def karpathy_text(folder: Path) -> Source:
-    rows = [f"{name},{text.strip()}" for name, texts in CAPTIONS.items() for text in texts]
-    path = folder / "flickr30k_test_karpathy.txt"
-    path.write_text("\n".join(["image,caption", *rows]) + "\n")
-    return CaptionFile(str(path), str(folder / "images"), "test")
+    rows = [f"{name},{text}" for name, _, text in rows_of()]
+    return captions(folder, "test_karpathy.txt", "\n".join(["image,caption", *rows]) + "\n")
 
 
 def token_file(folder: Path) -> Source:
-    rows = [
-        f"{name}#{n}\t{text.strip()}"
-        for name, texts in {**CAPTIONS, "7.jpg": ("of the training split",)}.items()
-        for n, text in enumerate(texts)
-    ]
-    (folder / "results_20130124.token").write_text("\n".join(rows) + "\n")
+    rows = rows_of({**CAPTIONS, "7.jpg": ("of the training split",)})
     (folder / "test.txt").write_text("1007129816\n1009434119.jpg\n101362133\n")
-    return CaptionFile(
-        str(folder / "results_20130124.token"),
-        str(folder / "images"),
-        "test",
-        names=str(folder / "test.txt"),
-    )
-
-
-def karpathy_json(folder: Path) -> Source:
-    images: list[dict[str, Any]] = [
-        {
-            "filename": name,
-            "imgid": n,
-            "split": "test",
-            "sentences": [{"raw": text, "tokens": []} for text in texts],
-        }
-        for n, (name, texts) in enumerate(CAPTIONS.items())
-    ]
-    images.append({"filename": "7.jpg", "imgid": 9, "split": "train", "sentences": []})
-    path = folder / "dataset_flickr30k.json"
-    path.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
-    return CaptionFile(str(path), str(folder / "images"), "test", part="test")
-
-
-def karpathy_json_with_folders(folder: Path) -> Source:
-    images = [
-        {
-            "filepath": "images",
-            "filename": name,
-            "cocoid": n,
-            "split": "test",
-            "sentences": [{"raw": text} for text in texts],
-        }
-        for n, (name, texts) in enumerate(CAPTIONS.items())
-    ]
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
-    return CaptionFile(str(folder / "dataset_coco.json"), str(folder), "test", part="test")
-
-
-def image_list(folder: Path) -> Source:
-    entries = [{"image": f"images/{n}", "caption": list(texts)} for n, texts in CAPTIONS.items()]
-    (folder / "flickr30k_test.json").write_text(json.dumps(entries))
-    return CaptionFile(str(folder / "flickr30k_test.json"), str(folder), "test")
-
-
-def coco(folder: Path) -> Source:
-    images = [{"id": n, "file_name": name} for n, name in enumerate(CAPTIONS)]
-    annotations = [
-        {"image_id": n, "id": n, "caption": text}
-        for n, texts in enumerate(CAPTIONS.values())
-        for text in texts
-    ]
-    path = folder / "captions_val2017.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    return CaptionFile(str(path), str(folder / "images"), "test")
-
-
-def shards(folder: Path) -> Source:
-    (folder / "test").mkdir()
-    samples = list(CAPTIONS.items())
-    for number, part in enumerate((samples[:2], samples[2:])):
-        with tarfile.open(folder / "test" / f"{number}.tar", "w") as archive:
-            for n, (name, texts) in enumerate(part):
-                key = f"s{number * 2 + n:07d}"
-                _add(archive, f"{key}.jpg", (folder / "images" / name).read_bytes())
-                _add(archive, f"{key}.txt", "\n".join(map(str.strip, texts)).encode())
-    (folder / "test" / "nshards.txt").write_text("2")
-    (folder / "dataset_type.txt").write_text("retrieval")
-    return RetrievalShards(str(folder / "test"), "test")
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    archive.addfile(entry, io.BytesIO(content))
-
-
-def caption_list(folder: Path) -> Source:
-    """A row per caption."""
-    entries = [{"image": n, "caption": text} for n, texts in CAPTIONS.items() for text in texts]
-    (folder / "captions.json").write_text(json.dumps(entries))
-    return CaptionFile(str(folder / "captions.json"), str(folder / "images"), "test")
-
-
-def coco_by_caption(folder: Path) -> Source:
-    """An image id per caption."""
-    rows = [(name, text) for name, texts in CAPTIONS.items() for text in texts]
-    images = [{"id": n, "file_name": name} for n, (name, _) in enumerate(rows)]
-    annotations = [{"image_id": n, "caption": text} for n, (_, text) in enumerate(rows)]
-    path = folder / "captions.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    return CaptionFile(str(path), str(folder / "images"), "test")
+    text = "".join(f"{name}#{n}\t{text}\n" for name, n, text in rows)
+    return captions(folder, "results.token", text, names=str(folder / "test.txt"))
 
 
 def quoted_table(folder: Path) -> Source:
     """As spreadsheets write it: quotes around what holds a tab, a quotation mark or a comma."""
-    with (folder / "captions.tsv").open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
-        writer.writerow(["image", "caption"])
-        writer.writerows((name, text) for name, texts in CAPTIONS.items() for text in texts)
-    return CaptionFile(str(folder / "captions.tsv"), str(folder / "images"), "test")
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", quoting=csv.QUOTE_ALL)
+    writer.writerows([("image", "caption"), *((name, text) for name, _, text in rows_of())])
+    return captions(folder, "captions.tsv", text.getvalue())
+
+
+def karpathy_images(**more: Any) -> list[dict[str, Any]]:
+    return [
+        {"filename": name, "split": "test", "sentences": [{"raw": text} for text in texts], **more}
+        for name, texts in CAPTIONS.items()
+    ]
+
+
+def karpathy_json(folder: Path) -> Source:
+    images = [*karpathy_images(), {"filename": "7.jpg", "split": "train", "sentences": []}]
+    return captions(folder, "dataset_flickr30k.json", {"images": images}, part="test")
+
+
+def karpathy_json_with_folders(folder: Path) -> Source:
+    images = karpathy_images(filepath="images")
+    return captions(folder, "dataset_coco.json", {"images": images}, "", part="test")
+
+
+def image_list(folder: Path) -> Source:
+    entries = [{"image": f"images/{n}", "caption": list(texts)} for n, texts in CAPTIONS.items()]
+    return captions(folder, "flickr30k_test.json", entries, "")
+
+
+def caption_list(folder: Path) -> Source:
+    """A row per caption."""
+    rows = [{"image": name, "caption": text} for name, _, text in rows_of()]
+    return captions(folder, "captions.json", rows)
+
+
+def coco(folder: Path) -> Source:
+    names = list(CAPTIONS)
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    rows = [{"image_id": names.index(name), "caption": text} for name, _, text in rows_of()]
+    return captions(folder, "captions_val2017.json", {"images": images, "annotations": rows})
+
+
+def coco_by_caption(folder: Path) -> Source:
+    """An image id per caption."""
+    images = [{"id": n, "file_name": name} for n, (name, _, _) in enumerate(rows_of())]
+    rows = [{"image_id": n, "caption": text} for n, (_, _, text) in enumerate(rows_of())]
+    return captions(folder, "captions.json", {"images": images, "annotations": rows})
+
+
+def shards(folder: Path) -> Source:
+    (folder / "test").mkdir()
+    for number, names in enumerate((list(CAPTIONS)[:2], list(CAPTIONS)[2:])):
+        files = {}
+        for n, name in enumerate(names):
+            files[f"s{2 * number + n}.jpg"] = (folder / "images" / name).read_bytes()
+            files[f"s{2 * number + n}.txt"] = "\n".join(map(str.strip, CAPTIONS[name])).encode()
+        write_tar(folder / "test" / f"{number}.tar", files)
+    (folder / "test" / "nshards.txt").write_text("2")
+    return RetrievalShards(str(folder / "test"), "test")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
 
 
 LAYOUTS = (
-    caption_list,
-    coco_by_caption,
-    quoted_table,
-    karpathy_text,
-    token_file,
-    karpathy_json,
-    karpathy_json_with_folders,
-    image_list,
-    coco,
-    shards,
+    *(karpathy_text, token_file, quoted_table, karpathy_json, karpathy_json_with_folders),
+    *(image_list, caption_list, coco, coco_by_caption, shards),
 )
 
 
@@ -174,14 +143,10 @@ def tokens(texts: Any, *, trim: bool = False) -> torch.Tensor:
     return torch.tensor([[len(text)] for text in texts])
 
 
-def opened(source: Source) -> Any:
-    return source()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_pairs(layout: Callable[[Path], Source], folder: Path) -> None:
     """Commas, quotation marks and blanks in captions, uneven numbers of them."""
-    pairs = opened(layout(folder))
+    pairs = layout(folder)()
     expected = [tuple(text.strip() for text in texts) for texts in CAPTIONS.values()]
     found = [pairs[row] for row in range(len(pairs))]
     assert [captions for _, captions in found] == expected
@@ -206,10 +171,9 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 def test_a_line_break_inside_a_caption_of_a_shard_is_a_blank(folder: Path) -> None:
-    with tarfile.open(folder / "0.tar", "w") as archive:
-        _add(archive, "s0.jpg", (folder / "images" / "101362133.jpg").read_bytes())
-        _add(archive, "s0.txt", b"first \\n half\nsecond\n")
-    assert opened(RetrievalShards(str(folder), "x"))[0][1] == ("first half", "second")
+    image = (folder / "images" / "101362133.jpg").read_bytes()
+    write_tar(folder / "0.tar", {"s0.jpg": image, "s0.txt": b"first \\n half\nsecond\n"})
+    assert RetrievalShards(str(folder), "x")()[0][1] == ("first half", "second")
 
 
 @pytest.mark.parametrize(
@@ -220,59 +184,50 @@ def test_a_missing_part_is_named_with_those_that_are_there(
     folder: Path, part: str | None, message: str
 ) -> None:
     """The whole of Flickr30k, or another split, would give other recalls."""
-    source = karpathy_json(folder)
-    assert isinstance(source, CaptionFile)
     with pytest.raises(ValueError, match=message):
-        opened(CaptionFile(source.annotations, source.images, "test", part=part))
-    plain = coco(folder)
-    assert isinstance(plain, CaptionFile)
+        replace(karpathy_json(folder), part=part)()
     with pytest.raises(ValueError, match="one split alone; leave part=test out"):
-        opened(CaptionFile(plain.annotations, plain.images, "test", part="test"))
+        replace(coco(folder), part="test")()
 
 
 def test_names_without_captions_are_refused(folder: Path) -> None:
     source = token_file(folder)
     (folder / "test.txt").write_text("1007129816\n31\n")
     with pytest.raises(ValueError, match="1 of 2 names have no caption, first 31"):
-        opened(source)
+        source()
 
 
 def test_missing_shards_and_damaged_ones_are_named(folder: Path) -> None:
     source = shards(folder)
     (folder / "test" / "1.tar").write_bytes((folder / "test" / "1.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"1.tar is not a complete tar .*fetch it again"):
-        opened(source)
+        source()
     (folder / "test" / "1.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"has 1 shards, its nshards.txt says 2"):
-        opened(source)
+        source()
     with pytest.raises(FileNotFoundError, match=r"no .tar in "):
         RetrievalShards(str(folder / "nothing"), "x").prepare()
 
 
 def test_a_broken_image_in_a_shard_is_named(folder: Path) -> None:
-    with tarfile.open(folder / "0.tar", "w") as archive:
-        _add(archive, "s7.jpg", b"no picture")
-        _add(archive, "s7.txt", b"first")
+    write_tar(folder / "0.tar", {"s7.jpg": b"no picture", "s7.txt": b"first"})
     with pytest.raises(ValueError, match=r"0.tar:s7 cannot be read as an image"):
-        opened(RetrievalShards(str(folder), "x"))[0]
+        RetrievalShards(str(folder), "x")()[0]
 
 
 def test_a_list_of_something_else_and_a_cut_file_are_named(folder: Path) -> None:
-    (folder / "a.json").write_text('[{"image": "1007129816.jpg"}]')
-    source = CaptionFile(str(folder / "a.json"), str(folder / "images"), "x")
+    source = captions(folder, "a.json", [{"image": "1007129816.jpg"}])
     with pytest.raises(ValueError, match="image number 0 has no caption"):
-        opened(source)
+        source()
     (folder / "a.json").write_text('[{"image": "10071298')
     with pytest.raises(ValueError, match="not complete JSON"):
-        opened(source)
+        source()
 
 
 def test_a_subset_of_the_images_is_drawn_by_seed(folder: Path) -> None:
-    whole = karpathy_text(folder)
-    assert isinstance(whole, CaptionFile)
-    part = CaptionFile(whole.annotations, whole.images, "test", expected=3, limit=2)
-    assert opened(part).counts["images"] == 2
-    assert opened(part).names == opened(part).names
+    part = replace(karpathy_text(folder), expected=3, limit=2)
+    assert part().counts["images"] == 2
+    assert part().names == part().names
     assert part.protocol["subset"] == "2 images drawn with seed 0"
 
 
@@ -283,6 +238,9 @@ def test_a_subset_of_the_images_is_drawn_by_seed(folder: Path) -> None:
         ('1.jpg\t"two\nlines"\n2.jpg\tb\n', {"1.jpg": ["two lines"], "2.jpg": ["b"]}, 0),
         ('image,caption\n1.jpg,"a, b"\n', {"1.jpg": ["a, b"]}, 0),
         ('image,caption,x\n1.jpg,"a ""b""",3\n', {"1.jpg": ['a "b"']}, 0),
+        ('caption,image\n"a, b",1.jpg\n', {"1.jpg": ["a, b"]}, 0),
+        ('id,filename,caption\r\n1,1.jpg,"""stop"" it says"\r\n', {"1.jpg": ['"stop" it says']}, 0),
+        ("\ufefffile_name\ttext\n1.jpg\ta, b\n\n1.jpg\tc", {"1.jpg": ["a, b", "c"]}, 0),
         # not csv's rules: as it is written, and the rows after it stay rows
         ('1.jpg\t"Stop" says the sign\n2.jpg\t"b\n3.jpg\tc "d"\n',
          {"1.jpg": ['"Stop" says the sign'], "2.jpg": ['"b'], "3.jpg": ['c "d"']}, 0),
@@ -304,13 +262,11 @@ def test_tables_follow_the_rules_of_csv_where_their_rows_do(
 def test_captions_of_a_list_that_are_not_text_are_counted(folder: Path) -> None:
     entries = [{"image": "101362133.jpg", "caption": [None, "a dog"]}]
     entries += [{"image": "1009434119.jpg", "caption": None}]
-    (folder / "a.json").write_text(json.dumps(entries))
-    pairs = opened(CaptionFile(str(folder / "a.json"), str(folder / "images"), "x"))
+    pairs = captions(folder, "a.json", entries)()
     assert pairs.captions == [("a dog",)]
     assert pairs.counts["skipped"] == {"caption that is not text": 2, "image without caption": 1}
-    (folder / "a.json").write_text(json.dumps([{"image": None, "caption": "a"}]))
     with pytest.raises(ValueError, match="image number 0 is None, expected a file name"):
-        opened(CaptionFile(str(folder / "a.json"), str(folder / "images"), "x"))
+        captions(folder, "a.json", [{"image": None, "caption": "a"}])()
 
 
 def test_absolute_names_below_the_folder_are_taken(folder: Path) -> None:

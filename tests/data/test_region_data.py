@@ -137,19 +137,22 @@ def test_crops_and_boxes_of_stuff_are_clipselfs_on_request(
 
 
 def test_batches_keep_the_owner_of_every_region(write: Callable[..., CocoRegions]) -> None:
+    """Also from a worker: items and settings have to cross to another process."""
     found = opened(write(*(entry(n, (0, 0, 10, 10)) for n in range(3))))
-    (batch,) = list(found.batches(4, 0))
+    (batch,), (there,) = list(found.batches(4, 0)), list(found.batches(4, 1))
     assert batch.owner.tolist() == [0, 0, 0]
-    assert batch.masks is not None
     assert batch.masks.shape == (3, 8, 8)
+    assert torch.equal(batch.images, there.images)
+    assert torch.equal(batch.boxes, there.boxes)
 
 
-def test_workers_give_the_same_batches(write: Callable[..., CocoRegions]) -> None:
-    """Items and settings have to cross to another process."""
-    found = opened(write(entry(1, (10, 5, 20, 10))))
-    (here,), (there,) = list(found.batches(2, 0)), list(found.batches(2, 1))
-    assert torch.equal(here.images, there.images)
-    assert torch.equal(here.boxes, there.boxes)
+def panoptic(source: CocoRegions) -> None:
+    """The annotation file becomes a panoptic one, with one segment in m.png."""
+    content = json.loads(Path(source.annotations).read_text())
+    segment = {"id": 5, "category_id": 3, "bbox": [0, 0, 20, 20]}
+    content["annotations"] = [{"image_id": 1, "file_name": "m.png", "segments_info": [segment]}]
+    content["images"].append({"id": 2, "file_name": "1.png", "height": 30, "width": 40})
+    Path(source.annotations).write_text(json.dumps(content))
 
 
 def test_an_image_of_another_size_is_named(
@@ -179,12 +182,7 @@ def test_panoptic_and_instances_are_not_mixed_up(
     source = write(entry(1, (0, 0, 10, 10)))
     with pytest.raises(ValueError, match="is not a panoptic file; leave segments="):
         opened(CocoRegions(source.annotations, source.images, segments=str(tmp_path)))
-    content = json.loads(Path(source.annotations).read_text())
-    segment = {key: content["annotations"][0][key] for key in ("id", "category_id", "bbox")}
-    content["annotations"] = [
-        {"image_id": 1, "file_name": "1.png", "segments_info": [segment]},
-    ]
-    Path(source.annotations).write_text(json.dumps(content))
+    panoptic(source)
     with pytest.raises(ValueError, match="is a panoptic file; name the folder"):
         opened(source)
 
@@ -194,20 +192,16 @@ def test_missing_pngs_are_named_and_images_without_segments_counted(
 ) -> None:
     """A PNG that is not there must not become an image without regions."""
     source = write(entry(1, (0, 0, 10, 10)))
-    content = json.loads(Path(source.annotations).read_text())
-    segment = {"id": 5, "category_id": 3, "bbox": [0, 0, 20, 20]}
-    content["annotations"] = [{"image_id": 1, "file_name": "m.png", "segments_info": [segment]}]
-    content["images"].append({"id": 2, "file_name": "1.png", "height": 30, "width": 40})
-    Path(source.annotations).write_text(json.dumps(content))
+    panoptic(source)
     (tmp_path / "segments").mkdir()
-    panoptic = CocoRegions(source.annotations, source.images, str(tmp_path / "segments"))
+    segmented = CocoRegions(source.annotations, source.images, str(tmp_path / "segments"))
     with pytest.raises(FileNotFoundError, match=r"1 of 1 .* first m.png \(id 1\)"):
-        opened(panoptic)
+        opened(segmented)
     Image.fromarray(np.full((30, 40, 3), (5, 0, 0), np.uint8)).save(tmp_path / "segments" / "m.png")
-    assert opened(panoptic).counts["skipped"] == {"image without regions": 1}
+    assert opened(segmented).counts["skipped"] == {"image without regions": 1}
     Image.new("RGB", (40, 31)).save(tmp_path / "segments" / "m.png")
     with pytest.raises(ValueError, match=r"m.png has 31 x 40 .* says 30 x 40 for image 1"):
-        opened(panoptic)[0]
+        opened(segmented)[0]
 
 
 def test_missing_data_are_made_once_where_that_is_possible(
@@ -242,15 +236,15 @@ def test_real_panoptic_and_instance_files_open(shared_dir: Path) -> None:
     """91 COCO photos with instances, 27 with panoptic segments: sizes, ids and masks fit."""
     root = shared_dir / "data" / "coco_mini_open"
     images, annotations = str(root / "images"), root / "annotations"
-    panoptic = CocoRegions(
+    segments = CocoRegions(
         str(annotations / "panoptic_val2017.json"),
         images,
         segments=str(annotations / "panoptic_val2017"),
     )(image_size=224, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert (len(panoptic), len(panoptic.classes)) == (27, 133)
-    assert sum(category.is_thing for category in panoptic.categories) == 80
+    assert (len(segments), len(segments.classes)) == (27, 133)
+    assert sum(category.is_thing for category in segments.categories) == 80
     for index in range(0, 27, 4):
-        sample = panoptic[index]
+        sample = segments[index]
         assert (sample.masks.flatten(1).sum(1) > 0).all()
         assert sample.boxes.min() >= 0
         assert sample.boxes.max() <= 1.001

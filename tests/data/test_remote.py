@@ -1,6 +1,10 @@
-"""Shards at addresses that fail, stall, drip, break off, redirect and need a password."""
+"""Shards at addresses that fail, drip, break off, change and need a password.
+
+Servers that are silent or busy, or mislead, are in tools/faults.py, which tests/tools runs.
+"""
 
 import base64
+import contextlib
 import http.server
 import io
 import threading
@@ -49,10 +53,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    @property
-    def start(self) -> int:
-        return int((self.headers.get("Range") or "bytes=0-")[6:-1])
-
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Handler]]]:
@@ -74,25 +74,19 @@ def read(url: str) -> bytes:
         return stream.read()
 
 
-def breaks(request: Handler, content: bytes = CONTENT, shift: int = 0) -> None:
-    """Ranges, but no more than two fifths at a time; shifted ones belong to other bytes."""
-    start = request.start
-    rest = content[start + shift if start else 0 :]
-    span = f"bytes {start + shift}-{len(content) - 1}/{len(content)}"
-    request.send(
-        rest[: len(content) * 2 // 5], 206 if start else 200, len(rest), Content_Range=span
-    )
-    request.close_connection = True
-
-
 @pytest.mark.parametrize("content", [CONTENT, CONTENT[:3000]])
 def test_a_broken_connection_goes_on_where_it_stopped(web: Web, content: bytes) -> None:
     host, handler = web
     starts = []
 
     def answer(request: Handler) -> None:
-        starts.append(request.start)
-        breaks(request, content)
+        """Ranges, but no more than two fifths at a time."""
+        start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
+        starts.append(start)
+        rest, span = content[start:], f"bytes {start}-{len(content) - 1}/{len(content)}"
+        code = 206 if start else 200
+        request.send(rest[: len(content) * 2 // 5], code, len(rest), Content_Range=span)
+        request.close_connection = True
 
     handler.answers["/a"] = answer
     assert read(f"http://{host}/a") == content
@@ -102,14 +96,6 @@ def test_a_broken_connection_goes_on_where_it_stopped(web: Web, content: bytes) 
     else:  # what was on its way when the connection broke may be asked for again
         assert starts[0] == 0
         assert all(0 < two - one <= part for one, two in pairwise(starts))
-
-
-def test_another_range_than_the_wanted_one_is_refused(web: Web) -> None:
-    """Streams were glued at the wrong byte, and half of the samples arrived."""
-    host, handler = web
-    handler.answers["/a"] = lambda request: breaks(request, shift=1000)
-    with pytest.raises(OSError, match=r"server sent bytes .* where bytes \d+- were wanted"):
-        read(f"http://{host}/a")
 
 
 def test_a_server_without_ranges_is_read_again_from_its_beginning(web: Web) -> None:
@@ -148,30 +134,18 @@ def test_attempts_are_bounded_and_final_answers_believed(
     assert read(f"http://{host}/a") == CONTENT
 
 
-def silent(request: Handler) -> None:
-    time.sleep(0.8)
-
-
-def drips(request: Handler, head: bytes = b"\r\n", drop: bytes = b"x") -> None:
-    request.wfile.write(b"HTTP/1.0 200 OK\r\n" + head)
-    for _ in range(100):
-        try:
-            request.wfile.write(drop)
-            request.wfile.flush()
-        except OSError:
-            return
-        time.sleep(0.05)
-
-
-def drips_headers(request: Handler) -> None:
-    drips(request, b"", b"X-Drop: 1\r\n")
-
-
-@pytest.mark.parametrize("answer", [silent, drips, drips_headers])
-def test_a_silent_or_dripping_server_is_left(web: Web, answer: Answer) -> None:
+def test_a_server_that_drips_is_left(web: Web) -> None:
     """Would hang the loader, and with it every process of a job."""
+
+    def drips(request: Handler) -> None:
+        request.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                request.wfile.write(b"x")
+                time.sleep(0.05)
+
     host, handler = web
-    handler.answers["/a.tar"] = answer
+    handler.answers["/a.tar"] = drips
     skips, begun = Skips(tell=lambda *_: None), time.monotonic()
     assert list(read_shard(f"http://{host}/a.tar", skips, QUICK)) == []
     assert time.monotonic() - begun < 4
@@ -195,15 +169,6 @@ def test_an_address_arrives_as_it_was_signed(web: Web, path: str) -> None:
     host, handler = web
     handler.answers[path] = lambda request: request.send(CONTENT)
     assert read(f"http://{host}{path}") == CONTENT
-
-
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "pipe:touch x"])
-def test_a_redirect_cannot_leave_the_web(web: Web, target: str) -> None:
-    host, handler = web
-    handler.answers["/a"] = lambda request: request.send(b"", 302, Location=target)
-    with pytest.raises(OSError, match=r"passwd|ftp:|pipe:"):
-        read(f"http://{host}/a")
-    assert len(handler.requests) == 1
 
 
 def test_files_of_object_stores_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,9 @@ def picture(width: int, height: int, kind: str = "png", mode: str = "RGB") -> by
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ({}, "missing_text"),
         ({"jpg": b"", "json": b'{"url": "u", "captions": "a dog"}'}, "missing_text"),
-        ({"txt": b"caf\xe9"}, "bad_encoding"),
         ({"txt": b" \n\t "}, "empty_caption"),
         ({"txt": b"\xef\xbb\xbf"}, "empty_caption"),
-        ({"txt": b"a dog " * 1667}, "extreme_caption"),
         # JSON can spell half a character, UTF-8 and therefore every tokenizer cannot
         ({"json": rb'{"captions": ["a \ud800 dog"]}'}, "bad_encoding"),
     ],

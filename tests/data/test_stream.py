@@ -84,27 +84,6 @@ def test_samples_come_in_order_with_all_their_files(five: list[Path]) -> None:
     assert skips.take() == {}
 
 
-def test_unusable_shards_are_counted(tmp_path: Path) -> None:
-    path, skips = tmp_path / "a.tar", Skips()
-    assert keys_of(path, skips) == []
-    assert skips.take() == {"unreadable_shard": 1}
-    path.write_bytes(bytes(10240))
-    assert keys_of(path, skips) == []
-    assert skips.take() == {"empty_shard": 1}
-
-
-def test_a_second_file_of_the_same_name_is_dropped(
-    tmp_path: Path, sample: Files, write_shard: Write
-) -> None:
-    """Webdataset raises there; the rest of the shard must survive."""
-    path = write_shard(tmp_path / "a.tar", [sample(0), {"000000000.txt": b"other"}, sample(1)])
-    skips = Skips()
-    first, second = read_shard(str(path), skips)
-    assert first["txt"] == b"a black dog near house 0"
-    assert second["__key__"] == "000000001"
-    assert skips.take() == {"duplicate_name": 1}
-
-
 def test_files_of_a_sample_that_are_apart_are_named(
     tmp_path: Path, sample: Files, write_shard: Write
 ) -> None:
