@@ -57,14 +57,7 @@ def build(
     command: str | None = None,
     on_prepared: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> Training:
-    """All objects of a training run.
-
-    Args:
-        cfg: Composed from conf/train.yaml.
-        folder: Of the run.
-        command: Command line for the record.
-        on_prepared: Called with the facts that the data found.
-    """
+    """All objects of a training run; `on_prepared` is called with the facts that the data found."""
     import torch
 
     from gradeclip_ft.training.callbacks import Evaluate
@@ -144,12 +137,7 @@ def make(node: Any, key: str, **runtime: Any) -> Any:
     """Build what a node of the configuration describes.
 
     It is checked first, since it may come from the record of a run that somebody sent: only what
-    conf/ builds under `key` is built, from arguments of the right types.
-
-    Args:
-        node: With `_target_`.
-        key: Where it is in the configuration, such as `model`.
-        runtime: Arguments that exist only while running.
+    conf/ builds under `key`, such as `model`, is built, from arguments of the right types.
 
     Raises:
         ConfigurationError: The check fails.

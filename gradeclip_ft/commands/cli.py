@@ -6,6 +6,7 @@ the overrides of this job alone, because distributed training starts its other p
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib
 import inspect
@@ -40,7 +41,6 @@ from gradeclip_ft.commands.config import (
     compose,
     conf_dir,
     describe,
-    docstring,
     options,
     perform,
     primary_groups,
@@ -88,7 +88,9 @@ class Command:
     @property
     def help(self) -> str:
         """Docstring of the command, read without importing it."""
-        return docstring(f"{PACKAGE.name}.commands.{self.name}", self.calls or self.name)
+        tree = ast.parse((PACKAGE / "commands" / f"{self.name}.py").read_text(encoding="utf-8"))
+        named = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        return ast.get_docstring(named[self.calls or self.name]) or ""
 
     def function(self) -> Callable[..., Any]:
         """The command itself; its module is imported only when it runs."""

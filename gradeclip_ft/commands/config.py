@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -85,15 +84,6 @@ def kind_of(key: str) -> str:
     return KINDS.get(name, name)
 
 
-def docstring(module: str, name: str) -> str:
-    """Docstring of a function of ours, without importing its module."""
-    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return ast.get_docstring(node) or ""
-    return ""
-
-
 def suggest(name: str, names: Iterable[str]) -> str:
     """The closest name, or one that it abbreviates, as a question; else what to choose from."""
     listed = list(dict.fromkeys(names))
@@ -108,13 +98,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
 def compose(
     command: str, overrides: Sequence[str], *, with_hydra: bool = False, suffix: str = ""
 ) -> DictConfig:
-    """Configuration of a command.
-
-    Args:
-        command: Primary file, `conf/<command>.yaml`.
-        overrides: As typed.
-        with_hydra: Keep Hydra's own node.
-        suffix: What the job of a sweep adds to the name of its run, where none is given.
+    """Configuration of a command; `suffix` is what the job of a sweep adds to the name of its run.
 
     Raises:
         ConfigurationError: For an unknown group, option or key, naming the closest one.
@@ -222,10 +206,6 @@ def _key(override: str) -> str:
 def check(cfg: DictConfig, command: str) -> None:
     """Refuse a configuration that the code would not understand.
 
-    Args:
-        cfg: Composed for `command`.
-        command: Primary file, `conf/<command>.yaml`, whose keys and groups are the ones that count.
-
     Raises:
         ConfigurationError: Naming every key that is unknown, open, or of a wrong value.
     """
@@ -241,12 +221,7 @@ def check(cfg: DictConfig, command: str) -> None:
 
 
 def check_node(node: Any, key: str, *, given: Iterable[str] = ()) -> dict[str, Any]:
-    """A resolved node that may be built under `key`, whoever wrote it.
-
-    Args:
-        node: With `_target_`; from a command line, or from the record of a run.
-        key: Where it is, such as `model`; it says which targets belong there.
-        given: Arguments that exist only while running.
+    """A resolved node that may be built under `key`, whoever wrote it; `given` comes while running.
 
     Raises:
         ConfigurationError: A target does not belong there, or an argument does not fit.

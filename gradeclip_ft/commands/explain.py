@@ -138,7 +138,15 @@ def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
         found = [_listed("phrases", cfg.phrases)]
     else:
         captions = _listed("captions", cfg.captions)
-        found = _phrases_in(captions, len(files))
+        if len(captions) not in (1, len(files)):
+            raise ValueError(
+                f"{len(captions)} captions for {len(files)} pictures; give one for all, or for each"
+            )
+        parse = PhraseFinder(load_tagger(prepare_tagger("auto")), max_phrases=10)
+        found = [parse(caption) for caption in captions]
+        if [] in found:
+            caption = captions[found.index([])]
+            raise ValueError(f"no phrase with a noun in {caption!r}; give phrases=[...]")
     if len(captions) == 1:
         captions, found = captions * len(files), found * len(files)
     folders = slugs([file.stem for file in files])
@@ -162,19 +170,6 @@ def _files(images: Any) -> Iterator[Path]:
                 f"({', '.join(IMAGE_SUFFIXES)}), or a pattern in quotes"
             )
         yield from found
-
-
-def _phrases_in(captions: Sequence[str], pictures: int) -> list[list[str]]:
-    if len(captions) not in (1, pictures):
-        raise ValueError(
-            f"{len(captions)} captions for {pictures} pictures; give one for all, or one for each"
-        )
-    parse = PhraseFinder(load_tagger(prepare_tagger("auto")), max_phrases=10)
-    found = [parse(caption) for caption in captions]
-    for caption, phrases in zip(captions, found, strict=True):
-        if not phrases:
-            raise ValueError(f"no phrase with a noun in {caption!r}; give phrases=[...]")
-    return found
 
 
 def _listed(key: str, value: Any) -> list[str]:

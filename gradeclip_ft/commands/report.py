@@ -429,13 +429,7 @@ def add_maps(
 
 
 def inside_share(heat: Float[np.ndarray, "h w"], boxes: Sequence[Box], side: int = 128) -> float:
-    """Share of the positive heat that lies in any of the boxes; 0 where there is no heat.
-
-    Args:
-        heat: On the patch grid; it is enlarged as for the page.
-        boxes: xyxy in [0, 1].
-        side: Pixels of the raster on which it is counted.
-    """
+    """Share of the positive heat in any of the boxes (xyxy in [0, 1]); 0 where there is no heat."""
     fine = enlarge(np.maximum(heat, 0.0), (side, side))
     centres = (np.arange(side) + 0.5) / side
     mask = np.zeros((side, side), dtype=bool)

@@ -88,11 +88,8 @@ def claim(
 ) -> Path | None:
     """Take the folder for this job and record its configuration.
 
-    Args:
-        folder: From `run_dir`.
-        cfg: The composed configuration; it is stored resolved.
-        resume: "auto" continues the run that the folder holds, or begins it if there is none.
-        rank: Of this process among all of the job. Ranks above 0 neither write nor refuse.
+    With resume="auto" the run that the folder holds is continued, or begins if there is none.
+    Ranks above 0 neither write nor refuse.
 
     Returns:
         The newest good checkpoint to continue from, or None for a run that begins.

@@ -31,12 +31,10 @@ SOFT, LINE = "#635f57", "#e3dfd6"
 VARIABLES = {SOFT: "soft", LINE: "line"} | {hue: f"c{k}" for k, hue in enumerate(HUES)}
 
 
-def scale_heat(heat: Float[np.ndarray, "h w"], eps: float = 1e-6) -> Float[np.ndarray, "h w"]:
+def scale_heat(heat: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
     """The map between its own minimum (0) and maximum (1); a constant map is 0 everywhere.
 
-    Args:
-        heat: Any scale.
-        eps: Maps whose range is smaller, as a share of their largest value, count as constant.
+    A range below 1e-6 of the largest value is rounding, and counts as constant.
 
     Raises:
         ValueError: A value is not finite.
@@ -44,7 +42,7 @@ def scale_heat(heat: Float[np.ndarray, "h w"], eps: float = 1e-6) -> Float[np.nd
     if not np.isfinite(heat).all():
         raise ValueError("a heat map holds NaN or infinity; expected finite relevance")
     low, high = float(heat.min()), float(heat.max())
-    if high - low <= eps * max(abs(low), abs(high)):
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
         return np.zeros(heat.shape, dtype=np.float32)
     return ((heat - low) / (high - low)).astype(np.float32)
 
@@ -57,12 +55,7 @@ def enlarge(heat: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.n
 
 
 def heat_png(heat: Float[np.ndarray, "h w"], side: int = 96) -> str:
-    """Data URI of the coloured map; the palette index is the value times 255.
-
-    Args:
-        heat: Any scale.
-        side: Pixels of the longer side.
-    """
+    """Data URI of the coloured map, `side` pixels long; the palette index is the value x 255."""
     factor = side / max(heat.shape)
     size = (max(1, round(heat.shape[0] * factor)), max(1, round(heat.shape[1] * factor)))
     index = np.rint(enlarge(scale_heat(heat), size) * 255).astype(np.uint8)
@@ -96,10 +89,7 @@ def overlay(
 def curves_svg(chart: Chart, methods: Sequence[str], most: int = 150) -> str | None:
     """A chart as an SVG element for the page; None when no series has a finite point.
 
-    Args:
-        chart: The curves. Points that are not finite are left out.
-        methods: Decides the colour of each series.
-        most: Longer series are shown as means over that many equal stretches.
+    The place of a series in `methods` decides its colour; longer ones are thinned to `most` points.
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -153,19 +143,9 @@ def draw_still(
 ) -> Path:
     """Write a PNG: the picture with the true box in the first row, below it every method's map.
 
-    Args:
-        cases: Pictures, in order.
-        methods: Rows below the picture.
-        path: Where to.
-        columns: Phrases at most.
-        each: Phrases of one case at most.
-
-    Raises:
-        ValueError: There is no phrase to draw.
+    There are at most `columns` phrases, and at most `each` of one case.
     """
     places = [(case, row) for case in cases for row in range(len(case.phrases))[:each]][:columns]
-    if not places:
-        raise ValueError("no phrase to draw; give at least one case")
     rows = ["Picture", *methods]
     left = 0.25 + LETTER * max(map(len, rows))
     width, height = len(places) * TILE + left, len(rows) * TILE + 0.3

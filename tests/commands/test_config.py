@@ -45,6 +45,7 @@ def test_the_list_of_targets_is_current() -> None:
         ("objective.explainer.heads=eight", "objective.explainer.heads: got 'eight', expected"),
         ("+data.tagger=ntlk", "expected auto or nltk or textblob; did you mean nltk?"),
         ("optim.optimizer.lr=high", "optim.optimizer.lr: got 'high', expected float"),
+        ("trainer.precision=bf16-true", "got 'bf16-true', expected"),  # it would fail at step 1
         ("trainer.max_steps=1.5", "trainer.max_steps: got 1.5, expected int"),
         ("optim.train_text=1", "optim.train_text: got 1, expected bool"),
         ("data.batch_size=null", "data.batch_size: got None, expected int"),

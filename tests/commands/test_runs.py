@@ -5,6 +5,7 @@ import multiprocessing
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def test_an_existing_run_is_refused_with_the_ways_on(tmp_path: Path) -> None:
     """Would catch a second `train name=a` that overwrites the first."""
     runs.claim(tmp_path / "a", SETTINGS)
     (tmp_path / "a_2").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file; choose another name="):
+        runs.claim(tmp_path / "file", SETTINGS)
     before = (tmp_path / "a" / "environment.json").read_text()
     with pytest.raises(FileExistsError, match=r"resume=auto.*name=a_3.*init_from=a"):
         runs.claim(tmp_path / "a", SETTINGS)
@@ -141,11 +145,9 @@ def test_of_two_jobs_with_one_name_one_gets_it(tmp_path: Path) -> None:
         except FileExistsError as error:
             refused.append(error)
 
-    threads = [threading.Thread(target=claim) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(claim)
     assert len(refused) == 7
 
 
@@ -216,13 +218,6 @@ def test_side_files_that_a_crash_emptied_do_not_block_a_run(
         assert runs.read_config(tmp_path / "a").optim.lr == 1e-5
         assert runs.read_environment(tmp_path / "a")["starts"]
         assert "config.yaml is missing or cut off; it is written again" in caplog.text
-
-
-def test_a_file_in_place_of_a_run_is_named(tmp_path: Path) -> None:
-    """Would catch NotADirectoryError from the middle of the start."""
-    (tmp_path / "a").touch()
-    with pytest.raises(FileExistsError, match="is a file; choose another name="):
-        runs.claim(tmp_path / "a", SETTINGS)
 
 
 def test_a_model_in_a_relative_folder_is_found_from_everywhere(
