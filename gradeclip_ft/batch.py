@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -81,6 +81,35 @@ class CaptionBatch(_Tensors):
     packed: PackedTexts | None = None
     keys: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DetectionBatch(_Tensors):
+    """Square images with labelled boxes, for training and for testing a detector.
+
+    Attributes:
+        images: Normalised pixels; 0 right of and below the content.
+        sizes: (height, width) of the content in pixels.
+        scale: Pixels of the square per pixel of the original image.
+        boxes: xyxy in pixels of the square.
+        labels: Class index of each box.
+        owner: Row of `images` for every box.
+        keys: Names of the images, for messages.
+        skipped: Samples dropped since the previous batch of the same worker, by cause.
+    """
+
+    images: Float[Tensor, "B 3 S S"]
+    sizes: Int[Tensor, "B 2"]
+    scale: Float[Tensor, " B"]
+    boxes: Float[Tensor, "R 4"]
+    labels: Int[Tensor, " R"]
+    owner: Int[Tensor, " R"]
+    keys: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+TrainBatch: TypeAlias = CaptionBatch | DetectionBatch
+"""What a training step takes."""
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,15 @@ def evaluation_mode(module: Foreign) -> Iterator[None]:
 
 @runtime_checkable
 class ImageTextModel(Protocol):
-    """What evaluating and explaining take, a torch module: a Clip, or the Blip beside it."""
+    """What evaluating and explaining take, a torch module: a Clip, a Blip, or a detector."""
 
-    model: Foreign
     image: Tower
     text: Tower
+
+    @property
+    def model(self) -> Foreign:
+        """The module whose state dict is saved and hashed: the library's, or a whole detector."""
+        ...
 
     def to(self, *where: Any) -> Any:
         """Move or cast all parameters."""

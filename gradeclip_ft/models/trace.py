@@ -247,13 +247,15 @@ class Pass:
 
     def embed(self, tokens: Float[Tensor, "B N W"], start: int) -> Float[Tensor, "B D"]:
         """Embeddings of a pass that is entered before layer `start`."""
-        return self._trace(self.run(tokens, start, len(self.layers) - 1)).embedding
+        return self.trace_from(tokens, start).embedding
 
     def trace(self) -> Trace:
         """The last layer of this pass."""
-        return self._trace(self.run(self.tokens, 0, len(self.layers) - 1))
+        return self.trace_from(self.tokens, 0)
 
-    def _trace(self, tokens: Float[Tensor, "B N W"]) -> Trace:
+    def trace_from(self, tokens: Float[Tensor, "B N W"], start: int) -> Trace:
+        """The last layer of a pass that is entered before layer `start`."""
+        tokens = self.run(tokens, start, len(self.layers) - 1)
         last, head, query = self.layers[-1], self.head, self.query
 
         def attend(rows: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
