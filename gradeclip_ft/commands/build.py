@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from gradeclip_ft.data.captions import CaptionTrainData
+    from gradeclip_ft.data.detection import DetectionTrainData
     from gradeclip_ft.evaluators.base import Evaluator
     from gradeclip_ft.models.clip import LoadedClip
     from gradeclip_ft.training.callbacks import Evaluate
     from gradeclip_ft.training.data_module import CaptionDataModule
+    from gradeclip_ft.training.detector import DetectorModule
     from gradeclip_ft.training.module import FineTuneModule
 
 
@@ -45,7 +47,7 @@ class Training:
 
     loaded: LoadedClip
     data: CaptionDataModule
-    module: FineTuneModule
+    module: FineTuneModule | DetectorModule
     evaluate: Evaluate
     trainer: pl.Trainer
 
@@ -67,8 +69,9 @@ def build(
     torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
     loaded = build_clip(cfg)
     objective = make(cfg.objective, "objective")
-    data = CaptionDataModule(build_data(cfg, loaded), seed=cfg.seed, on_prepared=on_prepared)
-    module = make(cfg.optim, "optim")(loaded.require_clip("trained"), objective, seed=cfg.seed)
+    source = build_data(cfg, loaded)
+    data = CaptionDataModule(source, seed=cfg.seed, on_prepared=on_prepared)
+    module = build_module(cfg, loaded, objective, source)
     evaluate = Evaluate(
         build_evaluators(cfg),
         loaded,
@@ -102,12 +105,48 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
     return loaded
 
 
-def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData:
-    """Captioned images, tokenised and sized for the model."""
-    source: CaptionTrainData = make(cfg.data, "data")(
-        tokenizer=loaded.tokenizer, transform=loaded.transform(train=True)
-    )
+def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData | DetectionTrainData:
+    """Captioned images, tokenised and sized for the model; for a detector, images with boxes."""
+    from gradeclip_ft.detection.detector import Detector
+
+    require_kind(cfg, isinstance(loaded.clip, Detector))
+    made = make(cfg.data, "data")
+    source: CaptionTrainData | DetectionTrainData
+    if isinstance(loaded.clip, Detector):
+        source = made(side=loaded.clip.settings.side, mean=loaded.mean, std=loaded.std)
+    else:
+        source = made(tokenizer=loaded.tokenizer, transform=loaded.transform(train=True))
     return source
+
+
+def build_module(
+    cfg: DictConfig, loaded: LoadedClip, objective: Any, source: Any
+) -> FineTuneModule | DetectorModule:
+    """The training step of a CLIP, or of a detector, which learns the classes of its data."""
+    from gradeclip_ft.detection.detector import Detector
+
+    made = make(cfg.optim, "optim")
+    module: FineTuneModule | DetectorModule
+    if isinstance(loaded.clip, Detector):
+        module = made(loaded.clip, objective, source.classes, seed=cfg.seed)
+    else:
+        module = made(loaded.require_clip("trained"), objective, seed=cfg.seed)
+    return module
+
+
+def require_kind(cfg: DictConfig, detects: bool) -> None:
+    """Refuse a detector with captions, and the like: all four choices are of one kind.
+
+    Raises:
+        ConfigurationError: Naming the first that is not.
+    """
+    for key in ("data", "objective", "optim"):
+        target = str(cfg[key]["_target_"])
+        if any(word in target for word in ("detection", "training.detector")) != detects:
+            raise ConfigurationError(
+                f"{key}: {target} is not for {'a detector' if detects else 'a CLIP'}; begin with "
+                "+exp=detector_shapes or +exp=detector_ovcoco_vitb16 to train a detector"
+            )
 
 
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:

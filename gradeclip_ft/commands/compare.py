@@ -39,8 +39,9 @@ def compare(
                                has several: metrics=[*/pointing,*/energy]
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
-    published=[table7]         rows of the papers: table7, table9, flickr30k_test, regions_1024,
-                               instances, follow_up; marked where protocol or data differ
+    published=[table7]         rows of the papers: table7, table8, table9, flickr30k_test,
+                               regions_1024, instances, follow_up; marked where
+                               protocol or data differ
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
                                out=NAME.csv writes that form alone
     """

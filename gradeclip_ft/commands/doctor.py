@@ -124,18 +124,16 @@ def trainer(cfg: DictConfig) -> Iterator[Finding]:
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model, what trains it, and disk space; its weights are not read."""
-    from gradeclip_ft.commands.build import make
+    from gradeclip_ft.commands.build import build_data, build_module, make
     from gradeclip_ft.models.clip import image_sentence, text_sentence
     from gradeclip_ft.models.load import check_activation
 
     loaded = structure(cfg.model)
     yield OK, f"image tower: {image_sentence(loaded)}"
     yield OK, f"text tower: {text_sentence(loaded)}"
-    clip = loaded.require_clip("trained")
-    make(cfg.optim, "optim")(
-        clip, make(cfg.objective, "objective"), seed=cfg.seed
-    ).configure_optimizers()
-    size = sum(parameter.numel() for parameter in clip.parameters())
+    objective = make(cfg.objective, "objective")
+    build_module(cfg, loaded, objective, build_data(cfg, loaded)).configure_optimizers()
+    size = sum(parameter.numel() for parameter in loaded.clip.parameters())
     height, width = loaded.image_size
     yield OK, f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels"
     if cfg.init_from is not None:
@@ -157,8 +155,8 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
 
 def tagger(cfg: DictConfig) -> Iterator[Finding]:
     """Which tagger finds the phrases."""
-    if not cfg.data.get("max_phrases", 1):
-        yield OK, "none needed: max_phrases is 0"
+    if not cfg.data.get("max_phrases", 1) or "boxes" in cfg.data:
+        yield OK, "none needed: there are no phrases"
         return
     from gradeclip_ft.text.phrases import prepare_tagger
 
@@ -171,10 +169,17 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
 
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
-    """Shards, and one small batch of them."""
+    """Shards, and one small batch of them; or boxes and their images."""
     from gradeclip_ft.commands.build import build_data
+    from gradeclip_ft.data.detection import DetectionTrainData
 
     source = build_data(cfg, structure(cfg.model))
+    if isinstance(source, DetectionTrainData):
+        if source.boxes.make is not None:
+            yield OK, f"{source.boxes.annotations} is made when training starts"
+        else:
+            yield OK, f"{source.boxes.annotations}: {source.prepare()['counts']}"
+        return
     try:
         urls = source.urls()
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from gradeclip_ft.commands.build import build_clip, build_data, make
 from gradeclip_ft.commands.config import conf_dir, options, suggest
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
+from gradeclip_ft.data.detection import DetectionTrainData
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import explain_pictures
 from gradeclip_ft.images import read_image
@@ -323,6 +324,11 @@ def _cases(
     start = build_clip(comparison.runs[0].config)
     last = comparison.runs[-1]
     source = build_data(last.config, start)
+    if isinstance(source, DetectionTrainData):
+        raise ValueError(
+            f"{last.folder} trained a detector, and the page shows fine-tuning; give the run that "
+            "init_from= named, and see the detector's boxes with `detect`"
+        )
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
     parse = PhraseFinder(load_tagger(tagger), source.max_phrases)
     cases = find_cases(*files, parse, count)

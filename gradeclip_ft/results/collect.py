@@ -83,6 +83,8 @@ def _run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     if step == 0:
         facts["map"] = "start" if config.get("init_from") else UNTOUCHED
         return facts
+    if (config.get("model") or {}).get("settings"):
+        return {**_facts_of_start(config), "seed": config.get("seed")}
     objective = config.get("objective") or {}
     explainer = objective.get("explainer")
     facts["seed"] = config.get("seed")
@@ -94,6 +96,19 @@ def _run_facts(config: Mapping[str, Any], step: int) -> dict[str, Json]:
     elif objective:
         facts["map"] = ORDINARY
     return facts
+
+
+def _facts_of_start(config: Mapping[str, Any]) -> dict[str, Json]:
+    """What the frozen model of a detector was, by the run that it was taken from."""
+    start = config.get("init_from")
+    nothing: dict[str, Json] = dict.fromkeys(("map", "heads", "stop_gradient", "loss"))
+    if start is None:
+        return {**nothing, "map": UNTOUCHED}
+    found = [Path(str(start)), Path(str(config.get("runs_dir"))) / str(start)]
+    for folder in (place.parent if place.is_file() else place for place in found):
+        if before := read_mapping(folder / "config.yaml"):
+            return _run_facts(before, 1)
+    return {**nothing, "map": str(start)}
 
 
 def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entry]:

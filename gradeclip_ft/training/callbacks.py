@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.batch import TrainBatch
 from gradeclip_ft.evaluators.base import Evaluator, run_all
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
@@ -114,7 +114,7 @@ class MetricsRecorder(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: CaptionBatch,
+        batch: TrainBatch,
         batch_idx: int,
     ) -> None:
         """Count; every `every` steps, and at the last one, record."""
@@ -222,7 +222,7 @@ class NonFiniteGuard(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        batch: CaptionBatch,
+        batch: TrainBatch,
         batch_idx: int,
     ) -> None:
         """Remember the samples, of all batches of a step."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradeclip_ft.results.record import replace_files
+from gradeclip_ft.training.detector import DetectorModule
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.run_files import (
     BEST,
@@ -144,7 +145,7 @@ class Checkpoints(pl.Callback):
             progress["is_last_batch"] = False
         if trainer.is_global_zero:
             module = trainer.lightning_module
-            assert isinstance(module, FineTuneModule)
+            assert isinstance(module, FineTuneModule | DetectorModule)
             last = self._good == self._folder / CHECKPOINT
             try:
                 write_both(
@@ -192,7 +193,7 @@ def write_both(
     Args:
         folder: Of the run.
         state: Full state.
-        weights: In open_clip's names.
+        weights: Of a CLIP, in open_clip's names; of a detector, in its own.
         step: Optimiser steps that led to them.
         keep: Checkpoints to have on disk afterwards.
         before: Step of the present `last.ckpt`; None if it is not worth keeping.

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
-from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.batch import TrainBatch
 from gradeclip_ft.ops.distributed import rank as process_rank
 
 # What may change where samples are drawn with replacement; the draws are then new ones.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Epoch(Protocol):
     """Batches of one epoch; `len()` counts all of it, also where iteration begins later."""
 
-    def __iter__(self) -> Iterator[CaptionBatch]: ...
+    def __iter__(self) -> Iterator[TrainBatch]: ...
     def __len__(self) -> int: ...
 
 
@@ -63,7 +63,7 @@ class CaptionSource(Protocol):
         ...
 
 
-class RunLoader(Iterable[CaptionBatch]):
+class RunLoader(Iterable[TrainBatch]):
     """All batches of a run for one process, from `position()` on.
 
     Args:
@@ -98,7 +98,7 @@ class RunLoader(Iterable[CaptionBatch]):
     def __len__(self) -> int:
         return self._total
 
-    def __iter__(self) -> Iterator[CaptionBatch]:
+    def __iter__(self) -> Iterator[TrainBatch]:
         epoch, start = divmod(self._position() - self._begun, self._batches_per_epoch)
         while True:
             batches = 0

@@ -97,10 +97,7 @@ class FineTuneModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
         """Starts the random numbers of the batch."""
-        offset = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(self.seed)))
-        per_step, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        number = self.trainer.global_step * per_step + batch_idx % per_step
-        torch.manual_seed((offset + number) * processes + self.global_rank)
+        seed_batch(self, batch_idx)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Updates the weights, then keeps the temperature between 1 and 100 as CLIP does."""
@@ -110,6 +107,24 @@ class FineTuneModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser over everything that learns, and its schedule per step."""
-        optimizer = self._optimizer(self.named_parameters())
-        schedule = LRSchedulerConfigType(scheduler=self._schedule(optimizer), interval="step")
-        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)
+        return configured(self, self._optimizer, self._schedule)
+
+
+def seed_batch(module: Any, batch_idx: int) -> None:
+    """Random numbers of a batch: they depend on seed, step, place in the step and process alone."""
+    trainer = module.trainer
+    offset = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(module.seed)))
+    per_step, processes = trainer.accumulate_grad_batches, trainer.world_size
+    number = trainer.global_step * per_step + batch_idx % per_step
+    torch.manual_seed((offset + number) * processes + module.global_rank)
+
+
+def configured(
+    module: nn.Module,
+    optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
+    schedule: Callable[[Optimizer], LRScheduler],
+) -> OptimizerLRSchedulerConfig:
+    """Optimiser over everything in the module that learns, and its schedule per step."""
+    made = optimizer(module.named_parameters())
+    per_step = LRSchedulerConfigType(scheduler=schedule(made), interval="step")
+    return OptimizerLRSchedulerConfig(optimizer=made, lr_scheduler=per_step)

@@ -102,6 +102,11 @@ def adamw(
     return AdamW(groups, lr=lr, betas=(first, second), eps=eps, **(extra or {}))
 
 
+def warmup_constant(optimizer: Optimizer, *, warmup: int) -> LambdaLR:
+    """Linear warm-up over `warmup` steps, then the full rate to the end, as F-ViT trains."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
+
+
 def warmup_cosine(optimizer: Optimizer, *, warmup: int, steps: int, final: float = 0.0) -> LambdaLR:
     """Linear warm-up over `warmup` steps, then half a cosine down to `final` times the rate.
 

@@ -144,7 +144,10 @@ def test_methods_for_explanation_are_built_and_refused_in_training(option: str) 
 def test_every_data_set_is_built(option: str, loaded: LoadedClip) -> None:
     """Would catch keyword names that yaml and build.py both give, or neither."""
     make = instantiate(composed("data", option).data, _convert_="all")
-    source = make(tokenizer=loaded.tokenizer, transform=loaded.transform(train=True))
+    if option.startswith("boxes"):
+        source = make(side=64, mean=loaded.mean, std=loaded.std)
+    else:
+        source = make(tokenizer=loaded.tokenizer, transform=loaded.transform(train=True))
     assert source.batch_size > 0
 
 
