@@ -19,6 +19,7 @@ COMMANDS = {
             "uniform": "it gives every place the same weight, which shows nothing",
         },
     ),
+    "detect": Command("detect", config="detect"),
     "export": Command("export", config="export"),
     "doctor": Command("doctor", config="train"),
     "compare": Command("compare", config=None),

@@ -130,14 +130,14 @@ def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
         FileNotFoundError: A name stands for no picture.
         ValueError: Neither phrases nor captions, an empty one, or a wrong number of captions.
     """
-    files = list(_files(cfg.images))
+    files = list(picture_files(cfg.images))
     if (cfg.phrases is None) == (cfg.captions is None):
         raise ValueError("give phrases=[dog,'red car'], or captions=['a dog beside a red car']")
     captions: list[str] = [""]
     if cfg.phrases is not None:
-        found = [_listed("phrases", cfg.phrases)]
+        found = [listed("phrases", cfg.phrases)]
     else:
-        captions = _listed("captions", cfg.captions)
+        captions = listed("captions", cfg.captions)
         if len(captions) not in (1, len(files)):
             raise ValueError(
                 f"{len(captions)} captions for {len(files)} pictures; give one for all, or for each"
@@ -156,8 +156,9 @@ def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
     ]
 
 
-def _files(images: Any) -> Iterator[Path]:
-    for name in _listed("images", images):
+def picture_files(images: Any) -> Iterator[Path]:
+    """Every picture that is asked for, in order."""
+    for name in listed("images", images):
         if os.path.isdir(name):  # pathlib raises for a name that is too long
             found = images_in(Path(name))
         elif os.path.isfile(name):
@@ -172,7 +173,7 @@ def _files(images: Any) -> Iterator[Path]:
         yield from found
 
 
-def _listed(key: str, value: Any) -> list[str]:
+def listed(key: str, value: Any) -> list[str]:
     """The texts of an option that takes one or several."""
     found = list(value) if isinstance(value, list | ListConfig) else [value]
     flat = all(isinstance(text, str | int | float) and str(text).strip() for text in found)

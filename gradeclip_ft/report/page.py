@@ -24,6 +24,20 @@ SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
 def write_page(page: Page, path: Path) -> Path:
     """Write the page under a temporary name, rename it, and return its path."""
+    curves = [(chart, figures.curves_svg(chart, page.methods)) for chart in page.charts]
+    return write_template(
+        "page.html.j2",
+        path,
+        page=page,
+        curves=[(chart, Markup(svg)) for chart, svg in curves if svg is not None],
+        cases=[(case, _drawn(case, page.methods)) for case in page.cases],
+        has_boxes=any(boxes for case in page.cases for boxes in case.boxes),
+        gradient=", ".join(f"rgb({r} {g} {b})" for r, g, b in figures.colours()[::15].tolist()),
+    )
+
+
+def write_template(template: str, path: Path, **content: Any) -> Path:
+    """Render a template of this folder under a temporary name, rename it, and return its path."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,14 +45,7 @@ def write_page(page: Page, path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    curves = [(chart, figures.curves_svg(chart, page.methods)) for chart in page.charts]
-    text = environment.get_template("page.html.j2").render(
-        page=page,
-        curves=[(chart, Markup(svg)) for chart, svg in curves if svg is not None],
-        cases=[(case, _drawn(case, page.methods)) for case in page.cases],
-        has_boxes=any(boxes for case in page.cases for boxes in case.boxes),
-        gradient=", ".join(f"rgb({r} {g} {b})" for r, g, b in figures.colours()[::15].tolist()),
-    )
+    text = environment.get_template(template).render(**content)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
