@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m gradeclip_ft
 
-.PHONY: demo test harden results methods speed clean
+.PHONY: demo test harden results methods detector speed clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo_ordinary runs/demo_gradeclip
@@ -30,6 +30,16 @@ methods: runs/demo_gradeclip/weights.safetensors
 
 runs/demo_gradeclip/weights.safetensors: | $(VENV)/installed
 	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
+
+# results/detector: one detector on the frozen CLIP before and after fine-tuning.
+detector: $(VENV)/installed-dev
+	rm -rf runs/start_* runs/detector_*
+	$(RUN) train +exp=shapes_ordinary name=start_ordinary evaluator=[]
+	$(RUN) train +exp=shapes name=start_gradeclip evaluator=[]
+	$(RUN) train +exp=detector_shapes name=detector_untouched
+	$(RUN) train +exp=detector_shapes name=detector_ordinary init_from=start_ordinary
+	$(RUN) train +exp=detector_shapes name=detector_gradeclip init_from=start_gradeclip
+	$(RUN) compare 'runs/detector_*' steps=last out=results/detector
 
 # The tables of results/speed.md; about 40 minutes of one core that has nothing else to do.
 speed: $(VENV)/installed-dev
