@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,7 @@ from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
 from gradeclip_ft.results.masking import masked_texts
 from gradeclip_ft.results.record import result_path
-from gradeclip_ft.training.checkpoints import Checkpoints, keep_best, tolerates_full_disk
+from gradeclip_ft.training.checkpoints import Checkpoints, keep_best, tolerating_full_disk
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.loggers import FileLogger
 
@@ -72,13 +73,11 @@ class MetricsRecorder(pl.Callback):
         self._every = every
         self._lines = lines
         self._noted: dict[str, Tensor | float] = {}
-        # Skipped samples. The total is of all processes and goes into the checkpoint; the others
-        # are of this process and this start.
-        self._before: Counter[str] = Counter()  # the total at the checkpoint
+        # Skipped samples: of all processes up to the last gathering, then of this one in the steps
+        # finished since, then of the unfinished step.
         self._total: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-        self._finished: Counter[str] = Counter()  # those of finished steps
-        self._gathered: Counter[str] = Counter()  # those in the total
+        self._finished: Counter[str] = Counter()
+        self._unfinished: Counter[str] = Counter()
         self._images = 0
         self._seconds = 0.0
         self._waited = 0.0
@@ -92,6 +91,11 @@ class MetricsRecorder(pl.Callback):
     def collect(self) -> None:
         """Bring the skipped samples of all processes together. A collective."""
         self._add_up(gather(dict(self._finished)))
+
+    def _add_up(self, skipped: Sequence[Mapping[str, int]]) -> None:
+        for each in skipped:
+            self._total.update(each)
+        self._finished = Counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run writes the lines after its checkpoint again."""
@@ -120,10 +124,11 @@ class MetricsRecorder(pl.Callback):
         """Count; every `every` steps, and at the last one, record."""
         self._seconds += time.perf_counter() - self._begun
         self._images += len(batch.images)
-        self._skipped.update(batch.skipped)
+        self._unfinished.update(batch.skipped)
         if not finishes_step(trainer, batch_idx):
             return
-        self._finished = self._skipped.copy()
+        self._finished += self._unfinished
+        self._unfinished = Counter()
         step = trainer.global_step
         if step % self._every == 0 or step == trainer.max_steps:
             self._record(trainer, outputs["metrics"], outputs["loss"])
@@ -156,39 +161,31 @@ class MetricsRecorder(pl.Callback):
             losses = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             print(f"step {trainer.global_step}/{trainer.max_steps}  {losses}  {speed}", flush=True)
 
-    def _add_up(self, skipped: Sequence[Mapping[str, int]]) -> None:
-        self._total = sum((Counter(each) for each in skipped), self._before.copy())
-        self._gathered = self._finished.copy()
-
     def state_dict(self) -> dict[str, Any]:
         """Samples skipped in all finished steps; part of the checkpoint.
 
         Those of other processes since they were last gathered are missing; a save that all take
         part in gathers first.
         """
-        return {"skipped": dict(self._total + (self._finished - self._gathered))}
+        return {"skipped": dict(self._total + self._finished)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting where the interrupted run stopped."""
-        self._before = Counter(state_dict["skipped"])
-        self._total = self._before.copy()
+        self._total = Counter(state_dict["skipped"])
 
 
 def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Hand metrics of the current step to every logger; loggers write on the first process only."""
     for receiver in trainer.loggers:
-        try:
+        with tolerating_full_disk(trainer, "metrics"):
             receiver.log_metrics(dict(metrics), step=trainer.global_step)
-        except OSError as error:
-            if not tolerates_full_disk(trainer, error):
-                raise
-            logger.error("metrics of step %d are lost: %s", trainer.global_step, error)
 
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient is not finite; the weights are still those of the step before."""
 
 
+@dataclass(eq=False)
 class NonFiniteGuard(pl.Callback):
     """Skips updates that would spoil the weights; stops the run when there are too many.
 
@@ -197,22 +194,21 @@ class NonFiniteGuard(pl.Callback):
     back from the device per step. In fp16 the loss scaler deals with gradients itself, so there
     only the loss is looked at.
 
-    Args:
+    Attributes:
         folder: Of the run.
         checkpoints: Used to save the last good state before stopping.
         recorder: Told the norm over all gradients before clipping, and the steps skipped so far.
         most: Steps that may be skipped in the whole run; one more stops it.
     """
 
-    def __init__(
-        self, folder: Path, checkpoints: Checkpoints, recorder: MetricsRecorder, *, most: int = 0
-    ) -> None:
-        if most < 0:
-            raise ValueError(f"max_non_finite is {most}; give the steps to skip, 0 or more")
-        self._folder = folder
-        self._checkpoints = checkpoints
-        self._recorder = recorder
-        self._most = most
+    folder: Path
+    checkpoints: Checkpoints
+    recorder: MetricsRecorder
+    most: int = 0
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise ValueError(f"max_non_finite is {self.most}; give the steps to skip, 0 or more")
         self._left_out = 0
         self._keys: list[str] = []
         self._loss: Tensor = torch.zeros(())
@@ -256,44 +252,41 @@ class NonFiniteGuard(pl.Callback):
             self._skip(trainer, None if bool(good) else (float(self._loss), float(norm)))
             if trainer.precision != "16-mixed":  # there the scaler skips, and must see gradients
                 pl_module.zero_grad(set_to_none=True)  # an optimiser passes over these
-        self._recorder.note(gradient_norm=norm, left_out_steps=float(self._left_out))
+        self.recorder.note(gradient_norm=norm, left_out_steps=float(self._left_out))
 
     def _skip(self, trainer: pl.Trainer, own: tuple[float, float] | None) -> None:
         """Report and count; `own` is loss and norm if it is this process that is not finite."""
         step = trainer.global_step + 1
-        everyone = gather(own and (*own, self._keys))
-        reports = {rank: report for rank, report in enumerate(everyone) if report is not None}
-        processes = [
-            {"process": rank, "loss": str(bad[0]), "gradient_norm": str(bad[1]), "samples": bad[2]}
-            for rank, bad in reports.items()
-        ]
+        everyone = gather(
+            own and {"loss": str(own[0]), "gradient_norm": str(own[1]), "samples": self._keys}
+        )
+        processes = [{"process": rank, **bad} for rank, bad in enumerate(everyone) if bad]
         self._left_out += 1
-        stops = self._left_out > self._most
+        stops = self._left_out > self.most
         if stops and trainer.global_step:
-            self._checkpoints.save(trainer)
-        last_good = self._checkpoints.last_good
+            self.checkpoints.save(trainer)
+        last_good = self.checkpoints.last_good
         if trainer.is_global_zero:
             line = {"step": step, "stopped": stops, "last_good": last_good, "processes": processes}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / DUMP).open("a", encoding="utf-8") as file:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / DUMP).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if not stops:
             logger.warning(
                 "step %d is not finite and was skipped (%d of %d): see %s",
-                *(step, self._left_out, self._most, self._folder / DUMP),
+                *(step, self._left_out, self.most, self.folder / DUMP),
             )
             return
-        before = f"; {self._left_out - 1} steps before were skipped" if self._most else ""
+        before = f"; {self._left_out - 1} steps before were skipped" if self.most else ""
         lines = [
-            f"  process {rank}: loss {bad[0]:g}, gradient norm {bad[1]:g}, "
-            f"samples {', '.join(bad[2])}"
-            for rank, bad in reports.items()
+            f"  process {bad['process']}: loss {bad['loss']}, "
+            f"gradient norm {bad['gradient_norm']}, samples {', '.join(bad['samples'])}"
+            for bad in processes
         ]
         raise NonFiniteError(
             f"step {step} is not finite, training stopped before the update{before}.\n"
             + "\n".join(lines)
-            + f"\nlast good checkpoint: {last_good}; all such steps are listed in "
-            f"{self._folder / DUMP}.\n"
+            + f"\nlast good checkpoint: {last_good}; all such steps: {self.folder / DUMP}.\n"
             "Look at these samples, raise trainer.max_non_finite, or start from the weights "
             "(init_from=) with a smaller optim.optimizer.lr or trainer.precision=32-true"
         )
@@ -307,13 +300,14 @@ class NonFiniteGuard(pl.Callback):
         self._left_out = int(state_dict["left_out"])
 
 
+@dataclass(eq=False)
 class Evaluate(pl.Callback):
     """Runs evaluators before the first step, every `every` steps and after the last one.
 
     The first process evaluates, the others wait. The data are checked before training begins, so
     that a missing file does not show days later.
 
-    Args:
+    Attributes:
         evaluators: By any key.
         loaded: The model that is trained.
         folder: Where the results go, one JSON per evaluator and step.
@@ -325,58 +319,40 @@ class Evaluate(pl.Callback):
             untouched model is then evaluated in any case, which shows that there is such a metric.
         command: Command line for the results.
         record: What the results hold of protocol, data and weights.
-
-    Attributes:
         evaluated: Step of the last evaluation; None before the first.
     """
 
-    def __init__(
-        self,
-        evaluators: Mapping[str, Evaluator],
-        loaded: LoadedClip,
-        *,
-        folder: Path,
-        run: str,
-        every: int | None = None,
-        before: bool = True,
-        after: bool = True,
-        best: str | None = None,
-        command: str | None = None,
-        record: Callable[[Any], Any] = masked_texts,
-    ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
-        self.evaluated: int | None = None
+    evaluators: Mapping[str, Evaluator]
+    loaded: LoadedClip
+    folder: Path
+    run: str
+    every: int | None = None
+    before: bool = True
+    after: bool = True
+    best: str | None = None
+    command: str | None = None
+    record: Callable[[Any], Any] = masked_texts
+    evaluated: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"evaluation.every is {self.every}; give 1 step or more, or null")
+        self.before |= self.best is not None
         self._wait = patient_barrier(PATIENCE)
-        self._evaluators = evaluators
-        self._loaded = loaded
-        self._folder = folder
-        self._run = run
-        self._every = every
-        self._before = before or best is not None
-        self._after = after
-        self._best = best
-        self._record = record
-        self._command = command
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make or check the data, on one process."""
-        if trainer.is_global_zero and (self._before or self._after or self._every):
-            for evaluator in self._evaluators.values():
+        if trainer.is_global_zero and (self.before or self.after or self.every):
+            for evaluator in self.evaluators.values():
                 evaluator.prepare()
         self._wait()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate before the first step; after resuming, what the interrupted run missed."""
-        step = trainer.global_step
-        if self._before and step == 0:
+        if self.before and trainer.global_step == 0:
             self._evaluate(trainer)
         elif self._due(trainer):
-            names = [evaluator.name for evaluator in self._evaluators.values()]
-            missed = any(not result_path(self._folder, name, step).exists() for name in names)
-            if trainer.is_global_zero and missed:
-                self._try(trainer)
-            self._wait()
+            self._evaluate(trainer, missed=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """When it is time; the last step is left to `on_train_end`."""
@@ -385,20 +361,20 @@ class Evaluate(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The finished model."""
-        if self._after:
+        if self.after:
             self._evaluate(trainer)
 
     def measure(self, trainer: pl.Trainer) -> None:
         """Evaluate the model in this process; results and loggers get the numbers."""
         step = trainer.global_step
         results = run_all(
-            self._evaluators,
-            self._loaded,
-            folder=self._folder,
-            run=self._run,
+            self.evaluators,
+            self.loaded,
+            folder=self.folder,
+            run=self.run,
             step=step,
-            command=self._command,
-            record=self._record,
+            command=self.command,
+            record=self.record,
         )
         found: dict[str, float] = {}
         for result in results:
@@ -406,29 +382,23 @@ class Evaluate(pl.Callback):
             numbers = {f"{result.evaluator}/{name}": v for name, v in result.metrics.items()}
             log(trainer, numbers)
             found |= numbers
-        if self._best is not None:
-            weights = self._loaded.clip.model.state_dict()
-            keep_best(self._folder.parent, self._best, found, weights, step=step)
+        if self.best is not None:
+            weights = self.loaded.clip.model.state_dict()
+            keep_best(self.folder.parent, self.best, found, weights, step=step)
 
-    def _evaluate(self, trainer: pl.Trainer) -> None:
-        """Evaluate on the first process while the others wait. A collective."""
-        if trainer.is_global_zero:
-            self._try(trainer)
-        self.evaluated = trainer.global_step
+    def _evaluate(self, trainer: pl.Trainer, *, missed: bool = False) -> None:
+        """Evaluate on the first process while the others wait, or only what was missed."""
+        step = self.evaluated = trainer.global_step
+        names = [evaluator.name for evaluator in self.evaluators.values()]
+        paths = [result_path(self.folder, name, step) for name in names]
+        if trainer.is_global_zero and not (missed and all(path.exists() for path in paths)):
+            with tolerating_full_disk(trainer, "results"):
+                self.measure(trainer)
         self._wait()
-
-    def _try(self, trainer: pl.Trainer) -> None:
-        """Evaluate; on a full disk without results, if training is to continue there."""
-        try:
-            self.measure(trainer)
-        except OSError as error:
-            if not tolerates_full_disk(trainer, error):
-                raise
-            logger.error("results of step %d are lost: %s", trainer.global_step, error)
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
-        return self._every is not None and step % self._every == 0 and 0 < step < trainer.max_steps
+        return self.every is not None and step % self.every == 0 and 0 < step < trainer.max_steps
 
 
 class Bar(RichProgressBar):

@@ -6,7 +6,9 @@ import errno
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,6 @@ from gradeclip_ft.training.run_files import (
     damage,
     header,
     older_checkpoints,
-    older_name,
     sweep,
 )
 
@@ -40,10 +41,11 @@ class SaveError(RuntimeError):
     """A checkpoint cannot be written; those on disk are untouched."""
 
 
+@dataclass(eq=False)
 class Checkpoints(pl.Callback):
     """Saves every `every` steps, after the last, and when interrupted between two updates.
 
-    Args:
+    Attributes:
         folder: Of the run.
         collect: Called by all processes before they save together; may be a collective.
         every: Steps between two checkpoints.
@@ -52,27 +54,16 @@ class Checkpoints(pl.Callback):
             step ends it in any case.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        collect: Callable[[], None],
-        *,
-        every: int,
-        keep: int = 2,
-        on_error: OnSaveError = "stop",
-    ) -> None:
-        super().__init__()
-        if every < 1:
-            raise ValueError(
-                f"checkpoint_every is {every}; give the steps between checkpoints, 1 or more"
-            )
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; a run needs 1 checkpoint or more to resume from")
-        self.on_error = on_error
-        self._folder = folder
-        self._collect = collect
-        self._every = every
-        self._keep = keep
+    folder: Path
+    collect: Callable[[], None]
+    every: int
+    keep: int = 2
+    on_error: OnSaveError = "stop"
+
+    def __post_init__(self) -> None:
+        for name, value in (("checkpoint_every", self.every), ("keep", self.keep)):
+            if value < 1:
+                raise ValueError(f"trainer.{name} is {value}; give 1 or more")
         self._good: Path | None = None
         self._saved: int | None = None
         self._tried: int | None = None  # the same on all processes, also where a save failed
@@ -90,7 +81,7 @@ class Checkpoints(pl.Callback):
             SaveError: They cannot be written, and `on_error` is "stop".
         """
         self._tried = trainer.global_step
-        self._collect()
+        self.collect()
         self._write(trainer, self.on_error)
         trainer.strategy.barrier("checkpoint")
 
@@ -99,7 +90,7 @@ class Checkpoints(pl.Callback):
         self._saved = self._tried = trainer.global_step
         self._good = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         if trainer.is_global_zero:
-            sweep(self._folder)
+            sweep(self.folder)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -110,14 +101,14 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Save when it is time, once per step."""
         step = trainer.global_step
-        due = step % self._every == 0 or step == trainer.max_steps
+        due = step % self.every == 0 or step == trainer.max_steps
         if due and step != self._tried:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ended early, by a time limit for example, or whose disk was full."""
         if trainer.global_step != self._tried:
-            self._collect()
+            self.collect()
         if self._ahead(trainer):
             self._write(trainer, "stop")
 
@@ -146,21 +137,21 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             module = trainer.lightning_module
             assert isinstance(module, FineTuneModule | DetectorModule)
-            last = self._good == self._folder / CHECKPOINT
+            last = self._good == self.folder / CHECKPOINT
             try:
                 write_both(
-                    self._folder,
+                    self.folder,
                     state,
                     module.clip.model.state_dict(),
                     step=step,
-                    keep=self._keep,
+                    keep=self.keep,
                     before=self._saved if last else None,
                 )
             except OSError as error:
-                free = shutil.disk_usage(self._folder).free / 1e6
+                free = shutil.disk_usage(self.folder).free / 1e6
                 what = (
                     f"no checkpoint at step {step}: {error} ({free:,.0f} MB free in "
-                    f"{self._folder}). Last good checkpoint: {self.last_good}"
+                    f"{self.folder}). Last good checkpoint: {self.last_good}"
                 )
                 if on_error == "stop":
                     raise SaveError(
@@ -169,14 +160,20 @@ class Checkpoints(pl.Callback):
                     ) from error
                 logger.error("%s; training continues", what)
                 return
-        self._saved, self._good = step, self._folder / CHECKPOINT
+        self._saved, self._good = step, self.folder / CHECKPOINT
 
 
-def tolerates_full_disk(trainer: pl.Trainer, error: OSError) -> bool:
-    """Whether training continues when a metrics or result file finds no room on the disk."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    owners = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
-    return error.errno in FULL and any(owner.on_error == "continue" for owner in owners)
+@contextmanager
+def tolerating_full_disk(trainer: pl.Trainer, what: str) -> Iterator[None]:
+    """Log the loss of a file that finds no room on the disk, where training is to continue."""
+    try:
+        yield
+    except OSError as error:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        owners = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+        if error.errno not in FULL or all(owner.on_error == "stop" for owner in owners):
+            raise
+        logger.error("%s of step %d are lost: %s", what, trainer.global_step, error)
 
 
 def write_both(
@@ -198,18 +195,17 @@ def write_both(
         keep: Checkpoints to have on disk afterwards.
         before: Step of the present `last.ckpt`; None if it is not worth keeping.
     """
+    last = folder / CHECKPOINT
 
     def keep_the_one_before() -> None:
-        if keep > 1 and before is not None and (folder / CHECKPOINT).exists():
-            (folder / CHECKPOINT).replace(folder / older_name(before))
+        if keep > 1 and before is not None and last.exists():
+            last.replace(folder / f"step-{before:08d}.ckpt")
 
-    replace_files(
-        {
-            folder / WEIGHTS: lambda path: _save_weights(weights, path, {"step": str(step)}),
-            folder / CHECKPOINT: lambda path: _save_state(state, path),
-        },
-        keep_the_one_before,
-    )
+    writers: dict[Path, Callable[[Path], None]] = {
+        folder / WEIGHTS: lambda path: _save_weights(weights, path, {"step": str(step)}),
+        last: lambda path: _save_state(state, path),
+    }
+    replace_files(writers, keep_the_one_before)
     for path in older_checkpoints(folder)[keep - 1 :]:
         path.unlink()
 
@@ -225,13 +221,6 @@ def keep_best(
     """Keep these weights as `best.safetensors` if their metric is higher than before.
 
     The file holds its metric, value and step, so a resumed run continues from it.
-
-    Args:
-        folder: Of the run.
-        metric: As the loggers name it, `EVALUATOR/METRIC`.
-        numbers: What the evaluators measured.
-        weights: In open_clip's names.
-        step: Optimiser steps that led to them.
 
     Raises:
         ValueError: The evaluators do not measure the metric.

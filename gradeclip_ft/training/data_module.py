@@ -14,6 +14,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,72 +43,58 @@ class CaptionSource(Protocol):
     @property
     def workers(self) -> int:
         """Loader processes per process; 0 reads in the process itself, in the order of 1."""
-        ...
 
     @property
     def batch_size(self) -> int:
         """Samples of a batch."""
-        ...
 
     @property
     def resampled(self) -> bool:
         """Whether samples are drawn with replacement, so that no process has a share of its own."""
-        ...
 
     def prepare(self) -> dict[str, Any]:
         """Make or check what the workers need; returns facts for the run's record."""
-        ...
 
     def loader(self, *, seed: int, epoch: int, rank: int, world_size: int, start: int = 0) -> Epoch:
         """Batches of one process from batch `start` of the epoch on."""
-        ...
 
 
+@dataclass(eq=False)
 class RunLoader(Iterable[TrainBatch]):
     """All batches of a run for one process, from `position()` on.
 
-    Args:
+    Attributes:
         open_epoch: Epoch and first batch to the batches of an epoch; the third argument numbers the
             draws, 0 unless processes, workers or batch size changed on the way.
         total: Batches of the whole run.
         position: Batches of the finished steps.
         identity: What else fixes the order of the batches.
         resampled: Whether other processes, workers or batch sizes may continue.
-
-    Attributes:
         seconds_waited: Time spent waiting for batches, in total.
+        begun: Batches before the present draws.
     """
 
-    def __init__(
-        self,
-        open_epoch: Callable[[int, int, int], Epoch],
-        *,
-        total: int,
-        position: Callable[[], int],
-        identity: dict[str, int],
-        resampled: bool = False,
-    ) -> None:
-        self.seconds_waited = 0.0
-        self._open = open_epoch
-        self._total = total
-        self._position = position
-        self._identity = identity
-        self._resampled = resampled
-        self._begun = 0  # batches before the present draws
+    open_epoch: Callable[[int, int, int], Epoch]
+    total: int
+    position: Callable[[], int]
+    identity: dict[str, int]
+    resampled: bool = False
+    seconds_waited: float = field(default=0.0, init=False)
+    begun: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        return self._total
+        return self.total
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        epoch, start = divmod(self._position() - self._begun, self._batches_per_epoch)
+        epoch, start = divmod(self.position() - self.begun, self._batches_per_epoch)
         while True:
             batches = 0
-            begun = time.perf_counter()
-            for batch in self._open(epoch, start, self._begun):
-                self.seconds_waited += time.perf_counter() - begun
+            asked = time.perf_counter()
+            for batch in self.open_epoch(epoch, start, self.begun):
+                self.seconds_waited += time.perf_counter() - asked
                 batches += 1
                 yield batch
-                begun = time.perf_counter()
+                asked = time.perf_counter()
             if batches != self._batches_per_epoch - start:
                 raise RuntimeError(
                     f"epoch {epoch} gave {batches} batches from batch {start} on, expected "
@@ -117,12 +104,12 @@ class RunLoader(Iterable[TrainBatch]):
 
     @cached_property
     def _batches_per_epoch(self) -> int:
-        return len(self._open(0, 0, 0))
+        return len(self.open_epoch(0, 0, 0))
 
     def state_dict(self) -> dict[str, int]:
         """What fixes the order of the batches; part of the checkpoint."""
-        fixed = {**self._identity, "batches_per_epoch": self._batches_per_epoch}
-        return {**fixed, "begun": self._begun}
+        per_epoch = self._batches_per_epoch
+        return {**self.identity, "batches_per_epoch": per_epoch, "begun": self.begun}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after a checkpoint's batches, or begin new draws where that is allowed.
@@ -130,39 +117,33 @@ class RunLoader(Iterable[TrainBatch]):
         Raises:
             ValueError: If the order would be another one than the interrupted run's.
         """
-        self._begun = state.get("begun", 0)
+        self.begun = state["begun"]
         differing = {
             key: f"{key} was {state.get(key)}, is {value}"
             for key, value in self.state_dict().items()
-            if state.get(key, 0) != value
+            if state.get(key) != value
         }
         if not differing:
             return
         changes = "; ".join(differing.values())
-        if not (self._resampled and differing.keys() <= ELASTIC):
+        if not (self.resampled and differing.keys() <= ELASTIC):
             reason = ""
             if "world_size" in differing:
-                reason = (
-                    ": data.resampled=false gives every process its own share of every epoch, so "
-                    "other processes would repeat some samples and leave out others"
-                )
+                reason = ": data.resampled=false gives every process its own share of every epoch"
             elif differing.keys() & {"workers", "batch_size"}:
                 reason = ": data.resampled=false fixes by these which samples come in which batch"
             raise ValueError(
                 f"the run cannot continue on the same batches: {changes}{reason}. Resume with the "
                 "settings it was started with, or start a new run with init_from="
             )
-        pairs = (
-            ". A step now sees another number of pairs and negatives unless processes x "
-            "data.batch_size stays the same"
-        )
-        logger.log(
-            logging.DEBUG if process_rank() else logging.WARNING,
-            "%s: the run continues with new draws%s",
-            changes,
-            "" if differing.keys() == {"workers"} else pairs,
-        )
-        self._begun = self._position()
+        if process_rank() == 0:
+            logger.warning("%s: the run continues with new draws", changes)
+            if differing.keys() != {"workers"}:
+                logger.warning(
+                    "a step now sees another number of pairs and negatives unless processes x "
+                    "data.batch_size stays the same"
+                )
+        self.begun = self.position()
 
 
 class CaptionDataModule(pl.LightningDataModule):
@@ -193,16 +174,16 @@ class CaptionDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> RunLoader:
         """Batches of the whole run, beginning after the last finished step."""
-        if self.trainer is None:
-            raise RuntimeError(
-                "the data module has no trainer yet; hand it to Trainer.fit(datamodule=...)"
-            )
+        assert self.trainer is not None
         trainer, source = self.trainer, self._source
         rank, world_size = trainer.global_rank, trainer.world_size
         per_step = trainer.accumulate_grad_batches
 
         def open_epoch(epoch: int, start: int, begun: int) -> Epoch:
-            seed = self._seed if not begun else reseed(self._seed, begun)
+            seed = self._seed
+            if begun:  # new draws need another seed
+                digest = hashlib.blake2b(f"{seed}/{begun}".encode(), digest_size=4).digest()
+                seed = int.from_bytes(digest) >> 1
             return source.loader(
                 seed=seed, epoch=epoch, rank=rank, world_size=world_size, start=start
             )
@@ -226,9 +207,3 @@ class CaptionDataModule(pl.LightningDataModule):
     def seconds_waited(self) -> float:
         """Time this process spent waiting for batches, in total."""
         return self._loader.seconds_waited if self._loader else 0.0
-
-
-def reseed(seed: int, begun: int) -> int:
-    """Seed of the draws that begin after so many batches."""
-    digest = hashlib.blake2b(f"{seed}/{begun}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest) >> 1

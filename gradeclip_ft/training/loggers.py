@@ -53,9 +53,9 @@ class FileLogger(Logger):
         }
         row = {"step": step, **numbers}
         self._folder.mkdir(parents=True, exist_ok=True)
-        _append(self._folder / METRICS_JSONL, json.dumps(row))
+        _append(self._folder / METRICS_JSONL, json.dumps(row) + "\n")
         if row.keys() <= set(self._columns):
-            _append(self._folder / METRICS_CSV, _csv(row.get(name) for name in self._columns))
+            _append(self._folder / METRICS_CSV, _csv(self._columns, [row]))
         else:
             self._rewrite_table()
 
@@ -75,9 +75,7 @@ class FileLogger(Logger):
     def _rewrite_table(self) -> None:
         rows = read_lines(self._folder / METRICS_JSONL)
         self._columns = list(dict.fromkeys(name for row in rows for name in row))
-        cells = ([row.get(name) for name in self._columns] for row in rows)
-        lines = [_csv(self._columns), *map(_csv, cells)]
-        write_atomically(self._folder / METRICS_CSV, "".join(f"{line}\n" for line in lines))
+        write_atomically(self._folder / METRICS_CSV, _csv(self._columns, rows, header=True))
 
 
 class OptionalWandbLogger(WandbLogger):
@@ -164,13 +162,16 @@ def _append(path: Path, line: str) -> None:
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(f"{line}\n")
+            file.write(line)
     except OSError:
         os.truncate(path, size)
         raise
 
 
-def _csv(cells: Iterable[Any]) -> str:
+def _csv(columns: list[str], rows: Iterable[dict[str, Any]], *, header: bool = False) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

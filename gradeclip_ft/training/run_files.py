@@ -19,16 +19,9 @@ OWN = (CHECKPOINT, WEIGHTS, BEST, METRICS_JSONL, METRICS_CSV, "config.yaml", "en
 logger = logging.getLogger(__name__)
 
 
-def older_name(step: int) -> str:
-    """What `last.ckpt` is called after a newer one takes its place."""
-    return f"step-{step:08d}.ckpt"
-
-
 def older_checkpoints(folder: Path) -> list[Path]:
     """Kept checkpoints before the last one, newest first."""
-    steps = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.ckpt")}
-    kept = [path for path, step in steps.items() if step.isdecimal()]
-    return sorted(kept, key=lambda path: int(steps[path]), reverse=True)
+    return sorted(folder.glob(f"step-{'[0-9]' * 8}.ckpt"), reverse=True)
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -38,11 +31,9 @@ def newest_good(folder: Path) -> Path | None:
         ValueError: There are checkpoints, and all of them are damaged.
     """
     faults: list[str] = []
-    for path in (folder / CHECKPOINT, *older_checkpoints(folder)):
-        if not path.exists():
-            continue
-        fault = damage(path)
-        if fault is None:
+    found = (folder / CHECKPOINT, *older_checkpoints(folder))
+    for path in filter(Path.exists, found):
+        if (fault := damage(path)) is None:
             if faults:
                 logger.warning("%s; resuming from %s", "; ".join(faults), path)
             return path

@@ -49,32 +49,12 @@ def make_trainer(
 ) -> pl.Trainer:
     """A trainer that records, checkpoints, and stops where a loss is not finite.
 
-    Args:
-        folder: Of the run: checkpoints and metrics go there.
-        loggers: Receivers of the metrics.
-        callbacks: Further callbacks, evaluation for example.
-        max_steps: Optimiser steps of the whole run.
-        stop_at: Stop after this step; the run can be resumed.
-        accelerator: Where to compute; "auto" takes a GPU if there is one.
-        devices: Processes per machine.
-        num_nodes: Machines.
-        strategy: Of Lightning; "ddp" for several processes.
-        precision: Of Lightning; losses are computed in fp32 all the same.
-        gradient_clip: Largest norm over all gradients; None clips nothing.
-        accumulate: Batches per step. Saves memory, adds no negatives: a loss sees one batch.
-        log_every: Steps between two records of the metrics.
-        checkpoint_every: Steps between two checkpoints.
-        max_non_finite: Steps whose loss or gradient may be not finite; they are skipped, and one
-            more stops the run.
-        keep: Checkpoints on disk: `last.ckpt` and those before it.
-        on_save_error: Whether a checkpoint that cannot be written (a full disk) ends the run.
-        timeout_minutes: How long a process waits for the others of a step before it gives up.
-        threads: Of torch on the CPU; None leaves torch's choice.
-        extra: Further arguments of `lightning.Trainer`, as they are.
+    Checkpoints and metrics go to `folder`, the run's; conf/trainer/cpu.yaml says what each option
+    means.
 
     Raises:
-        ValueError: If a number of steps is below 1, the precision is not offered, or Lightning
-            cannot serve the request on this machine.
+        ValueError: A number of steps is below 1, the precision is not offered, or Lightning cannot
+            serve the request on this machine.
     """
     if max_steps < 1 or (stop_at is not None and stop_at < 1):
         raise ValueError(

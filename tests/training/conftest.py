@@ -31,25 +31,10 @@ VOCABULARY, CONTEXT, IMAGES = 40, 8, 6
 def small_clip() -> Clip:
     """The same weights at every call."""
     torch.manual_seed(0)
-    return Clip(
-        open_clip.CLIP(
-            embed_dim=16,
-            vision_cfg={
-                "image_size": 16,
-                "patch_size": 8,
-                "width": 32,
-                "layers": 2,
-                "head_width": 16,
-            },
-            text_cfg={
-                "context_length": CONTEXT,
-                "vocab_size": VOCABULARY,
-                "width": 32,
-                "heads": 2,
-                "layers": 2,
-            },
-        )
-    )
+    both = {"width": 32, "layers": 2}
+    vision = {"image_size": 16, "patch_size": 8, "head_width": 16, **both}
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "heads": 2, **both}
+    return Clip(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
 
 
 def make_batch(seed: int, skipped: int = 0) -> CaptionBatch:

@@ -1,6 +1,8 @@
 """Evaluation around training, and counters."""
 
-import json
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,26 +60,22 @@ def steps(folder) -> list[int]:
     return sorted(int(path.stem.split("@")[1]) for path in folder.glob("*.json"))
 
 
-def test_evaluators_run_before_during_and_after(small_run, evaluation) -> None:
+def test_evaluators_run_before_during_and_after(small_run, evaluation, small_clip) -> None:
+    """The first result is the untouched model; metrics are beside the losses."""
     clip, watch, callback, folder = evaluation(every=3)
-    trainer = small_run().train(clip=clip, callbacks=(callback,))
+    run = small_run()
+    trainer = run.train(clip=clip, callbacks=(callback,))
     assert steps(folder) == [0, 3, 6, 8]
+    assert [line["step"] for line in run.lines if "watch/boxes/top1" in line] == [0, 3, 6, 8]
     assert watch.prepared == 1
     assert watch.modes == [False] * 4
     assert trainer.lightning_module.training
     assert callback.evaluated == 8
-
-
-def test_the_first_result_is_the_untouched_model(small_run, evaluation, small_clip) -> None:
-    clip, _, callback, folder = evaluation()
+    first, last = (read(folder / f"watch@{step}.json") for step in (0, 8))
     untouched = float(small_clip().log_scale.detach())
-    small_run().train(clip=clip, callbacks=(callback,))
-    results = {step: read(folder / f"watch@{step}.json") for step in steps(folder)}
-    assert results[0].metrics["boxes/top1"] == untouched != results[8].metrics["boxes/top1"]
-    assert results[0].weights["hash"] != results[8].weights["hash"]
-    content = json.loads((folder / "watch@8.json").read_text())
-    assert {"metrics", "protocol", "data", "weights", "versions"} <= content.keys()
-    assert (content["run"], content["step"]) == ("run", 8)
+    assert first.metrics["boxes/top1"] == untouched != last.metrics["boxes/top1"]
+    assert first.weights["hash"] != last.weights["hash"]
+    assert (last.run, last.step) == ("run", 8)
 
 
 def test_the_best_weights_are_kept_beside_the_last(tmp_path) -> None:
@@ -95,9 +93,8 @@ def test_the_best_weights_are_kept_beside_the_last(tmp_path) -> None:
 def test_the_best_of_a_run_is_among_its_evaluations(small_run, evaluation) -> None:
     clip, _, callback, folder = evaluation(every=2, best="watch/boxes/top1")
     small_run().train(clip=clip, callbacks=(callback,))
-    values = {
-        step: read(folder / f"watch@{step}.json").metrics["boxes/top1"] for step in range(0, 9, 2)
-    }
+    results = [read(folder / f"watch@{step}.json") for step in range(0, 9, 2)]
+    values = {result.step: result.metrics["boxes/top1"] for result in results}
     assert values[step_of(folder.parent / "best.safetensors")] == max(values.values())
 
 
@@ -120,24 +117,11 @@ def test_evaluation_changes_no_loss(small_run, evaluation) -> None:
     assert losses == plain.losses
 
 
-def test_metrics_of_evaluations_stand_beside_the_losses(small_run, evaluation) -> None:
-    clip, _, callback, _ = evaluation()
-    run = small_run()
-    run.train(clip=clip, callbacks=(callback,))
-    evaluated = [line["step"] for line in run.lines if "watch/boxes/top1" in line]
-    assert evaluated == [0, 8]
-
-
-def test_a_resumed_run_is_not_evaluated_as_untouched(small_run, evaluation) -> None:
-    run = small_run()
-    run.train(stop_at=4)
-    clip, _, callback, folder = evaluation()
-    run.train(clip=clip, callbacks=(callback,), resume=True)
-    assert steps(folder) == [8]
-
-
 def test_an_evaluation_that_an_interruption_left_out_is_made_up(small_run, evaluation) -> None:
-    """The step is saved first; a node that dies meanwhile must not cost its evaluation."""
+    """The step is saved first; a node that dies meanwhile must not cost its evaluation.
+
+    Nor may a resumed run be evaluated as the untouched model.
+    """
     run = small_run()
     clip, watch, callback, folder = evaluation(every=3)
     watch.dies = True
@@ -145,16 +129,20 @@ def test_an_evaluation_that_an_interruption_left_out_is_made_up(small_run, evalu
         run.train(clip=clip, callbacks=(callback,), checkpoint_every=3)
     assert steps(folder) == [0]
     assert torch.load(run.folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    (folder / "watch@0.json").unlink()
     clip, _, callback, _ = evaluation(every=3)
     run.train(clip=clip, callbacks=(callback,), checkpoint_every=3, resume=True)
-    assert steps(folder) == [0, 3, 6, 8]
+    assert steps(folder) == [3, 6, 8]
 
 
-def test_only_every_so_many_steps_are_recorded_and_the_last(small_run) -> None:
+def test_every_so_many_steps_are_recorded_and_shown_and_the_last(small_run, capsys) -> None:
     run = small_run()
     run.train(log_every=3)
     assert [line["step"] for line in run.lines] == [3, 6, 8]
     assert [line["skipped"] for line in run.lines] == [3, 6, 8]
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 3/8", "step 6/8", "step 8/8"]
+    assert "samples/s" in shown[0]
 
 
 def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch) -> None:
@@ -162,16 +150,9 @@ def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch)
     import gradeclip_ft.training.callbacks as callbacks
     import gradeclip_ft.training.data_module as data_module
 
-    class Clock:
-        def __init__(self, tick: float) -> None:
-            self.now, self.tick = 0.0, tick
-
-        def perf_counter(self) -> float:
-            self.now += self.tick
-            return self.now
-
-    monkeypatch.setattr(callbacks, "time", Clock(2.0))
-    monkeypatch.setattr(data_module, "time", Clock(1.0))
+    for module, tick in ((callbacks, 2.0), (data_module, 1.0)):
+        clock = SimpleNamespace(perf_counter=partial(next, count(0.0, tick)))
+        monkeypatch.setattr(module, "time", clock)
     run = small_run()
     run.train(max_steps=3)
     assert run.lines[-1]["data_seconds"] == 1.0
@@ -192,13 +173,6 @@ def test_a_trainer_that_cannot_be_is_refused(small_run, options, message, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         small_run().train(**options)
-
-
-def test_lines_appear_where_there_is_no_terminal(small_run, capsys) -> None:
-    small_run().train(max_steps=3, log_every=2)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in shown] == ["step 2/3", "step 3/3"]
-    assert "samples/s" in shown[0]
 
 
 def test_the_bar_shows_losses_where_there_is_a_terminal(small_run, capsys, monkeypatch) -> None:

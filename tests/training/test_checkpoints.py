@@ -32,41 +32,22 @@ def test_checkpoint_needs_no_code_and_matches_the_weights(small_run) -> None:
     assert all(torch.equal(state["state_dict"][f"clip.model.{k}"], v) for k, v in saved.items())
 
 
-def test_weights_load_in_open_clip_as_they_are(small_run, small_clip, tmp_path) -> None:
+def test_weights_load_in_open_clip_as_they_are(small_run, small_clip) -> None:
     """G4: no prefix, nothing missing, nothing more."""
     run = small_run()
     trainer = run.train(max_steps=1, stop_at=1)
     model = small_clip().model
-    path = str(run.folder / "weights.safetensors")
-    result = open_clip.load_checkpoint(model, path, strict=True)
-    assert result.missing_keys == result.unexpected_keys == []
+    open_clip.load_checkpoint(model, str(run.folder / "weights.safetensors"), strict=True)
     images = torch.randn(2, 3, 16, 16)
     trained = trainer.lightning_module.clip.model
     assert torch.equal(model.encode_image(images), trained.encode_image(images))
 
 
-def test_checkpoints_come_every_so_many_steps(small_run, monkeypatch) -> None:
-    steps: list[int] = []
-    write = checkpoints.write_both
-
-    def note(*args: object, step: int, **options: object) -> None:
-        steps.append(step)
-        write(*args, step=step, **options)
-
-    monkeypatch.setattr(checkpoints, "write_both", note)
-    small_run().train(checkpoint_every=3)
-    assert steps == [3, 6, 8]
-
-
 def test_no_checkpoint_before_anything_was_learnt(small_run) -> None:
     """A failure at the start must not replace a good checkpoint by the starting point."""
     run = small_run()
-
-    def fail(batch: object) -> None:
-        raise OSError("no data")
-
-    run.source.change = fail
-    with pytest.raises(OSError, match="no data"):
+    run.source.change = lambda batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
         run.train()
     assert not (run.folder / "last.ckpt").exists()
 
@@ -80,38 +61,34 @@ def test_numbers_of_checkpoints_must_be_positive(small_run, option) -> None:
 def test_older_checkpoints_are_kept_as_many_as_asked_for(small_run) -> None:
     run = small_run()
     run.train(checkpoint_every=2, keep=3)
-    kept = sorted(path.name for path in run.folder.glob("*.ckpt"))
-    assert kept == ["last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
-    assert torch.load(run.folder / kept[1], weights_only=True)["global_step"] == 4
+    kept = {path.name: torch.load(path, weights_only=True) for path in run.folder.glob("*.ckpt")}
+    steps = {name: state["global_step"] for name, state in kept.items()}
+    assert steps == {"last.ckpt": 8, "step-00000004.ckpt": 4, "step-00000006.ckpt": 6}
     assert all(damage(run.folder / name) is None for name in [*kept, "weights.safetensors"])
     alone = small_run("alone")
     alone.train(checkpoint_every=2, keep=1)
     assert [path.name for path in alone.folder.glob("*.ckpt")] == ["last.ckpt"]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def cut(content: bytes) -> bytes:
+    return content[:-100]
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
+@pytest.mark.parametrize("harm", [cut, flip, lambda content: b"", None])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_run, caplog, harm) -> None:
     """Would catch a run that resumes from half a file, or cannot be resumed at all."""
     whole, run = small_run("whole"), small_run()
     whole.train(checkpoint_every=2)
     run.train(checkpoint_every=2, stop_at=6)
-    harm(run.folder / "last.ckpt")
+    last = run.folder / "last.ckpt"
+    last.write_bytes(harm(last.read_bytes())) if harm else last.unlink()
     assert newest_good(run.folder) == run.folder / "step-00000004.ckpt"
-    assert ("resuming from" in caplog.text) == (harm is not Path.unlink)
+    assert ("resuming from" in caplog.text) == (harm is not None)
     run.train(resume=True, checkpoint_every=2)
     assert run.losses == whole.losses
     assert newest_good(run.folder) == run.folder / "last.ckpt"
@@ -121,7 +98,7 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(small_run) ->
     run = small_run()
     run.train(checkpoint_every=2, stop_at=4)
     for path in run.folder.glob("*.ckpt"):
-        cut(path)
+        path.write_bytes(cut(path.read_bytes()))
     with pytest.raises(ValueError, match=r"no checkpoint can be used: .*cut off"):
         newest_good(run.folder)
 
@@ -267,16 +244,12 @@ class NoRoom(pl.Callback):
         self.resource.setrlimit(self.resource.RLIMIT_FSIZE, (size, self.before[1]))
 
 
-def test_metrics_without_room_do_not_end_a_run_that_is_to_go_on(small_run, caplog) -> None:
+def test_metrics_without_room_end_no_run_that_is_to_go_on(small_run, caplog) -> None:
     """Would catch `continue` that survives the large files and dies of the small ones."""
-    run = small_run()
+    run, other = small_run(), small_run("other")
     run.train(callbacks=(NoRoom(run),), on_save_error="continue", checkpoint_every=8)
     assert list(run.losses) == [1, 2, 3, 6, 7, 8]
     assert "metrics of step 4 are lost" in caplog.text
-
-
-def test_metrics_without_room_end_any_other_run(small_run) -> None:
-    run = small_run()
     with pytest.raises(OSError, match="File too large"):
-        run.train(callbacks=(NoRoom(run),), checkpoint_every=8)
-    assert list(run.losses) == [1, 2, 3]
+        other.train(callbacks=(NoRoom(other),), checkpoint_every=8)
+    assert list(other.losses) == [1, 2, 3]

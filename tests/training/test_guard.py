@@ -26,28 +26,22 @@ class BreakBatch:
         return replace(batch, images=images)
 
 
-def test_a_broken_batch_stops_with_step_samples_and_checkpoint(small_run) -> None:
-    """The message is all that a user has after a night of training."""
-    run = small_run()
-    run.source.change = BreakBatch(5)
-    with pytest.raises(NonFiniteError) as caught:
-        run.train(checkpoint_every=2)
-    message = str(caught.value)
-    assert "step 5 is not finite" in message
-    assert "loss nan" in message
-    assert "1001-0, 1001-1, 1001-2" in message  # epoch 1, batch 1
-    assert f"last good checkpoint: {run.folder / 'last.ckpt'} (step 4)" in message
-    assert "init_from=" in message
+@pytest.mark.parametrize(("accumulate", "samples"), [(1, "1000-0, 1000-1"), (2, "2001-0, 2001-1")])
+def test_a_broken_batch_stops_the_run_and_the_weights_before_are_kept(
+    small_run, accumulate, samples
+) -> None:
+    """The save happens inside step 4, after all of its batches; the step is then taken again.
 
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_weights_before_the_broken_batch_are_kept(small_run, accumulate) -> None:
-    """The save happens inside step 4, after all of its batches; the step is then taken again."""
+    The message is all that a user has after a night of training.
+    """
     whole, run = small_run("whole"), small_run("run")
     whole.train(accumulate=accumulate)
     run.source.change = BreakBatch(4 * accumulate)
-    with pytest.raises(NonFiniteError, match=r"last good checkpoint: .* \(step 3\)"):
+    with pytest.raises(NonFiniteError) as caught:
         run.train(checkpoint_every=2, accumulate=accumulate)
+    last = f"last good checkpoint: {run.folder / 'last.ckpt'} (step 3)"
+    for words in ("step 4 is not finite", "loss nan", samples, last, "init_from="):
+        assert words in str(caught.value)
     saved = load_file(run.folder / "weights.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
     run.source.change = lambda batch: batch
@@ -92,15 +86,14 @@ def test_one_too_many_stops_with_a_dump_also_after_a_resume(small_run) -> None:
     assert load_file(run.folder / "weights.safetensors")
 
 
-def test_a_broken_gradient_is_left_out_as_well(small_run) -> None:
+def test_a_broken_gradient_is_left_out_or_stops_as_well(small_run, small_clip) -> None:
+    with pytest.raises(NonFiniteError, match="gradient norm nan"):
+        small_run("stops").train(callbacks=(BreakGradient(),))
     run = small_run()
     run.train(max_non_finite=8, callbacks=(BreakGradient(),), gradient_clip=1.0)
     assert run.lines[-1]["left_out_steps"] == 8
-    start, end = small_run("other"), load_file(run.folder / "weights.safetensors")
-    start.train(max_steps=1, lr=0.0)
-    assert all(
-        torch.equal(v, end[k]) for k, v in load_file(start.folder / "weights.safetensors").items()
-    )
+    end = load_file(run.folder / "weights.safetensors")
+    assert all(torch.equal(v, end[k]) for k, v in small_clip().model.state_dict().items())
 
 
 def test_training_in_bf16_stays_finite(small_run) -> None:
@@ -126,11 +119,6 @@ class BreakGradient(pl.Callback):
 
     def on_after_backward(self, trainer, pl_module) -> None:
         pl_module.clip.model.visual.proj.grad[0, 0] = torch.nan
-
-
-def test_a_gradient_that_is_not_finite_stops_as_well(small_run) -> None:
-    with pytest.raises(NonFiniteError, match="gradient norm nan"):
-        small_run().train(callbacks=(BreakGradient(),))
 
 
 def test_the_gradient_norm_is_that_before_clipping(small_run) -> None:

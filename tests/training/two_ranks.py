@@ -35,14 +35,8 @@ from tests.tiny import make_tiny_clip
 
 IMAGES, RANKS = 4, 2  # images per process
 COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "all_to_all",
-    "all_to_all_single",
-    "broadcast",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
+    *("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single"),
+    *("broadcast", "reduce_scatter", "reduce_scatter_tensor"),
 )
 COUNTS = ((5, 0), (3, 7), (0, 0))
 
@@ -58,7 +52,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A file name."""
         return f"{self.family}-{self.loss}-{self.frozen}-{self.counts[0]}-{self.counts[1]}"
 
 
@@ -66,7 +59,7 @@ class Unscaled:
     """An objective that never looks at the temperature."""
 
     def check(self, clip: Clip) -> None:
-        """Any model."""
+        pass
 
     def __call__(self, clip: Clip, batch: CaptionBatch) -> LossTerms:
         """A sum over rows, so that the mean over processes is that over the joined batch."""
@@ -145,13 +138,11 @@ class OneBatch:
     batch_size: int = IMAGES
 
     def prepare(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def loader(
         self, *, seed: int, epoch: int, rank: int, world_size: int, start: int = 0
     ) -> list[CaptionBatch]:
-        """The one batch."""
         whole = joined(self.case.counts)
         return [part(whole, self.case.counts, rank)]
 
@@ -210,11 +201,8 @@ def alone(case: Case) -> dict[str, Tensor]:
             local = objective(case)(clip, half).total - GlobalOnly()(clip, half).total
             loss = loss + local / RANKS
     loss.backward()
-    found = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in clip.model.named_parameters()
-        if parameter.requires_grad
-    }
+    learning = [(name, p) for name, p in clip.model.named_parameters() if p.requires_grad]
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning}
     return {**found, "loss": loss.detach()}
 
 
@@ -243,10 +231,8 @@ def main(folder: Path) -> None:
     calls = record_collectives()
     for case in CASES:
         calls.clear()
-        kept = step(case, folder)
-        torch.save(
-            {**kept, "collectives": list(calls)}, folder / f"{case.name}.{os.environ['RANK']}"
-        )
+        found = {**step(case, folder), "collectives": list(calls)}
+        torch.save(found, folder / f"{case.name}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":
