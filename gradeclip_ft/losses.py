@@ -20,12 +20,15 @@ class AlignmentOptions:
 
     Attributes:
         kind: `focal` is eq. 22; `contrastive` is InfoNCE between the regions and the phrases of a
-            batch with the model's temperature (ours).
+            batch (ours).
         eps: Distance of the clamped cosine from 0 and 1.
         gamma: Focal exponent.
         reduction: `sum` is literal; `mean` divides by the number of phrases whose map is not zero.
         mask_duplicates: Rows of the same phrase are not each other's negatives; False is literal.
         negatives: Phrases of this process, or gathered over all with gradient.
+        same_image: For `contrastive`: β, weight of the other phrases of the same image among the
+            answers, before these are brought to the sum 1 (beta-CLIP); 0 makes them mere negatives.
+        temperature: For `contrastive`: the model's, one that is learned from 0.07 on, or a number.
     """
 
     kind: Literal["focal", "contrastive"] = "focal"
@@ -34,6 +37,8 @@ class AlignmentOptions:
     reduction: Literal["sum", "mean"] = "sum"
     mask_duplicates: bool = True
     negatives: Literal["rank", "all"] = "rank"
+    same_image: float = 0.0
+    temperature: Literal["model", "learned"] | float = "model"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def alignment_loss(
     weight: Float[Tensor, " P"],
     scale: Float[Tensor, ""],
     options: AlignmentOptions,
+    owner: Int[Tensor, " P"] | None = None,
 ) -> AlignmentTerms:
     """Pull every region to its phrase and push it from the others (eq. 22), in fp32.
 
@@ -72,6 +78,7 @@ def alignment_loss(
             as somebody's negative.
         scale: Inverse temperature for `contrastive`.
         options: See `AlignmentOptions`.
+        owner: Image of each phrase, for `same_image`.
     """
     regions, phrases, weight = unit(regions), unit(phrases), weight.float()
     # P phrases of this process against S = P, or against those of all processes in order of rank.
@@ -95,8 +102,14 @@ def alignment_loss(
         loss = _focal(similarity, column, negative, weight, valid, options)
     else:
         transposed = phrases @ gather_rows(regions, counts).T
+        answers = own.float()
+        if options.same_image:
+            assert owner is not None, "same_image needs to know the image of each phrase"
+            image = owner + (rank() << 32)  # rows of other processes are other images
+            together = negative & (image.unsqueeze(1) == gather_rows(image, counts))
+            answers = answers + options.same_image * together
         pairs = (similarity, transposed)
-        loss = _contrastive(pairs, column, own | negative, weight, valid, scale)
+        loss = _contrastive(pairs, answers, own | negative, weight, valid, scale)
     # DDP averages gradients over processes, but with gathered negatives each process holds its own
     # part of one sum: times their number, so that the average is the gradient of that sum.
     share = len(counts) if gathered else 1
@@ -134,18 +147,20 @@ def _focal(
 
 def _contrastive(
     pairs: tuple[Tensor, Tensor],
-    column: Int[Tensor, " P"],
+    answers: Float[Tensor, "P S"],
     candidates: Bool[Tensor, "P S"],
     weight: Float[Tensor, " P"],
     valid: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """Mean over both directions of -log softmax, its candidates the pair and its negatives."""
+    """Mean over both directions of the cross entropy to the answers, among the candidates."""
+    share = answers / answers.sum(1, keepdim=True)
     total = weight.new_zeros(())
     for similarity in pairs:  # regions to phrases, and phrases to regions
-        # A duplicate is neither the answer nor a wrong one: -inf takes it out of the denominator.
-        logits = (scale.float() * similarity).masked_fill(~candidates, -torch.inf)
-        total = total + 0.5 * (weight * (logits.logsumexp(1) - _pick(logits, column))).sum()
+        logits = scale.float() * similarity
+        # A duplicate is neither an answer nor a wrong one: -inf takes it out of the denominator.
+        among = logits.masked_fill(~candidates, -torch.inf).logsumexp(1)
+        total = total + 0.5 * (weight * (among - (share * logits).sum(1))).sum()
     return total / valid.clamp(min=1)
 
 
@@ -172,3 +187,23 @@ def contrastive_loss(
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
     result: Tensor = loss(unit(image), unit(text), scale.float())
     return result
+
+
+def pair_log_probabilities(
+    image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], scale: Float[Tensor, ""]
+) -> Float[Tensor, "2 B"]:
+    """Logarithms of the probabilities that (21) gives to the pairs: image to text, text to image.
+
+    Minus their mean is `contrastive_loss`, also under several processes.
+
+    Args:
+        image: Embeddings F_I, any length.
+        text: Embeddings F_T of the captions, any length.
+        scale: Inverse temperature.
+    """
+    image, text = unit(image), unit(text)
+    counts = row_counts(len(image), image.device)
+    column = sum(counts[: rank()]) + torch.arange(len(image), device=image.device)
+    directions = (image @ gather_rows(text, counts).T, text @ gather_rows(image, counts).T)
+    tables = [(scale.float() * similarity).log_softmax(1) for similarity in directions]
+    return torch.stack([_pick(table, column) for table in tables])

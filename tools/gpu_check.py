@@ -131,7 +131,7 @@ def one_step(
         dense = trace.dense()
         heat = heat_from_trace(GradEclip(), trace, distinct[batch.phrase], batch.owner)
         loss = GlobalLocal(GradEclip(create_graph=True))(clip, batch).total
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in clip.parameters() if p.grad is not None])
     found = {"embedding": trace.embedding, "text": captions, "dense": dense, "map": heat}
     found |= {"loss": loss, "gradient": gradient}

@@ -44,7 +44,8 @@ def arguments(target: str) -> dict[str, dict[str, Any]]:
     """Type of each argument, and whether it must be given."""
     module, name = target.rsplit(".", 1)
     function = getattr(importlib.import_module(module), name)
-    names = vars(sys.modules[function.__module__])
+    homes = reversed(function.__mro__) if isinstance(function, type) else (function,)
+    names = {k: v for home in homes for k, v in vars(sys.modules[home.__module__]).items()}
     return {
         parameter.name: {"type": plain_type(_evaluated(parameter.annotation, names))}
         | ({"required": True} if parameter.default is parameter.empty else {})

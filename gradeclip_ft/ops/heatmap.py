@@ -29,6 +29,22 @@ def min_max(
     return torch.where(flat, 1.0, scaled).masked_fill(~among, 0.0)
 
 
+def sparse(heat: Float[Tensor, "P h w"]) -> Float[Tensor, "P h w"]:
+    """SPARC's weights: 0-1 normalised, 0 below one over the number of patches, of sum 1.
+
+    A map of zeros stays one; a constant one becomes uniform.
+    """
+    cells = heat.flatten(1)  # (P, n)
+    scaled = min_max(cells, torch.ones_like(cells, dtype=torch.bool))
+    kept = scaled.masked_fill((scaled < 1 / cells.shape[1]) | (cells.amax(1, True) <= 0), 0.0)
+    return (kept / kept.sum(1, keepdim=True).clamp(min=1e-12)).view_as(heat)
+
+
+def above(heat: Float[Tensor, "P h w"], share: float) -> Float[Tensor, "P h w"]:
+    """The map where it reaches this share of its own maximum, 0 elsewhere."""
+    return heat.masked_fill(heat < share * heat.amax((1, 2), keepdim=True), 0.0)
+
+
 def to_grid(relevance: Float[Tensor, "P N"], grid: tuple[int, int]) -> Float[Tensor, "P h w"]:
     """Relevance of the patch tokens, which are the last h·w of all tokens, as a map."""
     height, width = grid

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.objectives.base import Objective
+from gradeclip_ft.objectives.base import Composed, Objective
 from gradeclip_ft.training.optim import freeze
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -72,6 +72,8 @@ class FineTuneModule(pl.LightningModule):
             train_temperature=train_temperature,
             image_blocks=image_blocks,
         )
+        if isinstance(objective, Composed):
+            objective.begin(clip)
         if grad_checkpointing:
             clip.set_grad_checkpointing()
         if compile is not None:
@@ -104,6 +106,8 @@ class FineTuneModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.clip.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+        if isinstance(self.objective, Composed):
+            self.objective.after_step(self.clip, self.trainer.global_step + 1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser over everything that learns, and its schedule per step."""

@@ -15,6 +15,8 @@ def loss_of(
     *,
     identity: list[int] | None = None,
     weight: list[float] | None = None,
+    owner: list[int] | None = None,
+    scale: float = 20.0,
     **options: object,
 ) -> torch.Tensor:
     """The loss at chosen cosines: phrases are unit axes, regions carry the cosines."""
@@ -28,8 +30,9 @@ def loss_of(
         phrases,
         identity=torch.tensor(identity or list(range(rows))),
         weight=torch.tensor(weight or [1.0] * rows),
-        scale=SCALE,
+        scale=torch.tensor(scale),
         options=AlignmentOptions(**options),
+        owner=None if owner is None else torch.tensor(owner),
     )
     return terms.loss
 
@@ -82,6 +85,23 @@ def test_contrastive_loss_is_the_cross_entropy_of_both_directions() -> None:
         + torch.nn.functional.cross_entropy(logits.T, target)
     ) / 2
     torch.testing.assert_close(loss_of(TABLE, kind="contrastive"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_phrases_of_the_image_share_the_answer() -> None:
+    """beta-CLIP: rows of weights 1, β and 0, divided by their sum; both directions."""
+    owner, identity, beta = [0, 0, 1], [5, 6, 5], 0.5
+    wanted = torch.tensor([[1, beta, 0], [beta, 1, 0], [0, 0, 1]])
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    expected = torch.zeros(())
+    for table in (torch.tensor(TABLE), torch.tensor(TABLE).T):
+        for t in range(3):
+            # rows 0 and 2 are the same phrase of different images: neither answer nor negative
+            kept = [c for c in range(3) if c == t or identity[c] != identity[t]]
+            logits = table[t, kept] / 0.1
+            expected -= (wanted[t, kept] * logits.log_softmax(0)).sum() / 6
+    options = {"kind": "contrastive", "same_image": beta}
+    loss = loss_of(TABLE, identity=identity, owner=owner, scale=10.0, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -48,10 +48,9 @@ OPEN = {
 @cache
 def composed(group: str, option: str) -> DictConfig:
     """A configuration in which this choice was made."""
-    package = "@objective.explainer" if group == "explainer" else ""
-    cfg = compose(
-        "train", ["name=a", f"{group}{package}={option}", *OPEN.get(f"{group}={option}", [])]
-    )
+    place = {"explainer": "explainer@objective.explainer", "term": "+term@objective.terms.a"}
+    chosen = f"{place.get(group, group)}={option}"
+    cfg = compose("train", ["name=a", chosen, *OPEN.get(f"{group}={option}", [])])
     check(cfg, "train")
     return cfg
 
@@ -124,9 +123,9 @@ def loaded() -> LoadedClip:
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [leaf for leaf in LEAVES if leaf[0] in ("explainer", "objective")]
+    ("group", "option"), [leaf for leaf in LEAVES if leaf[0] in ("explainer", "objective", "term")]
 )
-def test_every_objective_and_explainer_is_built(group: str, option: str) -> None:
+def test_every_objective_and_what_it_holds_is_built(group: str, option: str) -> None:
     """Would catch a value that the constructor refuses."""
     assert callable(instantiate(composed(group, option).objective, _convert_="all"))
 

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.objectives.base import Objective
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.loggers import files
@@ -111,6 +112,7 @@ class SmallRun:
         seed: int = 0,
         lr: float = 1e-3,
         clip: Clip | None = None,
+        objective: Objective | None = None,
         on_prepared: Callable[[dict[str, Any]], None] = lambda facts: None,
         parts: dict[str, Any] | None = None,
         loggers: list[Logger] | None = None,
@@ -118,7 +120,7 @@ class SmallRun:
     ) -> pl.Trainer:
         module = FineTuneModule(
             clip or small_clip(),
-            GlobalLocal(GradEclip()),
+            objective or GlobalLocal(GradEclip()),
             optimizer=partial(adamw, lr=lr),
             schedule=partial(warmup_cosine, warmup=2, steps=self.steps),
             seed=seed,

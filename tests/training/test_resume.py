@@ -8,6 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from gradeclip_ft.explain.game import Game
+from gradeclip_ft.losses import AlignmentOptions
+from gradeclip_ft.objectives.crops import Crops
+from gradeclip_ft.objectives.keep import Keep
+from gradeclip_ft.objectives.mosaic import Mosaic
+from gradeclip_ft.objectives.sff import SFF
 from gradeclip_ft.training import callbacks
 
 
@@ -61,6 +67,32 @@ def test_resumed_training_equals_uninterrupted(small_run, stop, accumulate) -> N
     parts.train(stop_at=stop, accumulate=accumulate)
     trainer = parts.train(resume=True, accumulate=accumulate)
     assert_same_end(parts, trainer, whole, expected)
+
+
+def taught() -> SFF:
+    """Everything that has a state: both copies, the momentum copy, a temperature; and draws."""
+    alignment = AlignmentOptions(kind="contrastive", temperature="learned")
+    terms = {"keep": Keep(), "crops": Crops(grids=(2,), per_image=1), "mosaic": Mosaic()}
+    options = {"maps_from": "ema", "ema_momentum": 0.5, "momentum": 0.5, "every": 3}
+    return SFF(Game(), alignment, terms=terms, **options)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_teachers_resume_with_the_run(small_run, small_clip, stop) -> None:
+    """At the end of an epoch (3) and inside one.
+
+    Would catch an average that begins again, and a start model that is the resumed one.
+    """
+    whole, parts = small_run("whole"), small_run("parts")
+    expected = whole.train(objective=taught())
+    parts.train(objective=taught(), stop_at=stop)
+    other = small_clip()
+    with torch.no_grad():
+        other.model.visual.proj.add_(1.0)
+    trainer = parts.train(objective=taught(), clip=other, resume=True)
+    assert_same_end(parts, trainer, whole, expected)
+    states = [run.lightning_module.objective.state_dict() for run in (trainer, expected)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize(

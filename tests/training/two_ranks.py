@@ -21,12 +21,18 @@ import torch
 from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_eclip import GradEclip
-from gradeclip_ft.losses import AlignmentOptions
+from gradeclip_ft.losses import AlignmentOptions, alignment_loss
 from gradeclip_ft.models.clip import Clip
-from gradeclip_ft.objectives.base import LossTerms, Objective
+from gradeclip_ft.objectives.base import Composed, LossTerms, Objective
+from gradeclip_ft.objectives.crops import Crops
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
+from gradeclip_ft.objectives.keep import Gram, Keep
+from gradeclip_ft.objectives.mosaic import Mosaic, tile
+from gradeclip_ft.objectives.sff import SFF
+from gradeclip_ft.ops.heatmap import pool_boxes
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine
@@ -67,6 +73,7 @@ class Unscaled:
         return LossTerms((image * text).sum(-1).mean())
 
 
+CLIM = Mosaic(grids=(2,), target="caption")
 CASES = [
     *(Case(counts, loss) for counts in COUNTS for loss in ("rank", "all")),
     Case((3, 7), "all_contrastive"),
@@ -74,6 +81,10 @@ CASES = [
     *(Case(counts, loss, "text") for counts in COUNTS for loss in ("rank", "all")),
     Case((5, 0), "all", "temperature"),
     Case((0, 0), "unscaled"),
+    *(Case(counts, "frozen_maps") for counts in COUNTS),
+    Case((3, 7), "sff"),
+    Case((3, 7), "drawn"),
+    Case((3, 7), "clim"),
     Case((5, 0), "all", "nothing", "eva02"),
     Case((3, 7), "rank", "nothing", "eva02"),
 ]
@@ -85,9 +96,20 @@ def objective(case: Case) -> Objective:
         return GlobalOnly()
     if case.loss == "unscaled":
         return Unscaled()
+    if case.loss == "clim":
+        return Composed(terms={"mosaic": CLIM})
+    if case.loss == "drawn":
+        return Composed(terms={"crops": Crops(grids=(2,), per_image=3), "mosaic": Mosaic()})
+    if case.loss == "sff":
+        return SFF(GradEclip(), AlignmentOptions(negatives="all"))
+    if case.loss == "frozen_maps":
+        options = {"kind": "contrastive", "same_image": 0.5, "temperature": "learned"}
+        alignment = AlignmentOptions(negatives="all", **options)
+        terms = {"keep": Keep(text=1.0), "gram": Gram()}
+        return GlobalLocal(Game(), alignment, maps_from="start", terms=terms)
     negatives, _, kind = case.loss.partition("_")
-    options: dict[str, Any] = {"negatives": negatives, "kind": kind or "focal"}
-    return GlobalLocal(GradEclip(create_graph=True), AlignmentOptions(**options))
+    alignment = AlignmentOptions(negatives=negatives, kind=kind or "focal")
+    return GlobalLocal(GradEclip(create_graph=True), alignment)
 
 
 def joined(counts: tuple[int, int]) -> CaptionBatch:
@@ -147,7 +169,7 @@ class OneBatch:
         return [part(whole, self.case.counts, rank)]
 
 
-class Keep(pl.Callback):
+class Kept(pl.Callback):
     """Keeps the gradients as the optimiser gets them, and the loss."""
 
     def __init__(self) -> None:
@@ -176,7 +198,7 @@ def module_of(case: Case) -> FineTuneModule:
 
 def step(case: Case, folder: Path) -> dict[str, Tensor]:
     """One step of this process; the gradients after DDP, the loss before."""
-    keep = Keep()
+    keep = Kept()
     trainer = make_trainer(
         folder / case.name, [], [keep], max_steps=1, devices=RANKS, strategy="ddp"
     )
@@ -189,21 +211,55 @@ def step(case: Case, folder: Path) -> dict[str, Tensor]:
 def alone(case: Case) -> dict[str, Tensor]:
     """What one process computes on the joined batch, without DDP, Lightning or gathering.
 
-    Negatives per process have another meaning: the global loss of the joined batch, and the mean
-    of the local losses of the two halves.
+    Negatives per process, and cells and canvases that each draws, have another meaning: the global
+    loss of the joined batch, and the mean of the other losses of the two halves.
     """
-    clip, batch = module_of(case).clip.train(), joined(case.counts)
-    loss = objective(case)(clip, batch).total
-    if case.loss == "rank":
+    module, batch = module_of(case), joined(case.counts)
+    clip, loss_of = module.clip.train(), module.objective
+    halves = [part(batch, case.counts, rank) for rank in range(RANKS)]
+    if case.loss in ("rank", "drawn"):
         loss = GlobalOnly()(clip, batch).total
-        for rank in range(RANKS):
-            half = part(batch, case.counts, rank)
-            local = objective(case)(clip, half).total - GlobalOnly()(clip, half).total
+        for rank, half in enumerate(halves):
+            draw_as(rank)
+            local = loss_of(clip, half).total - GlobalOnly()(clip, half).total
             loss = loss + local / RANKS
+    elif case.loss == "clim":
+        loss = GlobalOnly()(clip, batch).total + clim(clip, halves)
+    else:
+        loss = loss_of(clip, batch).total
     loss.backward()
     learning = [(name, p) for name, p in clip.model.named_parameters() if p.requires_grad]
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning}
     return {**found, "loss": loss.detach()}
+
+
+def draw_as(rank: int) -> None:
+    """The random numbers of the first step of a process, as the module starts them."""
+    offset = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(offset * RANKS + rank)
+
+
+def clim(clip: Clip, halves: list[CaptionBatch]) -> Tensor:
+    """CLIM's contrast over the canvases that both processes draw."""
+    rows, texts, identity = [], [], []
+    for rank, half in enumerate(halves):
+        draw_as(rank)
+        torch.randint(1, ())
+        order = torch.randperm(IMAGES)
+        canvases, boxes, owner = tile(half.images, order, 2)
+        cells = pool_boxes(clip.image.trace(canvases).dense(), boxes, owner)
+        captions = clip.text.encode(half.captions)
+        rows += [cells, clip.image.encode(half.images)]
+        texts += [captions[order], captions]
+        identity += [order + IMAGES * rank, torch.arange(IMAGES) + IMAGES * rank]
+    return alignment_loss(
+        torch.cat(rows),
+        torch.cat(texts),
+        identity=torch.cat(identity),
+        weight=torch.ones(4 * IMAGES),
+        scale=clip.log_scale.exp(),
+        options=AlignmentOptions(kind="contrastive"),
+    ).loss
 
 
 def record_collectives() -> list[str]:
