@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +15,15 @@ from gradeclip_ft.models.trace import Heads, Trace
 class GradCam:
     """H_i = ReLU(Σ_c α_c x_ic), α the mean gradient of S over tokens (Selvaraju et al., eq. 1-2).
 
+    The mean is over all tokens, the class token too, as in the authors' script.
+
     Attributes:
         heads: How the last layer attends in S: with one head over all channels, as the authors'
             script differentiates it, or with the model's own.
-        average: Mean over all tokens with the class token, as the authors' script does, or over the
-            patches only.
         create_graph: Let gradients flow through the map.
     """
 
     heads: Heads = "one"
-    average: Literal["all", "patches"] = "all"
     create_graph: bool = False
 
     def from_trace(
@@ -37,11 +35,5 @@ class GradCam:
             tokens = tokens.detach().requires_grad_()
         score = trace.score(trace.replay(tokens, owner, self.heads), target)
         (gradient,) = torch.autograd.grad(score.sum(), tokens, create_graph=self.create_graph)
-        explained = trace.explained[owner]
-        if self.average == "all":
-            weight = gradient.mean(1)
-        else:
-            inside = explained.unsqueeze(2)
-            weight = (gradient * inside).sum(1) / inside.sum(1).clamp(min=1)
-        relevance = torch.bmm(tokens, weight.unsqueeze(2)).squeeze(2)
-        return relevance.masked_fill(~explained, 0.0).relu()
+        relevance = torch.bmm(tokens, gradient.mean(1).unsqueeze(2)).squeeze(2)
+        return relevance.masked_fill(~trace.explained[owner], 0.0).relu()

@@ -10,21 +10,18 @@ from torchvision.ops import roi_align
 
 from gradeclip_ft.ops.similarity import unit
 
+EPS = 1e-8  # a row whose range is smaller is constant
 
-def min_max(
-    x: Float[Tensor, "R N"], among: Bool[Tensor, "R N"], *, eps: float = 1e-8
-) -> Float[Tensor, "R N"]:
+
+def min_max(x: Float[Tensor, "R N"], among: Bool[Tensor, "R N"]) -> Float[Tensor, "R N"]:
     """0-1 normalisation of every row (Φ in Grad-ECLIP, eq. 20); a constant row becomes 1.
 
-    Args:
-        x: One row per map.
-        among: Positions that define minimum and maximum and are normalised; all others become 0.
-        eps: Rows whose range is smaller count as constant.
+    Minimum and maximum are those `among` these positions; all others become 0.
     """
     # The class token is left out: its key is closest to the query and would set the maximum.
     low = x.masked_fill(~among, torch.inf).amin(-1, keepdim=True)
     high = x.masked_fill(~among, -torch.inf).amax(-1, keepdim=True)
-    flat = high - low < eps  # 0/0 would be NaN; without a difference no token is preferred
+    flat = high - low < EPS  # 0/0 would be NaN; without a difference no token is preferred
     scaled = (x - low) / (high - low).masked_fill(flat, 1.0)
     return torch.where(flat, 1.0, scaled).masked_fill(~among, 0.0)
 
@@ -45,19 +42,18 @@ def above(heat: Float[Tensor, "P h w"], share: float) -> Float[Tensor, "P h w"]:
     return heat.masked_fill(heat < share * heat.amax((1, 2), keepdim=True), 0.0)
 
 
-def to_grid(relevance: Float[Tensor, "P N"], grid: tuple[int, int]) -> Float[Tensor, "P h w"]:
+def to_grid(
+    relevance: Float[Tensor, "P N"], grid: tuple[int, int] | None
+) -> Float[Tensor, "P h w"]:
     """Relevance of the patch tokens, which are the last h·w of all tokens, as a map."""
+    if grid is None:
+        raise ValueError("heat maps exist for images; this is the pass of a text")
     height, width = grid
     return relevance[:, relevance.shape[1] - height * width :].reshape(-1, height, width)
 
 
 def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tensor, "P H W"]:
-    """Maps at the size of the picture, bilinear, patch centres staying where they are.
-
-    Args:
-        heat: On the grid of the patches.
-        size: (height, width) in pixels.
-    """
+    """Maps at the size (height, width) of the picture, bilinear; patch centres stay in place."""
     enlarged: Tensor = interpolate(
         heat.unsqueeze(1), size=list(size), mode="bilinear", align_corners=False
     )
@@ -67,13 +63,7 @@ def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tens
 def owned_products(
     rows: Float[Tensor, "B N C"], vectors: Float[Tensor, "P C"], owner: Int[Tensor, " P"]
 ) -> Float[Tensor, "P N"]:
-    """Every row of an image times the vectors that belong to it.
-
-    Args:
-        rows: Of each image.
-        vectors: Of each phrase.
-        owner: Image of each phrase.
-    """
+    """Every row of an image times the vectors of its phrases, whose image is `owner`."""
     if len(rows) == 1:  # any number of phrases without a copy (N, C) for each
         return vectors @ rows[0].T
     # A table padded to the most phrases of an image would need no copies either. Its size depends
@@ -109,9 +99,6 @@ def pool_boxes(
     dense: Float[Tensor, "B h w D"],
     boxes: Float[Tensor, "R 4"],
     owner: Int[Tensor, " R"],
-    *,
-    sampling_ratio: int = -1,
-    aligned: bool = True,
 ) -> Float[Tensor, "R D"]:
     """Unit region features by RoIAlign, one cell per box (CLIPSelf's protocol).
 
@@ -119,14 +106,13 @@ def pool_boxes(
         dense: Value-path features.
         boxes: xyxy in [0, 1] of the (padded) image.
         owner: Image row of each box.
-        sampling_ratio: Points per side of the box; -1 for as many as it has cells.
-        aligned: Shift boxes by half a cell, so that values lie at the centres of cells.
     """
     features = unit(dense).permute(0, 3, 1, 2)  # (B, D, h, w)
     height, width = features.shape[2:]
     scale = boxes.new_tensor([width, height, width, height])
     rois = torch.cat([owner.to(boxes.dtype).unsqueeze(1), boxes * scale], dim=1).float()
-    pooled = roi_align(features, rois, (1, 1), 1.0, sampling_ratio=sampling_ratio, aligned=aligned)
+    # As many points per side as the box spans cells; values lie at the centres of cells.
+    pooled = roi_align(features, rois, (1, 1), 1.0, sampling_ratio=-1, aligned=True)
     return unit(pooled.flatten(1))
 
 
@@ -134,8 +120,6 @@ def pool_masks(
     dense: Float[Tensor, "B h w D"],
     masks: Shaped[Tensor, "R h w"],
     owner: Int[Tensor, " R"],
-    *,
-    eps: float = 1e-12,
 ) -> Float[Tensor, "R D"]:
     """Unit region features by the mean over masked tokens; an empty mask gives a row of zeros.
 
@@ -143,9 +127,8 @@ def pool_masks(
         dense: Value-path features.
         masks: 1 (or true) where the region is, on the patch grid.
         owner: Image row of each mask.
-        eps: Added to the number of cells.
     """
     tokens = unit(dense).flatten(1, 2)  # (B, n, D)
     weights = masks.flatten(1).to(tokens.dtype)  # (R, n)
-    weights = weights / (weights.sum(1, keepdim=True) + eps)
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-12)
     return unit(torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1))

@@ -9,14 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EPS = 1e-12
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(embeddings, targets), row by row, to what is explained: one number per row."""
 
 
-def unit(x: Float[Tensor, "*rows D"], *, eps: float = EPS) -> Float[Tensor, "*rows D"]:
+def unit(x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
     """Rows divided by their length, in fp32; a row of length 0 stays 0."""
-    return torch.nn.functional.normalize(x.float(), dim=-1, eps=eps)
+    return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 def cosine(a: Float[Tensor, "R D"], b: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:

@@ -1,7 +1,6 @@
 """Fast maps against slow ones, written from the formulas without the package's own operations."""
 
 import dataclasses
-from typing import Literal
 
 import pytest
 import torch
@@ -23,11 +22,6 @@ def last_layer(clip: Clip, image: torch.Tensor, *, heads: str = "one") -> tuple[
     with written_out(single_head_from=1 if heads == "one" else None) as seen:
         embedding = clip.model.visual(image)
     return embedding, seen[-1]
-
-
-def last_block(clip: Clip) -> torch.nn.Module:
-    visual = clip.model.visual
-    return visual.trunk.blocks[-1] if hasattr(visual, "trunk") else visual.transformer.resblocks[-1]
 
 
 def slow_grad_eclip(
@@ -89,40 +83,13 @@ def test_one_head_may_keep_the_scale_of_many(tiny_clip: Clip) -> None:
     assert not torch.allclose(trace.output("one"), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("heads", ["one", "all"])
-def test_grad_cam_equals_the_gradient_through_the_librarys_block(
-    tiny_clip: Clip, heads: Literal["one", "all"]
-) -> None:
-    """Catches a replay whose gradient misses a path, and another score than the authors'."""
-    image, target, kept = torch.randn(1, 3, 32, 32), torch.randn(16), []
-    keep = last_block(tiny_clip).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
-    embedding, _ = last_layer(tiny_clip, image, heads=heads)
-    keep.remove()
-    score = torch.nn.functional.cosine_similarity(embedding, target[None]).sum()
-    (gradient,) = torch.autograd.grad(score, kept[0])
-    expected = (kept[0] @ gradient.mean(1)[0]).relu()[0, 1:].view(4, 4).detach()
-    heat = explain_image(GradCam(heads), tiny_clip, image, target[None], torch.tensor([0]))
-    torch.testing.assert_close(heat[0], expected, rtol=1e-4, atol=1e-6)
-
-
 def test_maskclip_is_the_cosine_of_dense_features(tiny_clip: Clip) -> None:
-    """With the key factor of the authors' script times that of the projected keys."""
     images, target = torch.randn(3, 3, 32, 32), torch.randn(4, 16)
     with torch.no_grad():
         dense = tiny_clip.image.trace(images).dense()
     heat = explain_image(MaskClip(), tiny_clip, images, target, OWNER)
     expected = torch.nn.functional.cosine_similarity(dense[OWNER], target[:, None, None], dim=-1)
     torch.testing.assert_close(heat, expected.relu(), rtol=1e-4, atol=1e-6)
-    for row, owner in enumerate(OWNER.tolist()):
-        _, seen = last_layer(tiny_clip, images[owner, None])
-        attention = last_block(tiny_clip).attn
-        project = attention.out_proj if hasattr(attention, "out_proj") else attention.proj
-        keys = project(seen.rows("k"))[0]
-        factor = torch.nn.functional.cosine_similarity(keys[:1], keys[1:]).view(4, 4)
-        method, one = MaskClip(key_factor=True), torch.tensor([0])
-        heat = explain_image(method, tiny_clip, images[owner, None], target[row, None], one)
-        wanted = (expected[row] * factor).relu()
-        torch.testing.assert_close(heat[0], wanted.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_softmax_map_over_all_tokens_is_complete(tiny_clip: Clip) -> None:
