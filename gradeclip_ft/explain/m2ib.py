@@ -67,9 +67,7 @@ class M2ib:
         usual = min(3 * blocks // 4, last)
         layer = usual if self.layer is None else self.layer
         if not 0 <= layer <= last:
-            raise ValueError(
-                f"layer is {layer} of {blocks}; choose 0 to {last}, or null for {usual}"
-            )
+            raise ValueError(f"layer is {layer} of {blocks}; use 0 to {last}, or null for {usual}")
         with torch.no_grad():
             after = opened.run(opened.tokens, 0, layer + 1).float()
         found = [after.new_zeros(0, after.shape[1])]

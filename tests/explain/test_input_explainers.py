@@ -72,19 +72,6 @@ def test_rise_is_the_sum_over_its_masks() -> None:
     torch.testing.assert_close(heat, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_integrated_gradients_are_complete(any_clip: Clip) -> None:
-    """The signed map sums to S(x) - S(x0), to 1 %."""
-    pixels, target = images(any_clip, 1), nn.functional.normalize(torch.randn(1, 16))
-    method = IntegratedGradients(steps=200, signed=True)
-    heat = explain_image(method, any_clip, pixels, target, ONE)
-    area = pixels[0, 0].numel() / heat[0].numel()
-    with torch.no_grad():
-        ends = any_clip.image.encode(torch.cat([pixels, torch.zeros_like(pixels)]))
-    score = nn.functional.cosine_similarity(ends, target)
-    difference = float(score[0] - score[1])
-    assert float(heat.sum() * area) == pytest.approx(difference, rel=1e-2, abs=1e-3)
-
-
 def published_m2ib(
     block: nn.Module, embed: Callable[[int], torch.Tensor], target: torch.Tensor, steps: int
 ) -> torch.Tensor:
@@ -169,7 +156,7 @@ def test_methods_on_pixels_refuse_texts() -> None:
 
 def test_a_layer_that_is_not_there_is_refused() -> None:
     clip = make_tiny_clip("siglip")
-    with pytest.raises(ValueError, match="layer is 9 of 2; choose 0 to 1, or null for 1"):
+    with pytest.raises(ValueError, match="layer is 9 of 2; use 0 to 1, or null for 1"):
         explain_image(M2ib(9), clip, images(clip, 1), torch.randn(1, 16), ONE)
 
 
