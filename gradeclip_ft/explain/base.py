@@ -43,13 +43,7 @@ class TraceExplainer(Protocol):
     def from_trace(
         self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
     ) -> Float[Tensor, "P N"]:
-        """Relevance of every token, 0 where the trace explains nothing.
-
-        Args:
-            trace: Rows for B inputs.
-            target: Unit embeddings whose score is explained.
-            owner: Row of the trace for each target.
-        """
+        """Relevance of every token for unit targets, 0 where the trace explains nothing."""
 
 
 @runtime_checkable
@@ -65,12 +59,7 @@ class RecordExplainer(Protocol):
         """How these layers attend: the model's own heads, or one over all channels."""
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
-        """Relevance of every token; keeps the graph of the record, which other methods read too.
-
-        Args:
-            record: One row of inputs per target.
-            target: Unit embeddings whose score is explained.
-        """
+        """Relevance of every token; keeps the graph of the record, which other methods read too."""
 
 
 @runtime_checkable
@@ -100,18 +89,15 @@ def heat_from_trace(
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
 ) -> Float[Tensor, "P h w"]:
-    """Heat maps H of phrases, one per target, in fp32.
+    """Heat maps H of phrases, one per target, in fp32; a ValueError for the trace of a text.
 
     The target is always stopped; the map is stopped unless the explainer says `create_graph`. Both
     give the same values.
-
-    Raises:
-        ValueError: The trace is that of a text.
     """
     source = trace.float() if explainer.create_graph else trace.detach().float()
     with torch.enable_grad(), torch.autocast(trace.tokens.device.type, enabled=False):
         relevance = explainer.from_trace(source, unit(target.detach()), owner)
-    heat = to_grid(relevance, _grid(trace.grid))
+    heat = to_grid(relevance, trace.grid)
     return heat if explainer.create_graph else heat.detach()
 
 
@@ -158,7 +144,7 @@ class SharedPass:
     ) -> Float[Tensor, "P h w"]:
         """Heat maps for pictures; see `explain_image`."""
         found = self._relevance(explainer, target, owner)
-        return found if found.ndim == 3 else to_grid(found, _grid(self.opened.grid))
+        return found if found.ndim == 3 else to_grid(found, self.opened.grid)
 
     def word_shares(
         self, explainer: Explainer, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
@@ -269,13 +255,7 @@ def explain_text(
     """Relevance of every token of a text for an image by one method, without a graph.
 
     Positive parts over the words, divided by their sum; 0 everywhere where nothing is relevant.
-
-    Args:
-        explainer: The method.
-        clip: The model.
-        texts: Token ids.
-        target: Embeddings of images, any length.
-        owner: Text row of each image.
+    Targets are embeddings of images of any length, owners their rows of token ids.
 
     Raises:
         UnsupportedTowerError: The text tower cannot do this method.
@@ -283,12 +263,6 @@ def explain_text(
     """
     with shared_pass(clip, clip.text, texts.to(clip.device)) as shared:
         return shared.word_shares(explainer, target, owner)
-
-
-def _grid(grid: tuple[int, int] | None) -> tuple[int, int]:
-    if grid is None:
-        raise ValueError("heat maps exist for images; this is the pass of a text")
-    return grid
 
 
 def _usable(tensor: Tensor) -> Tensor:

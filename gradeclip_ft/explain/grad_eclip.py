@@ -6,7 +6,6 @@ that row alone: it is gathered by `owner` to P rows, and one gradient gives all 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Heads, Scale, Trace
+from gradeclip_ft.ops.attention import row_weights
 from gradeclip_ft.ops.heatmap import min_max, owned_products
 from gradeclip_ft.ops.similarity import cosine
 
@@ -56,14 +56,8 @@ class GradEclip:
         Raises:
             ValueError: The layer has no such head.
         """
-        weight = channel_weight(
-            trace,
-            target,
-            owner,
-            heads=self.heads,
-            scale=self.scale,
-            create_graph=self.create_graph,
-        )
+        graph = self.create_graph
+        weight = channel_weight(trace, target, owner, self.heads, self.scale, create_graph=graph)
         q, k, v = trace.q, trace.k, trace.v
         if self.head is not None:
             if not 0 <= self.head < trace.heads or self.space == "projected":
@@ -88,8 +82,7 @@ class GradEclip:
         if self.spatial == "none":
             return torch.ones(k.shape[:2], dtype=k.dtype, device=k.device)
         if self.spatial == "softmax":
-            scores = torch.einsum("bc,bnc->bn", q, k) / math.sqrt(q.shape[-1])
-            return (scores if trace.mask is None else scores + trace.mask).softmax(-1)
+            return row_weights(q, k, heads=1, mask=trace.mask).squeeze(1)
         # Eq. 20 replaces the softmax, which is so sparse that most patches would get no weight, by
         # a similarity stretched to 0..1 over the explained tokens.
         if self.space == "projected":
@@ -105,9 +98,9 @@ def channel_weight(
     trace: Trace,
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
-    *,
     heads: Heads = "one",
     scale: Scale = "width",
+    *,
     create_graph: bool = False,
 ) -> Float[Tensor, "P C"]:
     """Channel importance w = ∂S/∂o of the query row (eq. 15).

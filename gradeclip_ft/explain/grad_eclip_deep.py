@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from gradeclip_ft.models.trace import Heads, LayerRecord, Record
+from gradeclip_ft.models.trace import Heads, Record
 from gradeclip_ft.ops.heatmap import min_max
 from gradeclip_ft.ops.similarity import unit
 
@@ -40,25 +40,20 @@ class GradEclipDeep:
         score = record.opened.score(record.embedding, target).sum()
         nodes = [layer.o for layer in record.layers]
         weights = torch.autograd.grad(score, nodes, retain_graph=True)
-        among = self._among(record)
+        if self.minmax_over == "explained":
+            among = record.explained
+        else:
+            visible = record.visible
+            among = visible if self.minmax_over == "visible" else torch.ones_like(visible)
         total: Tensor | None = None
         for layer, gradient in zip(record.layers, weights, strict=True):
             weight = record.of_query(gradient)  # (P, C)
             value = torch.bmm(layer.v.detach(), weight.unsqueeze(2)).squeeze(2)
-            relevance = _similarity(record, layer, among) * value
+            # λ: cosine of the query's q and every k, 0-1 normalised (eq. 20)
+            q = unit(record.of_query(layer.q.detach()))
+            similarity = torch.bmm(unit(layer.k.detach()), q.unsqueeze(2)).squeeze(2)
+            relevance = min_max(similarity, among) * value
             relevance = relevance.relu() if self.relu_at == "layer" else relevance
             total = relevance if total is None else total + relevance
         assert total is not None
         return total.relu()
-
-    def _among(self, record: Record) -> Bool[Tensor, "P N"]:
-        if self.minmax_over == "explained":
-            return record.explained
-        visible = record.visible
-        return visible if self.minmax_over == "visible" else torch.ones_like(visible)
-
-
-def _similarity(record: Record, layer: LayerRecord, among: Tensor) -> Float[Tensor, "P N"]:
-    """λ: cosine of the query's q and every k, 0-1 normalised (eq. 20)."""
-    q = unit(record.of_query(layer.q.detach()))
-    return min_max(torch.bmm(unit(layer.k.detach()), q.unsqueeze(2)).squeeze(2), among)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Heads, Trace
+from gradeclip_ft.ops.attention import row_weights
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,5 @@ class RawAttention:
     ) -> Float[Tensor, "P N"]:
         """Relevance of every token, the same for each target of an input."""
         heads = trace.heads if self.heads == "all" else 1
-        batch, tokens, width = trace.k.shape
-        q = trace.q.reshape(batch, heads, width // heads)
-        k = trace.k.reshape(batch, tokens, heads, width // heads)
-        scores = torch.einsum("bac,bnac->ban", q, k) / (width // heads) ** 0.5
-        if trace.mask is not None:
-            scores = scores + trace.mask.unsqueeze(1)
-        weights: Tensor = scores.softmax(-1).mean(1)  # (B, N)
+        weights = row_weights(trace.q, trace.k, heads=heads, mask=trace.mask).mean(1)  # (B, N)
         return weights.masked_fill(~trace.explained, 0.0)[owner]

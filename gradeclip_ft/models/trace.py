@@ -91,10 +91,7 @@ class Trace:
     def output(self, heads: Heads, scale: Scale = "width") -> Float[Tensor, "B C"]:
         """Attention output o of the query row, with one head over all channels (eq. 7) or all.
 
-        Args:
-            heads: How many.
-            scale: Of one head's q·k: C^-0.5, or that of the model's own heads, as the authors'
-                notebook for BLIP keeps it.
+        One head may keep the scale of the model's own, as the authors' notebook for BLIP does.
         """
         if heads == "all":
             return self.o
@@ -128,10 +125,7 @@ class Trace:
     ) -> Float[Tensor, "R D"]:
         """Embeddings from other inputs of the last layer.
 
-        Args:
-            tokens: Inputs of the last layer.
-            owner: Row of this trace whose query position and mask each of them takes.
-            heads: The model's own, or one over all channels (eq. 7).
+        Each takes query position and mask from the row of this trace that owns it.
         """
         query = None if self.query is None else self.query[owner]
         q, k, v = self.attend(tokens, query)

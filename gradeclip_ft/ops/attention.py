@@ -32,18 +32,29 @@ def attend_row(
         mask: Added to the scores; -inf hides a key.
         scale: Factor of q·k; None for (C / heads)^-0.5.
     """
+    weights = row_weights(q, k, heads=heads, mask=mask, scale=scale).to(v.dtype)
+    split = v.view(*v.shape[:2], heads, v.shape[2] // heads)
+    return torch.einsum("ban,bnac->bac", weights, split).reshape(q.shape)
+
+
+def row_weights(
+    q: Float[Tensor, "B C"],
+    k: Float[Tensor, "B N C"],
+    *,
+    heads: int,
+    mask: Float[Tensor, "B N"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B A N"]:
+    """Attention weights of one query row, by head, in fp32; see `attend_row`."""
     batch, tokens, width = k.shape
     depth = width // heads
-    q = q.view(batch, heads, depth)
-    k = k.view(batch, tokens, heads, depth)
-    v = v.view(batch, tokens, heads, depth)
     # Plain products, no fused kernel: `create_graph` differentiates this a second time.
-    scores = torch.einsum("bac,bnac->ban", q, k)  # (B, A, N)
+    split = k.reshape(batch, tokens, heads, depth)
+    scores = torch.einsum("bac,bnac->ban", q.reshape(batch, heads, depth), split)
     scores = scores / math.sqrt(depth) if scale is None else scores * scale
     if mask is not None:
         scores = scores + mask.unsqueeze(1)
-    weights = scores.float().softmax(-1).to(v.dtype)  # bf16 would leave N weights 3 digits
-    return torch.einsum("ban,bnac->bac", weights, v).reshape(batch, width)
+    return scores.float().softmax(-1)  # bf16 would leave N weights 3 digits
 
 
 def attend(

@@ -29,9 +29,6 @@ from gradeclip_ft.models.trace import Foreign, Layer, Pass, Pick, UnsupportedTow
 def trunk_tower(visual: Foreign) -> Tower:
     """The tower around a trunk of timm with a head after it: class token, or a latent pool.
 
-    Args:
-        visual: With `trunk` and `head`, such as open_clip's TimmModel.
-
     Raises:
         UnsupportedTowerError: The trunk has a part that is not reproduced.
     """
