@@ -35,7 +35,12 @@ def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Model to numbers; leaves the model, its mode and the random state as they were."""
+    """Model to numbers; leaves the model, its mode and the random state as they were.
+
+    Some fields mean the same in every evaluator. `name` is that of the result file, `data` is where
+    pictures come from. `batch_size` and `text_batch_size` count those per forward pass, `workers`
+    the processes that load pictures (0: this one); they do not change the numbers.
+    """
 
     @property
     def name(self) -> str:

@@ -44,14 +44,10 @@ class LocalisationEvaluator:
     """Pointing game of several methods, by peak and by energy, and what chance gives.
 
     Attributes:
-        name: Of the result file.
-        data: Where pictures and objects come from.
         explainers: Methods by name.
         methods: Names of those to measure; None for all.
         image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the class name.
-        batch_size: Pictures per pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
     """
 
     name: str
@@ -85,13 +81,7 @@ class LocalisationEvaluator:
         self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Measure one model.
-
-        Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: The model can do none of the methods, is in half precision, the size does
-                not suit its patches, the data are damaged, or a map is not finite.
-        """
+        """Measure one model."""
         require_float32(loaded.clip, self.name)
         side = square_side(loaded, self.image_size, self.name)
         regions = self.data(image_size=side, patch=PIXELS, mean=loaded.mean, std=loaded.std)
@@ -216,7 +206,6 @@ class TimingEvaluator:
     part of it. The methods take turns, so that a machine that slows down slows all of them.
 
     Attributes:
-        name: Of the result file.
         explainers: Methods by name.
         methods: Names of those to time; None for all.
         image_size: Side in pixels; None for the model's own size.
@@ -261,11 +250,7 @@ class TimingEvaluator:
         """No data are needed."""
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
-        """Time one model, where it is.
-
-        Raises:
-            ValueError: The model can do none of the methods, or is in half precision.
-        """
+        """Time one model, where it is."""
         require_float32(loaded.clip, self.name)
         height, width = (self.image_size,) * 2 if self.image_size else loaded.image_size
         device, count = loaded.clip.device, self.batch_size * self.phrases
@@ -351,11 +336,7 @@ def _quartiles(times: Sequence[float]) -> list[Json]:
 def chosen(
     explainers: Mapping[str, Explainer], methods: Sequence[str] | None
 ) -> dict[str, Explainer]:
-    """The methods that are asked for, in that order; all for None.
-
-    Raises:
-        ValueError: There is none of a name, or none at all.
-    """
+    """The methods that are asked for, in that order; all for None."""
     names = list(explainers) if methods is None else list(methods)
     unknown = [name for name in names if name not in explainers]
     if unknown or not names:
@@ -374,11 +355,7 @@ def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
 
 
 def require_float32(clip: ImageTextModel, name: str) -> None:
-    """Refuse a model in half precision, whose gradients are not a reference.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Refuse a model in half precision, whose gradients are not a reference."""
     _, dtype = placement(clip)
     if dtype != torch.float32:
         raise ValueError(f"{name} explains in float32, the model is {dtype}; set precision=float32")

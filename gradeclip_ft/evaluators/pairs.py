@@ -20,15 +20,7 @@ TOPK = (1, 5, 10)
 
 @dataclass(frozen=True)
 class RetrievalEvaluator:
-    """Recall at 1, 5 and 10, text to image and image to text.
-
-    Attributes:
-        name: Of the result file; names the split.
-        data: Where pairs come from.
-        batch_size: Images per forward pass; does not change the numbers.
-        text_batch_size: Captions per forward pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
-    """
+    """Recall at 1, 5 and 10, text to image and image to text."""
 
     name: str
     data: Source[ImageSet]
@@ -97,12 +89,7 @@ class RetrievalEvaluator:
 class ChoiceEvaluator:
     """Share of images whose right caption is nearer than the wrong one, by kind.
 
-    Attributes:
-        name: Of the result file.
-        data: Where the captions come from, right and wrong in turn.
-        batch_size: Images per forward pass; does not change the numbers.
-        text_batch_size: Captions per forward pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
+    The captions of the data are right and wrong in turn.
     """
 
     name: str

@@ -23,12 +23,8 @@ class ZeroShotEvaluator:
     """Top-1 and top-5 over all images, and as mean over classes.
 
     Attributes:
-        name: Of the result file.
-        data: Where images come from.
         class_names: "imagenet" for open_clip's 1,000, "data" for those of the data, or a list.
         templates: "imagenet" for its 80, "data" for those of the data, or sentences with `{}`.
-        batch_size: Images per forward pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
     """
 
     name: str

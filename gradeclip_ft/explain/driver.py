@@ -46,14 +46,8 @@ log = logging.getLogger(__name__)
 class Supported:
     """Explainers that a model supports; another is dropped, with a warning, when it first fails.
 
-    Args:
-        methods: By name. Those that compare with texts of their own have them encoded here.
-        loaded: The model.
-        skip: Whether any may be dropped.
-
-    Attributes:
-        methods: Those left, by name.
-        left_out: Why the others are not.
+    `methods` are those left; `left_out` says why the others are not. Without `skip` none may be
+    dropped. Those that compare with texts of their own have them encoded here.
     """
 
     def __init__(
@@ -98,14 +92,7 @@ def heat_maps(
     target: Float[Tensor, "P D"],
     owner: Int[Tensor, " P"],
 ) -> dict[str, Float[Tensor, "P h w"]]:
-    """Maps of every target by every method that the model supports, from one pass.
-
-    Args:
-        supported: The methods.
-        shared: The pass of the pictures.
-        target: Embeddings of the phrases, any length.
-        owner: Picture of each.
-    """
+    """Maps of every target by every method that the model supports, from one pass."""
     # Methods with passes of their own go over the phrases themselves: RISE has one set of masked
     # pictures for all. The others share what they read, those with the deepest record first.
     depth = {name: _depth(method) for name, method in supported.methods.items()}
@@ -166,9 +153,6 @@ def explain_pictures(
         targets: Embeddings of the phrases of each picture.
         methods: By name; or those that earlier pictures have left.
         skip: Drop, with a warning, what this model does not support.
-
-    Returns:
-        One per picture, on the CPU.
 
     Raises:
         UnsupportedTowerError: The model cannot do a method and `skip` is false, or it can do none.
@@ -269,17 +253,9 @@ def explain_sentences(
 ) -> list[Words]:
     """Relevance of the words of texts for pictures, by all methods from one text pass.
 
-    Args:
-        loaded: The model, on its device.
-        texts: Sentences, one for each picture.
-        target: Embeddings of the pictures, any length.
-        methods: By name.
-        skip: Leave out, with a warning, what this model does not support.
-
-    Returns:
-        One per picture. A word has the sum of its tokens' shares (the
-        authors merge nothing), so the values of a method sum to 1, less what is on a word that the
-        context cuts in two, or are all 0.
+    A word has the sum of its tokens' shares (the authors merge nothing), so the values of a method
+    sum to 1, less what is on a word that the context cuts in two, or are all 0. With `skip` methods
+    that this model does not support are left out, with a warning.
 
     Raises:
         UnsupportedTowerError: The text tower cannot do a method and `skip` is false.

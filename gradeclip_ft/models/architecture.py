@@ -106,19 +106,11 @@ def config_differences(
 def check_stated(
     architecture: Architecture, stated: Mapping[str, Any], source: str, *, sizes: bool
 ) -> None:
-    """Refuse weights whose own description is not that of the architecture.
+    """Refuse weights of `source` that are stated to be of another architecture; name theirs.
 
     The tensors of two architectures may have the same names and shapes, and compute other things:
-    by their activation, heads, pooling or epsilon.
-
-    Args:
-        architecture: That will take the weights.
-        stated: The `model_cfg` that the weights come with.
-        source: What to call them.
-        sizes: Whether the sizes of images must agree, because the user has not chosen one.
-
-    Raises:
-        ValueError: They differ; names the architecture that fits.
+    by their activation, heads, pooling or epsilon. Sizes of images need not agree where the user
+    has chosen one.
     """
     if found := config_differences(architecture.model_cfg, stated, sizes=sizes):
         known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
@@ -195,11 +187,7 @@ def _from_folder(name: str, folder: Path) -> Architecture:
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `model_cfg` and the `preprocess_cfg` of an `open_clip_config.json`.
-
-    Raises:
-        ValueError: There is no architecture in it.
-    """
+    """The `model_cfg` and the `preprocess_cfg` of an `open_clip_config.json`."""
     config = read_json(path)
     model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
     parts = [model_cfg.get(part) for part in PARTS] if isinstance(model_cfg, dict) else [None]
@@ -227,11 +215,7 @@ def fetch_repository(repository: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a file.
-
-    Raises:
-        ValueError: It is not complete JSON.
-    """
+    """Content of a file; a ValueError where it is not complete JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -239,11 +223,7 @@ def read_json(path: Path) -> Any:
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a side or of two.
-
-    Raises:
-        ValueError: Neither one nor two positive numbers.
-    """
+    """(height, width) of a side or of two; a ValueError for anything else."""
     sides = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"image size is {size}, expected a side or (height, width) in pixels")
@@ -253,16 +233,10 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 def checked_size(
     wanted: int | Sequence[int] | None, own: int | Sequence[int], patch: int, name: str
 ) -> tuple[int, int]:
-    """(height, width) of the images that a model gets.
-
-    Args:
-        wanted: By the user; None for the model's own.
-        own: What the model was made for.
-        patch: Side of a patch; 0 where unknown.
-        name: Of the model.
+    """(height, width) of the images that the model of this name gets: as wanted, or its own.
 
     Raises:
-        ValueError: A side is not a multiple of the patch.
+        ValueError: A side is not a multiple of the patch, whose side is 0 where unknown.
     """
     height, width = size = pair(own if wanted is None else wanted)
     if patch and (height % patch or width % patch):

@@ -42,14 +42,11 @@ class Word:
 
 
 def words_of(tokenizer: Foreign, text: str) -> list[Word]:
-    """Words of a text and the tokens of each, without those that mark start and end.
-
-    Args:
-        tokenizer: Open_clip's own, its wrapper around transformers, or one with `words` itself.
-        text: Of any length.
+    """Words of a text of any length, without the tokens that mark start and end.
 
     Raises:
-        ValueError: The tokenizer is of another kind.
+        ValueError: The tokenizer is neither open_clip's, nor its wrapper around transformers, nor
+            one with `words` itself.
     """
     inner: Foreign = getattr(tokenizer, "tokenizer", None)
     if hasattr(tokenizer, "words"):
@@ -112,9 +109,7 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], *, trim: bool = False) -> Int[Tensor, "M L"]:
         """Token ids; texts that are too long keep their end-of-text token last.
 
-        Args:
-            texts: May be empty, then the result has no rows.
-            trim: Cut after the longest text, rounded up to a multiple of 8, where that is exact.
+        With `trim` cut after the longest text, rounded up to a multiple of 8, where that is exact.
         """
         if not texts:
             length = min(MULTIPLE, self.context_length) if trim else self.context_length
@@ -178,9 +173,6 @@ class WordTokenizer:
     Ids: 0 padding, 1 unknown, then the words, then start and end of text, the two largest, so that
     open_clip's arg-max pooling finds the end.
 
-    Attributes:
-        vocabulary: The words, in order of their ids.
-        context_length: Length of a row.
     """
 
     vocabulary: tuple[str, ...]
@@ -203,12 +195,7 @@ class WordTokenizer:
 
 
 def fetch_tokenizer(source: str, length: int, extra: Mapping[str, Any]) -> HFTokenizer:
-    """A tokenizer of Hugging Face, from a folder or the model hub.
-
-    Args:
-        source: Folder or repository.
-        length: Tokens of a row.
-        extra: Options of open_clip's tokenizer around it.
+    """A tokenizer of Hugging Face with rows of this length, from a folder or the model hub.
 
     Raises:
         ValueError: transformers is not installed, or there is no such tokenizer.

@@ -159,14 +159,7 @@ LAYOUTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 def bert_text_tower(
     transformer: Foreign, head: Rows, context_length: int, *, library: Foreign = None
 ) -> Tower:
-    """The tower around an encoder of BERT's layout, whose first token becomes the embedding.
-
-    Args:
-        transformer: Of transformers, with `embeddings` and `encoder`.
-        head: First rows to embeddings.
-        context_length: Tokens at most.
-        library: The library's own encoder, which `encode` is to call.
-    """
+    """The tower around an encoder of BERT's layout, whose first token becomes the embedding."""
     layers = tuple(_bert_layer(layer) for layer in transformer.encoder.layer)
     config = transformer.config
     pad = int(config.pad_token_id)
