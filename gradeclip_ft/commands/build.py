@@ -45,7 +45,6 @@ EVALUATIONS = "evaluations"
 class Training:
     """Everything a training run consists of."""
 
-    loaded: LoadedClip
     data: CaptionDataModule
     module: FineTuneModule | DetectorModule
     evaluate: Evaluate
@@ -83,7 +82,7 @@ def build(
     )
     loggers = make(cfg.logger, "logger")(folder, recorded(cfg))
     trainer = make(cfg.trainer, "trainer")(folder, loggers, [evaluate])
-    return Training(loaded, data, module, evaluate, trainer)
+    return Training(data, module, evaluate, trainer)
 
 
 def build_clip(cfg: DictConfig) -> LoadedClip:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -22,16 +21,6 @@ if TYPE_CHECKING:
 TABLES = ("by_class", "most_confused")  # too long for a terminal
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a model's configuration, and where its results go."""
-
-    model: DictConfig
-    run: str | None
-    step: int
-    folder: Path
-
-
 def evaluate(cfg: DictConfig) -> None:
     """Measure a model with one or more evaluators; one JSON each, `<evaluator>@<step>.json`.
 
@@ -47,8 +36,22 @@ def evaluate(cfg: DictConfig) -> None:
     import torch
 
     from gradeclip_ft.evaluators.base import Precision, run_all
+    from gradeclip_ft.results.record import result_path
+    from gradeclip_ft.training.run_files import step_of
 
-    subject = _subject(cfg)
+    run, step, model = None, 0, cfg.model
+    folder = Path(EVALUATIONS) / Path(str(cfg.model.name)).name
+    if cfg.run is not None:
+        weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
+        found = step_of(weights)
+        if found is None:
+            raise ValueError(
+                f"{weights} does not say its step, so it does not belong to a run; give it as "
+                "model.weights= and a folder for the results as out="
+            )
+        run, step, folder = weights.parent.name, found, weights.parent / EVALUATIONS
+        model = OmegaConf.merge(runs.read_config(weights.parent).model, {"weights": str(weights)})
+    folder = Path(cfg.out or folder)
     evaluators = build_evaluators(cfg)
     if not evaluators:
         raise ValueError("no evaluator chosen; `list evaluators` names them, evaluator=[a,b]")
@@ -56,51 +59,29 @@ def evaluate(cfg: DictConfig) -> None:
         raise ValueError(f"precision={cfg.precision}: choose {', '.join(get_args(Precision))}")
     for evaluator in evaluators.values():
         evaluator.prepare()
-    loaded = build_clip(OmegaConf.create({"model": subject.model, "runs_dir": cfg.runs_dir}))
+
+    def tell(result: Result, fresh: bool) -> None:
+        path = result_path(folder, result.evaluator, result.step)
+        said = f"{result.seconds:.1f} s" if fresh else "kept; again=true measures again"
+        print(f"{path}  {said}")
+
+    loaded = build_clip(OmegaConf.create({"model": model, "runs_dir": cfg.runs_dir}))
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded.clip.to(device)
     results = run_all(
         evaluators,
         loaded,
-        folder=subject.folder,
-        run=subject.run,
-        step=subject.step,
+        folder=folder,
+        run=run,
+        step=step,
         command=f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}",
         again=cfg.again,
         precision=cfg.precision,
         track=progress_bar,
-        record=as_written(OmegaConf.create({"model": subject.model, "evaluator": cfg.evaluator})),
-        done=lambda result, fresh: _tell(subject, result, fresh),
+        record=as_written(OmegaConf.create({"model": model, "evaluator": cfg.evaluator})),
+        done=tell,
     )
     _print(results)
-
-
-def _subject(cfg: DictConfig) -> Subject:
-    if cfg.run is None:
-        name = Path(str(cfg.model.name)).name
-        folder = Path(cfg.out) if cfg.out else Path(EVALUATIONS) / name
-        return Subject(cfg.model, run=None, step=0, folder=folder)
-    from gradeclip_ft.training.run_files import step_of
-
-    weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
-    home = weights.parent
-    step = step_of(weights)
-    if step is None:
-        raise ValueError(
-            f"{weights} does not say its step, so it does not belong to a run; give it as "
-            "model.weights= and a folder for the results as out="
-        )
-    model = OmegaConf.merge(runs.read_config(home).model, {"weights": str(weights)})
-    assert isinstance(model, DictConfig)
-    folder = Path(cfg.out) if cfg.out else home / EVALUATIONS
-    return Subject(model, run=home.name, step=step, folder=folder)
-
-
-def _tell(subject: Subject, result: Result, fresh: bool) -> None:
-    from gradeclip_ft.results.record import result_path
-
-    path = result_path(subject.folder, result.evaluator, result.step)
-    print(f"{path}  {f'{result.seconds:.1f} s' if fresh else 'kept; again=true measures again'}")
 
 
 def _print(results: list[Result]) -> None:
