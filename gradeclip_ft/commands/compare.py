@@ -60,13 +60,12 @@ def compare(
     print(tables.render(shown, format), end="")
     if out is None:
         return
-    given = {"steps": steps, "rows": rows, "by": by, "fields": fields, "metrics": metrics}
-    words = [
-        f"{name}={value if isinstance(value, str) else '[' + ','.join(value) + ']'}"
-        for name, value in {**given, "published": published, "out": out}.items()
-        if value != (compare.__kwdefaults__ or {})[name]
-    ]
-    command = f"python -m gradeclip_ft compare {shlex.join([*runs, *words])}"
+    lists = {"by": by, "fields": fields, "metrics": metrics, "published": published}
+    given = [f"{name}={value}" for name, value in (("steps", steps), ("rows", rows))]
+    given += [f"{name}=[{','.join(words)}]" for name, words in lists.items()]
+    defaults = ("steps=ends", "rows=weights", f"metrics=[{','.join(tables.MAIN)}]")
+    given = [word for word in given if word not in defaults and not word.endswith("=[]")]
+    command = f"python -m gradeclip_ft compare {shlex.join([*runs, *given, f'out={out}'])}"
     notes = ["± is the sample standard deviation over the rows of a group."] if by else []
     if any(row["command"] for row in table.rows):
         notes.append("The JSON file holds one row per run, each with the command that trained it.")
