@@ -75,55 +75,42 @@ def jpeg(number: int, mode: str = "RGB") -> bytes:
     return content.getvalue()
 
 
-def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bool = True) -> bytes:
-    """A grey PNG with further chunks after its header; without pixels it only claims its size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG with further chunks after its header; a large one only claims its size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((width + 1) * height if pixels else 1))
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
-def _image(content: Callable[[], bytes]) -> Callable[[Files], Files]:
-    return lambda files: {**files, "jpg": content()}
-
-
-def _text(content: bytes) -> Callable[[Files], Files]:
-    return lambda files: {**files, "txt": content}
-
-
-def _without(suffix: str) -> Callable[[Files], Files]:
-    return lambda files: {name: data for name, data in files.items() if name != suffix}
-
-
-def _bomb() -> bytes:
-    return png_of(50_000, 50_000, pixels=False)
+    rows = zlib.compress(bytes(min((width + 1) * height, 10_000)))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]:
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    return content
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
 BROKEN, EXTREME = {"broken_image": 1}, {"extreme_image": 1}
 LOST_CAPTION = {"damaged_header": 1, "missing_text": 1}
 DAMAGES = (
-    Damage("HTML instead of a JPEG", _image(lambda: b"<html>404</html>"), BROKEN),
-    Damage("image of zero bytes", _image(lambda: b""), BROKEN),
-    Damage("JPEG cut in half", lambda f: {**f, "jpg": f["jpg"][: len(f["jpg"]) // 2]}, BROKEN),
-    Damage("100 megapixels", _image(lambda: png_of(10_000, 10_000, pixels=False)), EXTREME),
-    Damage("decompression bomb, 2.5 gigapixels", _image(_bomb), EXTREME),
-    Damage("image of 2 x 2,000 pixels", _image(lambda: png_of(2, 2000)), EXTREME),
-    Damage("PostScript instead of a JPEG", _image(lambda: EPS), BROKEN),
-    Damage("no image", _without("jpg"), {"missing_image": 1}),
-    Damage("no caption", _without("txt"), {"missing_text": 1}),
-    Damage("broken UTF-8", _text(b"caf\xe9 au lait"), {"bad_encoding": 1}),
-    Damage("empty caption", _text(b" \n"), {"empty_caption": 1}),
-    Damage("caption of 10,000 characters", _text(b"a dog and " * 1000), {"extreme_caption": 1}),
+    Damage("HTML instead of a JPEG", lambda f: f | {"jpg": b"<html>404</html>"}, BROKEN),
+    Damage("image of zero bytes", lambda f: f | {"jpg": b""}, BROKEN),
+    Damage("JPEG cut in half", lambda f: f | {"jpg": f["jpg"][: len(f["jpg"]) // 2]}, BROKEN),
+    Damage("100 megapixels", lambda f: f | {"jpg": png_of(10_000, 10_000)}, EXTREME),
+    Damage(
+        "decompression bomb, 2.5 gigapixels", lambda f: f | {"jpg": png_of(50_000, 50_000)}, EXTREME
+    ),
+    Damage("image of 2 x 2,000 pixels", lambda f: f | {"jpg": png_of(2, 2000)}, EXTREME),
+    Damage("PostScript instead of a JPEG", lambda f: f | {"jpg": EPS}, BROKEN),
+    Damage("no image", lambda f: {"txt": f["txt"]}, {"missing_image": 1}),
+    Damage("no caption", lambda f: {"jpg": f["jpg"]}, {"missing_text": 1}),
+    Damage("broken UTF-8", lambda f: f | {"txt": b"caf\xe9 au lait"}, {"bad_encoding": 1}),
+    Damage("empty caption", lambda f: f | {"txt": b" \n"}, {"empty_caption": 1}),
+    Damage(
+        "caption of 10,000 characters",
+        lambda f: f | {"txt": b"a dog and " * 1000},
+        {"extreme_caption": 1},
+    ),
     Damage("damaged tar header of the caption", dict, LOST_CAPTION, "txt"),
-    Damage("CMYK image", _image(lambda: jpeg(1, "CMYK")), {}, usable=True),
-    Damage("one file twice", lambda f: {**f, "TXT": b"other"}, {"duplicate_name": 1}, usable=True),
+    Damage("CMYK image", lambda f: f | {"jpg": jpeg(1, "CMYK")}, {}, usable=True),
+    Damage("one file twice", lambda f: f | {"TXT": b"other"}, {"duplicate_name": 1}, usable=True),
 )
 
 

@@ -29,6 +29,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,10 @@ from gradeclip_ft.commands.config import (
 from gradeclip_ft.data.captions import KEY, CaptionTrainData, read_batches
 from gradeclip_ft.data.order import LoaderWorker
 from gradeclip_ft.data.shards import RawSample, Skips, read_shard, sample_keys
-from gradeclip_ft.models.clip import ImageTransform, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.weights import load_state, read_state
 from gradeclip_ft.text.phrases import RULE, load_tagger
-from tools.damage import BLOCK, DAMAGES, good, pack, png_of
+from tools.damage import BLOCK, DAMAGES, good, pack, png_of, source
 
 # Random changes: each is decided by a generator alone.
 
@@ -173,14 +173,8 @@ SUFFIXES = ("jpg", "png", "webp", "txt", "text", "json", "cls", "pyd", "pkl", "J
 @cache
 def settings() -> CaptionTrainData:
     """As in training: CLIP's tokenizer, phrases, captions from JSON as well."""
-    return CaptionTrainData(
-        shards="input.tar",
-        tokenizer=Tokenizer(SimpleTokenizer(), 77),
-        transform=ImageTransform((16, 16), Preprocessing(), train=True),
-        batch_size=BATCH,
-        caption="any",
-        tagger="textblob",
-    )
+    plain = source("input.tar", batch_size=BATCH, caption="any")
+    return replace(plain, tokenizer=Tokenizer(SimpleTokenizer(), 77))
 
 
 def shard_input(rng: random.Random, folder: Path) -> Path:
@@ -236,7 +230,7 @@ def image(rng: random.Random) -> bytes:
     if kind == "claim":
         width, height = (rng.choice((0, 1, 7, 4000, 70_000, 2**31 - 1)) for _ in range(2))
         name = rng.choice((b"tEXt", b"zTXt", b"iCCP", b"tRNS", b"gAMA", b"eXIf", b"acTL", b"PLTE"))
-        return png_of(width, height, (name, rng.randbytes(rng.randrange(300))), pixels=False)
+        return png_of(width, height, (name, rng.randbytes(rng.randrange(300))))
     modes = {"jpeg": ("RGB", "L", "CMYK"), "png": ("RGB", "L", "1"), "tiff": ("L", "CMYK", "1")}
     picture = Image.effect_noise((rng.randint(1, 40), rng.randint(1, 40)), 50)
     content = io.BytesIO()
