@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 results: $(VENV)/installed-dev
 	rm -rf runs/maps_*
 	$(RUN) data make shapes
-	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 +data.start_method=fork hydra/launcher=joblib hydra.launcher.n_jobs=2
+	OMP_NUM_THREADS=1 $(RUN) train -m '+exp/maps=glob(*)' seed=0,1,2 trainer.threads=1 hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(RUN) compare 'runs/maps_*' by=[map,heads,stop_gradient,loss] out=results/shapes_maps
 	$(RUN) compare 'runs/maps_ordinary_*' 'runs/maps_grad_eclip_one_stopped_*' by=[map,heads,stop_gradient,loss] out=results/shapes_demo
 
