@@ -121,13 +121,13 @@ def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData | Detect
 def build_module(
     cfg: DictConfig, loaded: LoadedClip, objective: Any, source: Any
 ) -> FineTuneModule | DetectorModule:
-    """The training step of a CLIP, or of a detector, which learns the classes of its data."""
+    """The training step of a CLIP, or of a detector, which learns the classes of its source."""
     from gradeclip_ft.detection.detector import Detector
 
     made = make(cfg.optim, "optim")
     module: FineTuneModule | DetectorModule
     if isinstance(loaded.clip, Detector):
-        module = made(loaded.clip, objective, source.classes, seed=cfg.seed)
+        module = made(loaded.clip, objective, lambda: source.classes(), seed=cfg.seed)
     else:
         module = made(loaded.require_clip("trained"), objective, seed=cfg.seed)
     return module

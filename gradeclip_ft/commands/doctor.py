@@ -124,7 +124,7 @@ def trainer(cfg: DictConfig) -> Iterator[Finding]:
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
     """Structure of the model, what trains it, and disk space; its weights are not read."""
-    from gradeclip_ft.commands.build import build_data, build_module, make
+    from gradeclip_ft.commands.build import build_module, make
     from gradeclip_ft.models.clip import image_sentence, text_sentence
     from gradeclip_ft.models.load import check_activation
 
@@ -132,7 +132,7 @@ def model(cfg: DictConfig) -> Iterator[Finding]:
     yield OK, f"image tower: {image_sentence(loaded)}"
     yield OK, f"text tower: {text_sentence(loaded)}"
     objective = make(cfg.objective, "objective")
-    build_module(cfg, loaded, objective, build_data(cfg, loaded)).configure_optimizers()
+    build_module(cfg, loaded, objective, source=None).configure_optimizers()
     size = sum(parameter.numel() for parameter in loaded.clip.parameters())
     height, width = loaded.image_size
     yield OK, f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels"

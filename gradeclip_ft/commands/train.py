@@ -111,6 +111,7 @@ def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
 def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
     """Evaluate what an interruption left out, and tell the user what came out."""
     from gradeclip_ft.results.table import metrics_table, render
+    from gradeclip_ft.training.detector import DetectorModule
 
     step = job.trainer.global_step
     if cfg.evaluation.after and job.evaluate.evaluated != step:
@@ -121,7 +122,9 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
         print(render(metrics_table({"before": before, "after": after})), end="")
     if step < cfg.trainer.max_steps:
         print(f"stopped after step {step} of {cfg.trainer.max_steps}; continue with resume=auto")
-    print(f"{folder / runs.WEIGHTS}  loads in open_clip as it is")
+    detects = isinstance(job.module, DetectorModule)
+    use = "for evaluate and detect" if detects else "loads in open_clip as it is"
+    print(f"{folder / runs.WEIGHTS}  {use}")
 
 
 def _metrics(folder: Path, step: int) -> Mapping[str, float]:

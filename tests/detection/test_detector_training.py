@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gradeclip_ft.commands.config import compose
+from gradeclip_ft.commands.doctor import doctor
 from gradeclip_ft.training.data_module import CaptionDataModule
 from gradeclip_ft.training.loggers import files
 from gradeclip_ft.training.run_files import newest_good
@@ -158,3 +160,15 @@ def test_train_evaluate_detect_and_compare_by_command_line(tmp_path: Path) -> No
     assert "is not for a detector" in wrong.stderr
     nothing = run("detect", "run=detector_shapes", "images=none.jpg", folder=tmp_path)
     assert "no such picture" in nothing.stderr
+
+
+def test_doctor_says_whether_a_detector_could_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch a check that asks a detector for captions."""
+    monkeypatch.chdir(tmp_path)
+    assert doctor(compose("train", ["name=a", "+exp=detector_shapes"])) == 0
+    assert "instances_train.json is made when training starts" in capsys.readouterr().out
+    missing = ["data.boxes.make=null", "data.boxes.annotations=none.json"]
+    assert doctor(compose("train", ["name=a", "+exp=detector_shapes", *missing])) == 1
+    assert "no annotation file none.json" in capsys.readouterr().out

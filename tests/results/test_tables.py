@@ -186,6 +186,21 @@ def test_side_files_that_a_crash_emptied_are_left_out(write: Write, content: str
     assert (last.run, last.command) == ("a", None)
 
 
+def test_a_detector_s_row_says_what_its_frozen_model_was(write: Write) -> None:
+    """Would catch detectors that are all called ordinary, since their objective has no map."""
+    write("start", 0.5, explainer={"_target_": "a.grad_eclip.GradEclip", "heads": "one"})
+    folder = write("found", 0.5, seed=7)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"model": {"settings": {"side": 64}}, "runs_dir": "runs"}
+    found = []
+    for start in ("start", "runs/start", "weights.pt", None):
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "init_from": start}))
+        (last,) = collect(["runs/found"], steps="last")
+        found.append((last.facts["map"], last.facts["heads"], last.facts["seed"]))
+    assert found[:2] == [("grad_eclip", "one", 7)] * 2
+    assert found[2:] == [("weights.pt", None, 7), ("untouched", None, 7)]
+
+
 def test_comparing_does_not_import_torch(write: Write, repository: Path) -> None:
     write("a", 0.5)
     code = (
