@@ -11,8 +11,17 @@ from torch import Tensor
 from gradeclip_ft.ops.similarity import unit
 
 
-def label_ranks(scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+def label_ranks(
+    scores: Float[Tensor, "R K"],
+    labels: Int[Tensor, " R"],
+    among: Bool[Tensor, "K K"] | None = None,
+) -> Int[Tensor, " R"]:
     """Number of classes that come before the true one; of equal scores the first class wins.
+
+    Args:
+        scores: Of every class.
+        labels: The true classes.
+        among: For each true class, the classes that it competes with; None for all.
 
     Raises:
         ValueError: A score is not finite: comparisons with it would count as correct.
@@ -20,7 +29,8 @@ def label_ranks(scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> Int[
     require_finite(scores)
     own = scores.gather(1, labels.unsqueeze(1))  # (R, 1)
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels.unsqueeze(1)
-    return ((scores > own) | ((scores == own) & earlier)).sum(1)
+    before = (scores > own) | ((scores == own) & earlier)
+    return (before if among is None else before & among[labels]).sum(1)
 
 
 def label_ties(scores: Float[Tensor, "R K"], labels: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:

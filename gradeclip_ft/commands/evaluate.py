@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradeclip_ft.results.record import Result
 
 
-TABLES = ("by_class", "most_confused")  # too long for a terminal
+TABLES = ("by_class", "most_confused", "samples")  # too long for a terminal
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -94,5 +94,5 @@ def _print(results: list[Result]) -> None:
         for name, detail in result.details.items():
             if name not in TABLES:
                 print(f"  {name}: {detail}")
-        if "by_class" in result.details:
-            print(f"  in the file: {', '.join(TABLES)}")
+        if told := [name for name in TABLES if name in result.details]:
+            print(f"  in the file: {', '.join(told)}")

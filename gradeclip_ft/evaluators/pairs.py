@@ -13,7 +13,7 @@ from gradeclip_ft.evaluators.base import Track, untracked
 from gradeclip_ft.evaluators.embed import encode_pairs
 from gradeclip_ft.metrics import recall, require_finite, search
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.results.record import Json, Measured, data_fingerprint
+from gradeclip_ft.results.record import Json, Measured, as_text, data_fingerprint
 
 TOPK = (1, 5, 10)
 
@@ -76,6 +76,10 @@ class RetrievalEvaluator:
             details={
                 "share_of_ties": {
                     way: float(ties.double().mean()) for way, (_, ties) in found.items()
+                },
+                "samples": {
+                    way: {"image": as_text(image), "rank": as_text(found[way][0])}
+                    for way, image in (("image_retrieval", owner), ("text_retrieval", number))
                 },
                 "images_by_number_of_captions": {
                     str(number): images

@@ -195,6 +195,11 @@ def written(metric: str, value: float) -> str:
     )
 
 
+def as_text(numbers: Any) -> str:
+    """A tensor of whole numbers, one after the other: in a list, a file gives each a line."""
+    return " ".join(map(str, numbers.tolist()))
+
+
 def hash_file(path: Path) -> str:
     """First 16 hex digits of the SHA-256 of a file's content."""
     with path.open("rb") as file:

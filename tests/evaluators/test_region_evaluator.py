@@ -1,8 +1,10 @@
 """Region classification through the whole pipeline, with models whose answers are known."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +17,13 @@ from gradeclip_ft.ops.heatmap import pool_boxes, pool_masks
 
 Load = Callable[..., LoadedClip]
 PROMPT = ["a photo of the {}."]
+
+
+def names(*groups: str) -> set[str]:
+    """Metrics of every region evaluation."""
+    found = {f"{group}/{end}{k}" for group in groups for end in ("top", "rest_top") for k in (1, 5)}
+    found |= {f"{group}/mrr" for group in groups}
+    return found | {f"{group}/among_stuff_top1" for group in groups if group.startswith("stuff")}
 
 
 def evaluator(world: Any, **options: Any) -> RegionEvaluator:
@@ -33,7 +42,7 @@ def test_a_perfect_model_scores_one(
     measured = evaluator(world, mask_antialias=antialias)(load(size, patch))
     assert set(measured.metrics.values()) == {1.0}
     groups = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes")
-    assert set(measured.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert set(measured.metrics) == names(*groups)
     assert measured.details["empty_masks"] == 0
 
 
@@ -55,7 +64,7 @@ def test_perfect_and_worst_at_the_sizes_of_the_literature(
     regions = RegionEvaluator("r", data, size, templates=PROMPT, batch_size=2, crops=True)
     groups = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes", "crops", "stuff_crops")
     perfect = regions(load(224, patch, whole=True))
-    assert set(perfect.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert set(perfect.metrics) == names(*groups)
     assert set(perfect.metrics.values()) == {1.0}
     assert perfect.protocol["grid"] == 64
     shuffled = load(224, patch, whole=True, table=torch.eye(17).roll(1, dims=0))
@@ -87,6 +96,76 @@ def test_micro_counts_regions_and_class_mean_classes(world: Any, load: Load) -> 
         sum(row["top1"] for row in rows) / len(rows), abs=1e-4
     )
     assert measured.metrics["boxes/micro_top1"] != pytest.approx(measured.metrics["boxes/top1"])
+
+
+def test_numbers_beside_the_accuracy_are_those_of_a_recount(world: Any, load: Load) -> None:
+    """Region by region from the features, with plain sorting: no rank, no mask of classes.
+
+    "thing 3" has two words, so `parts` asks for the number among things, and for "thing" among the
+    classes of one number.
+    """
+    table = torch.eye(17) + torch.randn(17, 17, generator=torch.Generator().manual_seed(3)) / 2
+    loaded = load(table=table)
+    measured = evaluator(world, micro=True, parts=["noun", "number"])(loaded)
+    how = {"image_size": 224, "patch": 16, "mean": loaded.mean, "std": loaded.std}
+    rows: dict[str, list[tuple[int, list[int]]]] = {"boxes": [], "stuff_masks": []}
+    for batch in CocoRegions(**world.panoptic)(**how).batches(1, 0):
+        dense = loaded.clip.image.dense(batch.images)
+        texts = torch.nn.functional.normalize(table, dim=1)
+        boxes = pool_boxes(dense, batch.boxes, batch.owner) @ texts.T
+        masks = pool_masks(dense, batch.masks, batch.owner) @ texts.T
+        for label, thing, box, mask in zip(batch.labels, batch.is_thing, boxes, masks, strict=True):
+            order = (box if thing else mask).argsort(descending=True).tolist()
+            rows["boxes" if thing else "stuff_masks"].append((int(label), order))
+
+    def mean(found: list[tuple[int, float]]) -> float:
+        by_class: dict[int, list[float]] = {}
+        for label, value in found:
+            by_class.setdefault(label, []).append(value)
+        return fmean(map(fmean, by_class.values()))
+
+    for group, some in rows.items():
+        most = Counter(label for label, _ in some).most_common()
+        most_label = min(label for label, count in most if count == most[0][1])
+        rest = [(label, float(order[0] == label)) for label, order in some if label != most_label]
+        inverse = [(label, 1 / (order.index(label) + 1)) for label, order in some]
+        assert measured.metrics[f"{group}/rest_top1"] == pytest.approx(mean(rest))
+        assert measured.metrics[f"{group}/mrr"] == pytest.approx(mean(inverse))
+        assert measured.metrics[f"{group}/micro_mrr"] == pytest.approx(fmean(x for _, x in inverse))
+    stuff = [
+        (label, float(next(n for n in order if n >= 12) == label))
+        for label, order in rows["stuff_masks"]
+    ]
+    assert measured.metrics["stuff_masks/among_stuff_top1"] == pytest.approx(mean(stuff))
+    things = [
+        (label, float(next(n for n in order if n < 12) == label)) for label, order in rows["boxes"]
+    ]
+    assert measured.metrics["boxes/number_given_noun"] == pytest.approx(mean(things))
+    assert measured.metrics["boxes/noun_given_number"] == 1.0
+    assert mean(things) != mean(
+        [(label, float(order[0] == label)) for label, order in rows["boxes"]]
+    )
+
+
+def test_samples_name_picture_class_and_rank_of_every_region(world: Any, load: Load) -> None:
+    """What intervals over pictures are made of gives the accuracy again."""
+    table = torch.randn(17, 17, generator=torch.Generator().manual_seed(3))
+    measured = evaluator(world, micro=True, batch_size=5)(load(table=table))
+    samples: Any = measured.details["samples"]
+    columns = {key: list(map(int, text.split())) for key, text in samples["boxes"].items()}
+    told = [label for regions in world.rectangles.values() for label, *_ in regions if label < 12]
+    assert columns["label"] == told
+    pictures = [
+        n for n, regions in enumerate(world.rectangles.values()) for r in regions if r[0] < 12
+    ]
+    assert columns["image"] == pictures
+    right = fmean(rank < 1 for rank in columns["rank"])
+    assert measured.metrics["boxes/micro_top1"] == pytest.approx(right)
+
+
+def test_parts_need_names_of_so_many_words(world: Any, load: Load) -> None:
+    with pytest.raises(ValueError, match=r"'thing 0' has 2 words; leave parts empty"):
+        evaluator(world, parts=["colour", "size", "shape"])(load())
 
 
 def test_confused_pairs_name_truth_and_guess(world: Any, load: Load) -> None:
@@ -129,7 +208,7 @@ def test_boxes_alone_are_measured_without_masks(
     data = CocoRegions(str(tmp_path / "boxes.json"), six["images"])
     measured = RegionEvaluator("r", data, templates=PROMPT, crops=True)(load(whole=True))
     groups = ("boxes", "stuff_boxes", "crops", "stuff_crops")
-    assert set(measured.metrics) == {f"{group}/top{k}" for group in groups for k in (1, 5)}
+    assert set(measured.metrics) == names(*groups)
     assert set(measured.metrics.values()) == {1.0}
     assert measured.data["counts"]["skipped"] == {"masks, because regions have none": len(regions)}
 
