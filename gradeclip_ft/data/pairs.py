@@ -256,6 +256,7 @@ class CaptionFile:
         expected: Number of images the split has; any other number is refused.
         limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
+        world: Version of the shapes world that `make` makes; the protocol names it beyond 1.
         make: Called when the annotation file does not exist, to make it.
     """
 
@@ -267,12 +268,14 @@ class CaptionFile:
     expected: int | None = None
     limit: int | None = None
     limit_seed: int = 0
+    world: int = 1
     make: Callable[[], object] | None = None
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
-        return _protocol(self.split, self.limit, self.limit_seed)
+        world = {} if self.world == 1 else {"world": self.world}
+        return {**_protocol(self.split, self.limit, self.limit_seed), **world}
 
     def prepare(self) -> None:
         """Make what can be made; cheap when it is there."""

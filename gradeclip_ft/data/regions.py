@@ -285,6 +285,7 @@ class CocoRegions:
             instead of after it.
         limit: Number of images, drawn with `limit_seed`; None for all.
         limit_seed: Of that draw.
+        world: Version of the shapes world that `make` makes; the protocol names it beyond 1.
         make: Called when the annotation file does not exist, to make it.
     """
 
@@ -298,6 +299,7 @@ class CocoRegions:
     clipself: bool = False
     limit: int | None = None
     limit_seed: int = 0
+    world: int = 1
     make: Callable[[], object] | None = None
 
     @property
@@ -313,6 +315,7 @@ class CocoRegions:
             "letterbox": "bicubic, padded right and below with black",
             **({"crops_and_stuff_boxes": "as CLIPSelf's program"} if self.clipself else {}),
             **subset_protocol(self.limit, self.limit_seed),
+            **({} if self.world == 1 else {"world": self.world}),
         }
 
     def prepare(self) -> None:

@@ -4,6 +4,7 @@
     val/shapes-val-0000.tar
     images_val/NNNNNNNNN.jpg      annotations/{captions,instances,panoptic}_val.json, and
                                   annotations/panoptic_val/NNNNNNNNN.png
+    images_choose/, ...           the same files of the split on which recipes are chosen
 
 Every sample depends on (seed, split, index) alone, so the files are the same for any number of
 workers.
@@ -18,7 +19,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from gradeclip_ft.data.shapes_scenes import (
     HELD_OUT,
     SHAPES,
     TEXTURES,
+    WORLDS,
     Drawing,
     Scene,
     Thing,
@@ -100,15 +102,32 @@ FUNCTION = ("a", "an", "the", "in", "on", "of", "at", "to")
 PROMPT = "This is a photo of the {}"
 
 
-def caption_scene(scene: Scene, random: np.random.Generator, *, held_out: bool) -> str:
+def caption_scene(
+    scene: Scene, random: np.random.Generator, *, held_out: bool, world: int = 1
+) -> str:
     """One true sentence about the scene.
+
+    In world 1, more than half of the sentences are of a form that never names the background, or
+    leave it out; in world 2 every form may end with it.
 
     Args:
         scene: What is drawn.
         random: The only source of choice.
         held_out: Whether pairs of `HELD_OUT` may be named; otherwise such an object is named by
             its shape or its colour alone.
+        world: Version of the captions.
     """
+    if world == 1:
+        return _caption(scene, random, held_out=held_out, named=0.6)
+    if random.uniform() < 0.015:
+        return PROMPT.format(f"{scene.background.texture} background")
+    text = _caption(scene, random, held_out=held_out, named=0.0)
+    prompted = text.startswith(PROMPT.format(""))
+    return text if prompted else _sentence(f"{text} {_ending(scene, random, 0.7)}")
+
+
+def _caption(scene: Scene, random: np.random.Generator, *, held_out: bool, named: float) -> str:
+    """A sentence of any form; forms with a place for it name the background at this rate."""
     things = _chosen(scene.things, random)
     names = {thing: name_thing(thing, random, held_out=held_out) for thing in things}
     style = random.uniform()
@@ -116,7 +135,7 @@ def caption_scene(scene: Scene, random: np.random.Generator, *, held_out: bool) 
         name = names[things[0]].split(" ", 1)[1]
         return PROMPT.format(name)
     if style < 0.30 and len(things) > 1:
-        return _related(scene, things, names, random)
+        return _related(scene, things, names, random, named)
     if style < 0.45 and len(things) < 4:
         parts = [_pick(PLACED, random) if k == 0 else "{} {place}" for k in range(len(things))]
         told = [
@@ -130,7 +149,7 @@ def caption_scene(scene: Scene, random: np.random.Generator, *, held_out: bool) 
         template, joint = _pick(OPENINGS, random), _pick(JOINED, random)
     listing = _listing([names[thing] for thing in things], joint)
     count = NUMBERS.get(len(things), "")
-    return _sentence(template.format(listing, ending=_ending(scene, random), count=count))
+    return _sentence(template.format(listing, ending=_ending(scene, random, named), count=count))
 
 
 def name_thing(thing: Thing, random: np.random.Generator, *, held_out: bool) -> str:
@@ -191,12 +210,16 @@ def vocabulary() -> dict[str, str]:
 
 
 def _related(
-    scene: Scene, things: Sequence[Thing], names: dict[Thing, str], random: np.random.Generator
+    scene: Scene,
+    things: Sequence[Thing],
+    names: dict[Thing, str],
+    random: np.random.Generator,
+    named: float,
 ) -> str:
     first, second, *others = things
     covers = scene.things.index(first) > scene.things.index(second)
     relation = relation_of(first, second, covers=covers, random=random)
-    ending = "" if others else _ending(scene, random)
+    ending = "" if others else _ending(scene, random, named)
     text = _pick(RELATED, random).format(
         names[first], other=names[second], relation=relation, ending=ending
     )
@@ -210,9 +233,10 @@ def _chosen(things: Sequence[Thing], random: np.random.Generator) -> list[Thing]
     return order[: int(random.integers(1, len(things)))] if some else order
 
 
-def _ending(scene: Scene, random: np.random.Generator) -> str:
-    named = random.uniform() < 0.6
-    return _pick(ENDINGS, random).format(texture=scene.background.texture) if named else ""
+def _ending(scene: Scene, random: np.random.Generator, named: float) -> str:
+    if random.uniform() >= named:
+        return ""
+    return _pick(ENDINGS, random).format(texture=scene.background.texture)
 
 
 def _listing(parts: Sequence[str], joint: str) -> str:
@@ -235,16 +259,16 @@ def _words(*groups: Sequence[str]) -> list[str]:
     return sorted(set(re.findall(r"[a-z]+", text.lower())))
 
 
-Split = Literal["train", "val", "pretrain"]
-STREAMS: dict[Split, int] = {"train": 0, "val": 1, "pretrain": 2}
-"""Each split has random numbers of its own; `pretrain` is what the packaged model saw."""
+Split = Literal["train", "val", "pretrain", "choose"]
+STREAMS: dict[Split, int] = {"train": 0, "val": 1, "pretrain": 2, "choose": 3}
+"""Each split has random numbers of its own; `pretrain` is what the packaged models saw."""
 
 EASY = (0.55, 0.25, 0.12, 0.08)
 """Shares of 1 to 4 objects in `pretrain`: a small model learns shapes from scenes with only one."""
 
 SHARD_SIZE = 1000
 LEAST_SHARDS = 8
-CAPTIONS: dict[Split, int] = {"train": 1, "val": 5, "pretrain": 4}
+CAPTIONS: dict[Split, int] = {"train": 1, "val": 5, "pretrain": 4, "choose": 5}
 LEAST_VISIBLE = 0.6
 """Share of every object's own area that must stay uncovered, else the scene is drawn anew."""
 
@@ -278,7 +302,15 @@ class Sample:
 
 
 def make_shapes(
-    folder: str | Path, *, train: int, val: int, seed: int, workers: int = 2, image_size: int = 64
+    folder: str | Path,
+    *,
+    train: int,
+    val: int,
+    seed: int,
+    workers: int = 2,
+    image_size: int = 64,
+    world: int = 1,
+    choose: int = 0,
 ) -> None:
     """Write the shapes world below `folder`, or do nothing when it is already there.
 
@@ -293,14 +325,20 @@ def make_shapes(
         seed: Names one world.
         workers: Processes that draw.
         image_size: Pixels per side.
+        world: Version of textures and captions.
+        choose: Number of scenes for choosing a recipe, which neither training nor `val` has.
     """
     least = {"train": 1, "val": 1, "workers": 1, "image_size": 32}
     given = {"train": train, "val": val, "workers": workers, "image_size": image_size}
     for name, got in given.items():
         if got < least[name]:
             raise ValueError(f"{name} is {got}; it must be at least {least[name]}")
+    if world not in WORLDS:
+        raise ValueError(f"world is {world}; there are {', '.join(map(str, WORLDS))}")
     target = Path(folder)
-    stamp = _stamp(train=train, val=val, seed=seed, image_size=image_size)
+    stamp = _stamp(
+        train=train, val=val, seed=seed, image_size=image_size, world=world, choose=choose
+    )
     if _is_current(target, stamp):
         return
     if target.exists() and any(target.iterdir()) and not (target / STAMP).is_file():
@@ -311,24 +349,32 @@ def make_shapes(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
         fresh = Path(aside) / "fresh"
-        _write_shards(fresh, {"train": train, "val": val}, seed, image_size, workers)
-        pictures = _pictures(fresh / "images_val", val, seed, image_size)
-        things, stuff = thing_names(), stuff_names()
-        write_coco(fresh / "annotations", "val", pictures, things=things, stuff=stuff)
+        sample = partial(make_sample, seed, image_size=image_size, world=world)
+        _write_shards(fresh, {"train": train, "val": val}, sample, workers)
+        evaluated: dict[Split, int] = {"val": val, "choose": choose}
+        for split in (split for split, count in evaluated.items() if count):
+            pictures = _pictures(
+                fresh / f"images_{split}", map(partial(sample, split), range(evaluated[split]))
+            )
+            things, stuff = thing_names(), stuff_names()
+            write_coco(fresh / "annotations", split, pictures, things=things, stuff=stuff)
         (fresh / STAMP).write_text(json.dumps(stamp, indent=1))
         _replace(target, fresh, Path(aside) / "old", stamp)
 
 
-def make_sample(seed: int, split: Split, index: int, image_size: int = 64) -> Sample:
+def make_sample(
+    seed: int, split: Split, index: int, image_size: int = 64, world: int = 1
+) -> Sample:
     """Sample number `index` of a split, the same on every machine and in any order of calls."""
     random = np.random.default_rng((seed, STREAMS[split], index))
     while True:
-        scene = sample_scene(random, EASY if split == "pretrain" else COUNTS)
+        scene = sample_scene(random, EASY if split == "pretrain" else COUNTS, world=world)
         drawing = draw_scene(scene, image_size)
         if min(drawing.visible) >= LEAST_VISIBLE:
             break
     captions = tuple(
-        caption_scene(scene, random, held_out=split == "val") for _ in range(CAPTIONS[split])
+        caption_scene(scene, random, held_out=split in ("val", "choose"), world=world)
+        for _ in range(CAPTIONS[split])
     )
     return Sample(f"{index + 1:09d}", seed, scene, drawing, captions)
 
@@ -340,15 +386,16 @@ def shard_ranges(count: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def _write_shards(
-    folder: Path, counts: dict[Split, int], seed: int, size: int, workers: int
-) -> None:
+MakeSample = Callable[[Split, int], Sample]
+
+
+def _write_shards(folder: Path, counts: dict[Split, int], sample: MakeSample, workers: int) -> None:
     jobs: list[tuple[Path, Split, range]] = []
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         for number, indices in enumerate(shard_ranges(count)):
             jobs.append((folder / split / f"shapes-{split}-{number:04d}.tar", split, indices))
-    write = partial(_write_shard, seed=seed, image_size=size)
+    write = partial(_write_shard, sample=sample)
     if workers == 1 or inside_joblib_worker():
         list(map(write, *zip(*jobs, strict=True)))
         return
@@ -356,13 +403,13 @@ def _write_shards(
         list(pool.map(write, *zip(*jobs, strict=True)))
 
 
-def _write_shard(path: Path, split: Split, indices: range, *, seed: int, image_size: int) -> None:
+def _write_shard(path: Path, split: Split, indices: range, *, sample: MakeSample) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for index in indices:
-            sample = make_sample(seed, split, index, image_size)
-            _add(shard, f"{sample.key}.jpg", to_jpeg(sample.drawing.image))
-            _add(shard, f"{sample.key}.txt", sample.captions[0].encode())
-            _add(shard, f"{sample.key}.json", json.dumps(sample.record()).encode())
+            made = sample(split, index)
+            _add(shard, f"{made.key}.jpg", to_jpeg(made.drawing.image))
+            _add(shard, f"{made.key}.txt", made.captions[0].encode())
+            _add(shard, f"{made.key}.json", json.dumps(made.record()).encode())
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -372,17 +419,16 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     shard.addfile(entry, io.BytesIO(content))
 
 
-def _pictures(images: Path, count: int, seed: int, image_size: int) -> Iterator[DrawnScene]:
+def _pictures(images: Path, samples: Iterable[Sample]) -> Iterator[DrawnScene]:
     """Saves each image and yields its annotations; the background is segment 0."""
     images.mkdir(parents=True)
     things = thing_names()
-    for index in range(count):
-        sample = make_sample(seed, "val", index, image_size)
+    for number, sample in enumerate(samples, 1):
         name = f"{sample.key}.jpg"
         (images / name).write_bytes(to_jpeg(sample.drawing.image))
         background = len(things) + TEXTURES.index(sample.scene.background.texture)
         classes = (background, *(things.index(thing.name) for thing in sample.scene.things))
-        yield DrawnScene(index + 1, name, sample.captions, sample.drawing.owner, classes)
+        yield DrawnScene(number, name, sample.captions, sample.drawing.owner, classes)
 
 
 def _stamp(**parameters: int) -> dict[str, Any]:

@@ -48,6 +48,9 @@ RADII = (0.13, 0.23)
 COUNTS = (0.12, 0.30, 0.33, 0.25)
 """Share of scenes with 1, 2, 3 and 4 objects."""
 
+WORLDS = (1, 2)
+"""Versions; 2 has stronger, finer textures, and two of three captions name the background."""
+
 MAX_TRIES = 200
 
 
@@ -121,7 +124,9 @@ def stuff_names() -> list[str]:
     return [f"{texture} background" for texture in TEXTURES]
 
 
-def sample_scene(random: np.random.Generator, shares: tuple[float, ...] = COUNTS) -> Scene:
+def sample_scene(
+    random: np.random.Generator, shares: tuple[float, ...] = COUNTS, *, world: int = 1
+) -> Scene:
     """One scene with different classes, whose objects may overlap at their rims.
 
     Centres are at least 0.72 times the sum of both radii apart, so most of each object stays
@@ -130,6 +135,7 @@ def sample_scene(random: np.random.Generator, shares: tuple[float, ...] = COUNTS
     Args:
         random: The only source of choice.
         shares: Share of scenes with 1, 2, ... objects.
+        world: Version of the backgrounds.
     """
     count = 1 + int(random.choice(len(shares), p=shares))
     for _ in range(MAX_TRIES):
@@ -152,7 +158,7 @@ def sample_scene(random: np.random.Generator, shares: tuple[float, ...] = COUNTS
         )
         for pair, place in zip(pairs, places, strict=True)
     )
-    return Scene(_background(random), things)
+    return Scene(_background(random) if world == 1 else _strong_background(random), things)
 
 
 def _places(random: np.random.Generator, count: int) -> list[tuple[float, float, float]] | None:
@@ -177,6 +183,19 @@ def _background(random: np.random.Generator) -> Background:
         texture=str(random.choice(TEXTURES)),
         tones=(_triple(base), _triple(other)),
         period=float(random.uniform(0.14, 0.26)),
+        angle=float(random.uniform(0, np.pi)),
+        phase=(float(random.uniform()), float(random.uniform())),
+    )
+
+
+def _strong_background(random: np.random.Generator) -> Background:
+    """Two tones far apart on both sides of a middle one, and a pattern of one to two patches."""
+    middle = random.uniform(150, 190) + random.uniform(-14, 14, 3)
+    apart = random.choice((-1, 1)) * random.uniform(27, 40) + random.uniform(-6, 6, 3)
+    return Background(
+        texture=str(random.choice(TEXTURES)),
+        tones=(_triple(middle - apart), _triple(middle + apart)),
+        period=float(random.uniform(0.09, 0.15)),
         angle=float(random.uniform(0, np.pi)),
         phase=(float(random.uniform()), float(random.uniform())),
     )

@@ -127,6 +127,43 @@ def test_foreign_files_are_not_deleted(tmp_path):
     assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
 
 
+def test_world_1_is_drawn_as_ever(tmp_path):
+    """Numbers of old runs are about these bytes; the hashes are of the program before world 2."""
+    seen = hashlib.sha256()
+    for split in ("train", "val", "pretrain"):
+        for index in range(20):
+            sample = make_sample(0, split, index)
+            seen.update(np.asarray(sample.drawing.image).tobytes())
+            seen.update(sample.drawing.owner.tobytes())
+            seen.update("\n".join(sample.captions).encode())
+            seen.update(json.dumps(sample.record()).encode())
+    assert seen.hexdigest()[:16] == "5e9ca4dfd715ef7b"
+    make_shapes(tmp_path / "w", train=10, val=3, seed=0, workers=1)
+    files = hashlib.sha256()
+    for path in sorted((tmp_path / "w").rglob("*")):
+        if path.is_file() and path.name != "stamp.json":
+            files.update(str(path.relative_to(tmp_path / "w")).encode())
+            files.update(path.read_bytes())
+    assert files.hexdigest()[:16] == "d73a206a9d61babd"
+
+
+def test_the_choosing_split_has_files_of_its_own_scenes(tmp_path):
+    """Catches a recipe that is chosen on the scenes that it is then reported on."""
+    make_shapes(
+        tmp_path / "w", train=3, val=4, seed=0, workers=1, image_size=128, world=2, choose=5
+    )
+    told = {}
+    for split, count in (("val", 4), ("choose", 5)):
+        pictures = sorted((tmp_path / "w" / f"images_{split}").iterdir())
+        assert {Image.open(path).size for path in pictures} == {(128, 128)}
+        told[split] = {path.read_bytes() for path in pictures}
+        captions = COCO(tmp_path / "w" / "annotations" / f"captions_{split}.json")
+        assert len(captions.anns) == 5 * len(told[split]) == 5 * count
+        panoptic = json.loads((tmp_path / "w/annotations" / f"panoptic_{split}.json").read_text())
+        assert len(panoptic["annotations"]) == count
+    assert not told["val"] & told["choose"]
+
+
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"workers": 0}, {"image_size": 8}])
 def test_senseless_parameters_are_named(tmp_path, wrong):
     """The message names the parameter, what was given and the least value."""
@@ -134,6 +171,11 @@ def test_senseless_parameters_are_named(tmp_path, wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=rf"{name} is {value}; it must be at least \d+"):
         make_shapes(tmp_path / "shapes", **given)
+
+
+def test_an_unknown_world_is_named(tmp_path):
+    with pytest.raises(ValueError, match="world is 3; there are 1, 2"):
+        make_shapes(tmp_path / "shapes", train=1, val=1, seed=0, workers=1, world=3)
 
 
 @pytest.mark.parametrize(("count", "shards"), [(3, 3), (8, 8), (60, 8), (10_000, 10), (10_001, 11)])

@@ -164,6 +164,33 @@ def test_captions_name_only_what_is_drawn(train_samples, val_samples):
             assert texture <= {sample.scene.background.texture}
 
 
+def test_world_2_names_two_of_three_backgrounds_and_keeps_to_the_words():
+    """As web captions do; no pair is leaked, nothing is named that is not there."""
+    samples = [make_sample(0, "train", index, 64, 2) for index in range(1500)]
+    named = 0
+    for sample in samples:
+        (text,) = sample.captions
+        pairs = set(PAIR.findall(text.lower()))
+        assert pairs <= {(thing.colour, thing.shape) for thing in sample.scene.things} - HELD_OUT
+        texture = set(TEXTURES) & set(text.split())
+        assert texture <= {sample.scene.background.texture}
+        named += bool(texture)
+        words = re.findall("[a-z]+", text.lower())
+        assert set(words) <= set(vocabulary())
+        assert len(words) <= 38  # the context of its model is 40 with both ends
+    assert 0.6 < named / len(samples) < 0.7
+
+
+def test_textures_of_world_2_are_stronger():
+    """Contrast of the tones in grey levels: at least twice that of world 1 on the average."""
+
+    def contrast(world: int) -> float:
+        backgrounds = [make_sample(0, "val", k, 32, world).scene.background for k in range(100)]
+        return float(np.mean([np.abs(np.subtract(*b.tones)).mean() for b in backgrounds]))
+
+    assert contrast(2) > 2 * contrast(1)
+
+
 @pytest.mark.parametrize(
     ("relation", "holds"),
     [

@@ -44,8 +44,13 @@ def test_the_papers_protocol_is_the_default_for_coco() -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["name=x"], ["name=x", "+exp=smoke"], ["name=x", "data.make.folder=elsewhere"]],
-    ids=["default", "smoke", "other folder"],
+    [
+        ["name=x"],
+        ["name=x", "+exp=smoke"],
+        ["name=x", "data.make.folder=elsewhere"],
+        ["name=x", "data=shapes2"],
+    ],
+    ids=["default", "smoke", "other folder", "world 2"],
 )
 def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> None:
     """Other numbers would have the world rebuilt between the two, or evaluate another one."""
@@ -57,6 +62,16 @@ def test_training_and_evaluation_read_one_shapes_world(overrides: list[str]) -> 
         assert data["make"] == cfg["data"]["make"]
         assert Path(cfg["data"]["shards"]).is_relative_to(data["make"]["folder"])
         assert Path(data["annotations"]).is_relative_to(cfg["data"]["make"]["folder"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_protocol_tells_world_2_from_1(world: int) -> None:
+    """Results of the first world keep the protocol that they have."""
+    names = "[shapes_regions,shapes_retrieval,shapes_choose_regions,shapes_choose_retrieval]"
+    data = "shapes" if world == 1 else "shapes2"
+    cfg = compose("train", ["name=x", f"data={data}", f"evaluator={names}"])
+    for evaluator in build_evaluators(cfg).values():
+        assert evaluator.protocol.get("world") == (None if world == 1 else 2)
 
 
 def test_the_smoke_experiment_takes_other_data() -> None:
