@@ -91,7 +91,7 @@ def _facts(cfg: DictConfig, start: DictConfig, weights: Path) -> Origin:
         run=home.absolute().name,
         step=step_of(weights),
         config_hash=hash_json(settings),
-        scores=scores_of(home),
+        scores=scores_of(home, cfg.alpha),
     )
 
 

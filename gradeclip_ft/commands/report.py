@@ -176,7 +176,8 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
         config = read_config(folder)
         entries = collect([str(folder)], steps="all")
         starts |= {weights_hash(entry): entry for entry in entries if entry.step == 0}
-        results = {entry.step: entry for entry in entries if entry.step}
+        tuned = [entry for entry in entries if entry.facts.get("alpha", 1.0) == 1.0]
+        results = {entry.step: entry for entry in tuned if entry.step}
         if not results:
             raise FileNotFoundError(
                 f"{folder} has no evaluation after step 0; finish it with resume=auto, or "

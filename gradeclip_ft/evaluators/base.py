@@ -68,6 +68,7 @@ def run_all(
     folder: Path,
     run: str | None = None,
     step: int = 0,
+    alpha: float = 1.0,
     command: str | None = None,
     again: bool = True,
     precision: Precision = "float32",
@@ -83,6 +84,7 @@ def run_all(
         folder: Where the results go, `<evaluator>@<step>.json`.
         run: Name of the run the weights come from.
         step: Optimiser steps of the weights.
+        alpha: Share of the tuned weights in them; below 1 it is part of the file's name.
         command: Command line for the record.
         again: Replace results that are there; else those of the same weights and protocol are kept.
         precision: Number type that the model computes in; similarities are float32 all the same.
@@ -97,13 +99,15 @@ def run_all(
     weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
     if loaded.activation_unknown:
         weights["activation"] = "unknown"
+    if alpha != 1.0:
+        weights["alpha"] = alpha
     weights = record(weights)
     settings: dict[str, Json] = {} if precision == "float32" else {"precision": precision}
     if settings:
         loaded.clip.to(getattr(torch, precision))
     results = []
     for evaluator in evaluators.values():
-        path = result_path(folder, evaluator.name, step)
+        path = result_path(folder, evaluator.name, step, alpha)
         fresh = again or not path.exists()
         if fresh:
             measured, seconds = _measure(evaluator, loaded, track)

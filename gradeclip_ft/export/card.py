@@ -77,10 +77,14 @@ class Origin:
     scores: Mapping[str, Scores] = field(default_factory=dict)
 
 
-def scores_of(folder: Path) -> dict[str, Scores]:
-    """First and newest results of a run, by evaluator; empty if it was never evaluated."""
+def scores_of(folder: Path, alpha: float = 1.0) -> dict[str, Scores]:
+    """First and newest results of a run, by evaluator; empty if it was never evaluated.
+
+    Results of the share `alpha` of the tuned weights are taken where there are any.
+    """
     results = [read(path) for path in results_folder(folder).glob("*@*.json")]
-    by_step = sorted(results, key=lambda result: result.step)
+    results = [result for result in results if result.alpha in (1.0, alpha)]
+    by_step = sorted(results, key=lambda result: (result.alpha == alpha, result.step))
     before = {result.evaluator: result for result in by_step if result.step == 0}
     after = {result.evaluator: result for result in by_step if result.step > 0}
     return {name: (before.get(name), after.get(name)) for name in sorted(before.keys() | after)}

@@ -18,6 +18,7 @@ from gradeclip_ft.export.job import Job, Written, state_of, write_json
 from gradeclip_ft.export.openclip import write_openclip
 from gradeclip_ft.export.verify import Inputs
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.models.trace import Foreign
 from gradeclip_ft.results.record import read_mapping
 
 CARD = "README.md"
@@ -151,3 +152,15 @@ def mix(
         else value
         for name, value in tuned.items()
     }
+
+
+@contextmanager
+def mixed(model: Foreign, start: Mapping[str, Tensor], alpha: float) -> Iterator[None]:
+    """For a while, the share `alpha` of the model's weights and the rest of `start`; see `mix`."""
+    tuned = {name: value.clone() for name, value in model.state_dict().items()}
+    there = {name: value.to(tuned[name].device) for name, value in start.items()}
+    model.load_state_dict(mix(there, tuned, alpha))
+    try:
+        yield
+    finally:
+        model.load_state_dict(tuned)

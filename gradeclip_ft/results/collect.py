@@ -23,7 +23,8 @@ class Entry:
     Attributes:
         run: Name of the run; of the model, for weights before training.
         step: Optimiser steps of the weights.
-        facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`; asked fields.
+        facts: What the run was: `map`, `heads`, `stop_gradient`, `loss`, `seed`; asked fields;
+            `alpha` where weights were also mixed with those before training.
         results: By name of the evaluator.
         command: Command line that made the weights.
         published: Whether the numbers are those of a paper.
@@ -115,19 +116,23 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
     """Entries of one folder; weights without a run have no configuration."""
     config = read_mapping(folder / "config.yaml")
     command = read_mapping(folder / "environment.json").get("command")
-    by_step: dict[int, dict[str, Result]] = {}
+    by_weights: dict[tuple[int, float], dict[str, Result]] = {}
     for path in sorted(results_folder(folder).glob("*@*.json")):
         result = read(path)
-        by_step.setdefault(result.step, {})[result.evaluator] = result
-    if not by_step:
+        by_weights.setdefault((result.step, -result.alpha), {})[result.evaluator] = result
+    if not by_weights:
         raise FileNotFoundError(
             f"no result in {results_folder(folder)}; train and evaluate run=NAME write them"
         )
-    last = max(by_step)
-    wanted = {"last": [last], "ends": sorted({0, last} & set(by_step)), "all": sorted(by_step)}
+    last = max(step for step, _ in by_weights)
+    wanted = {"last": [last], "ends": [0, last], "all": [step for step, _ in by_weights]}
     entries = []
-    for step in wanted[steps]:
-        result = next(iter(by_step[step].values()))
+    for (step, _), results in sorted(by_weights.items()):
+        if step not in wanted[steps]:
+            continue
+        result = next(iter(results.values()))
+        several = sum(other == step for other, _ in by_weights) > 1
+        shares: dict[str, Json] = {"alpha": result.alpha} if several else {}
         # The weights before training may be a file: its own name, wherever it lies.
         model = Path(str(result.weights.get("name"))).name
         asked = {name: _at(config, key) if step else None for name, key in fields.items()}
@@ -135,8 +140,8 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
             Entry(
                 run=(result.run or results_folder(folder).name) if step else model,
                 step=step,
-                facts={**_run_facts(config, step), **asked},
-                results=by_step[step],
+                facts={**_run_facts(config, step), **shares, **asked},
+                results=results,
                 command=(command or None) if step else None,
             )
         )

@@ -81,6 +81,11 @@ class Result:
     command: str | None = None
     details: Mapping[str, Json] = field(default_factory=dict)
 
+    @property
+    def alpha(self) -> float:
+        """Share of the tuned weights; the rest are those before training."""
+        return float(str(self.weights.get("alpha", 1.0)))
+
     def write(self, folder: Path) -> Path:
         """Write `<folder>/<evaluator>@<step>.json`, replacing it in one step.
 
@@ -93,15 +98,15 @@ class Result:
                 f"{self.evaluator} at step {self.step}: {', '.join(bad)} is not finite; "
                 "the model gives no usable features"
             )
-        path = result_path(folder, self.evaluator, self.step)
+        path = result_path(folder, self.evaluator, self.step, self.alpha)
         content = masked_texts(asdict(self))
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return path
 
 
-def result_path(folder: Path, evaluator: str, step: int) -> Path:
+def result_path(folder: Path, evaluator: str, step: int, alpha: float = 1.0) -> Path:
     """Path of one evaluation's JSON."""
-    return folder / f"{evaluator}@{step}.json"
+    return folder / f"{evaluator}@{step}{'' if alpha == 1.0 else f'_alpha{alpha:g}'}.json"
 
 
 def read(path: Path) -> Result:

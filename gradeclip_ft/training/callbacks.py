@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from gradeclip_ft.batch import TrainBatch
 from gradeclip_ft.evaluators.base import Evaluator, run_all
+from gradeclip_ft.export.export import mix, mixed
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
 from gradeclip_ft.results.masking import masked_texts
@@ -317,6 +319,8 @@ class Evaluate(pl.Callback):
         after: Whether to evaluate the finished one.
         best: Metric, `EVALUATOR/METRIC`, whose best weights are kept as `best.safetensors`. The
             untouched model is then evaluated in any case, which shows that there is such a metric.
+        alphas: Shares of the tuned weights; the finished model is also evaluated with each, the
+            rest being the weights before training (Wortsman et al., "Robust fine-tuning").
         command: Command line for the results.
         record: What the results hold of protocol, data and weights.
         evaluated: Step of the last evaluation; None before the first.
@@ -330,6 +334,7 @@ class Evaluate(pl.Callback):
     before: bool = True
     after: bool = True
     best: str | None = None
+    alphas: Sequence[float] = ()
     command: str | None = None
     record: Callable[[Any], Any] = masked_texts
     evaluated: int | None = field(default=None, init=False)
@@ -339,6 +344,11 @@ class Evaluate(pl.Callback):
             raise ValueError(f"evaluation.every is {self.every}; give 1 step or more, or null")
         self.before |= self.best is not None
         self._wait = patient_barrier(PATIENCE)
+        self._alphas = [alpha for alpha in self.alphas if alpha != 1.0]
+        for alpha in self._alphas:
+            mix({}, {}, alpha)  # refuses a wrong share now, not after the last step
+        state = self.loaded.clip.model.state_dict() if self._alphas else {}
+        self._start = {key: value.clone() for key, value in state.items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make or check the data, on one process."""
@@ -367,7 +377,8 @@ class Evaluate(pl.Callback):
     def measure(self, trainer: pl.Trainer) -> None:
         """Evaluate the model in this process; results and loggers get the numbers."""
         step = trainer.global_step
-        results = run_all(
+        evaluate = partial(
+            run_all,
             self.evaluators,
             self.loaded,
             folder=self.folder,
@@ -376,6 +387,10 @@ class Evaluate(pl.Callback):
             command=self.command,
             record=self.record,
         )
+        results = evaluate()
+        for alpha in self._alphas if step >= trainer.max_steps else ():
+            with mixed(self.loaded.clip.model, self._start, alpha):
+                evaluate(alpha=alpha)
         found: dict[str, float] = {}
         for result in results:
             logger.info("evaluated %s at step %d in %.1f s", result.evaluator, step, result.seconds)

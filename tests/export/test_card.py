@@ -71,6 +71,12 @@ def test_first_and_newest_results_of_a_run(tmp_path) -> None:
         replace(RESULT, step=step, metrics=metrics).write(tmp_path / "evaluations")
     assert [result and result.step for result in scores_of(tmp_path)["regions"]] == [0, 1000]
     assert scores_of(tmp_path / "evaluations" / "none") == {}
+    weights = {**RESULT.weights, "alpha": 0.85}
+    replace(RESULT, step=1000, weights=weights).write(tmp_path / "evaluations")
+    for alpha in (1.0, 0.85, 0.7):
+        _, after = scores_of(tmp_path, alpha)["regions"]
+        assert after is not None
+        assert (after.step, after.alpha) == (1000, 0.85 if alpha == 0.85 else 1.0)
 
 
 @pytest.mark.parametrize(

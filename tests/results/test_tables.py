@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,18 @@ def test_what_train_and_evaluate_print_has_the_unit_of_each_metric() -> None:
     table = metrics_table({"before": {"boxes/top1": 0.069}, "after": {"rise/seconds": 2.0}})
     lines = [line.split() for line in render(table).splitlines()[2:]]
     assert lines == [["boxes/top1", "%", "6.9"], ["rise/seconds", "s", "2.0000"]]
+
+
+def test_weights_mixed_with_the_start_have_a_row_each(write: Write) -> None:
+    """The whole run first, then by share; runs without mixed weights have no such column."""
+    folder = write("a", 0.5)
+    for alpha, top1 in ((0.7, 0.4), (0.85, 0.45)):
+        result = _result("a", "regions", {"boxes/top1": top1}, 64, 300)
+        replace(result, weights={**result.weights, "alpha": alpha}).write(folder / "evaluations")
+    assert (folder / "evaluations" / "regions@300_alpha0.85.json").exists()
+    entries = collect([str(folder)])
+    told = [
+        (e.step, e.facts.get("alpha"), e.results["regions"].metrics["boxes/top1"]) for e in entries
+    ]
+    assert told == [(0, None, 0.1), (300, 1.0, 0.5), (300, 0.85, 0.45), (300, 0.7, 0.4)]
+    assert "alpha" not in tabulate(collect([str(write("b", 0.5))])).facts

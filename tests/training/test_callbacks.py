@@ -78,6 +78,26 @@ def test_evaluators_run_before_during_and_after(small_run, evaluation, small_cli
     assert (last.run, last.step) == ("run", 8)
 
 
+def test_the_finished_model_is_also_measured_mixed_with_its_start(
+    small_run, evaluation, small_clip
+) -> None:
+    """By the definition of the mean; the run's own weights are the tuned ones."""
+    clip, _, callback, folder = evaluation(alphas=[1.0, 0.75], every=4)
+    start = float(small_clip().log_scale.detach())
+    small_run().train(clip=clip, callbacks=(callback,))
+    tuned = float(clip.log_scale.detach())
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"watch@{step}.json" for step in (0, 4, 8)),
+        "watch@8_alpha0.75.json",
+    }
+    mixed = read(folder / "watch@8_alpha0.75.json")
+    assert mixed.metrics["boxes/top1"] == pytest.approx(0.75 * tuned + 0.25 * start)
+    assert mixed.weights["alpha"] == 0.75
+    assert read(folder / "watch@8.json").metrics["boxes/top1"] == tuned != start
+    with pytest.raises(ValueError, match=r"alpha=1.5 is outside of 0 to 1"):
+        evaluation(alphas=[1.5])
+
+
 def test_the_best_weights_are_kept_beside_the_last(tmp_path) -> None:
     """The value falls and rises; of equal ones the first; another metric begins anew."""
     for step, value in enumerate([0.2, 0.1, 0.5, 0.5]):
