@@ -24,6 +24,7 @@ def compare(
     fields: tuple[str, ...] = (),
     metrics: tuple[str, ...] = tables.MAIN,
     published: tuple[str, ...] = (),
+    interval: bool = False,
     out: str | None = None,
 ) -> None:
     """Print results of runs side by side; rows whose protocol or data differ are marked.
@@ -42,9 +43,13 @@ def compare(
     published=[table7]         rows of the papers: table7, table8, table9, flickr30k_test,
                                regions_1024, instances, follow_up; marked where
                                protocol or data differ
+    interval=true              95 % intervals by bootstrap over images, and a row for the paired
+                               difference of each row from the first; by= is left out
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
                                out=NAME.csv writes that form alone
     """
+    if interval and (by or published):
+        raise ValueError("interval=true is about single runs; leave by= and published= out")
     asked = {}
     for item in fields:
         name, _, key = item.partition("=")
@@ -53,6 +58,10 @@ def compare(
         asked[name] = key
     entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
     table = tables.tabulate([*entries, *papers(published, entries)])
+    if interval:
+        from gradeclip_ft.results.intervals import with_intervals
+
+        table = with_intervals(table, entries)
     table = replace(table, sources=(*table.sources, *published_sources(published)))
     shown = tables.select(tables.grouped(table, by) if by else table, metrics)
     if rows == "methods":
@@ -61,9 +70,15 @@ def compare(
     if out is None:
         return
     lists = {"by": by, "fields": fields, "metrics": metrics, "published": published}
-    given = [f"{name}={value}" for name, value in (("steps", steps), ("rows", rows))]
+    words = {"steps": steps, "rows": rows, "interval": str(interval).lower()}
+    given = [f"{name}={value}" for name, value in words.items()]
     given += [f"{name}=[{','.join(words)}]" for name, words in lists.items()]
-    defaults = ("steps=ends", "rows=weights", f"metrics=[{','.join(tables.MAIN)}]")
+    defaults = (
+        "steps=ends",
+        "rows=weights",
+        "interval=false",
+        f"metrics=[{','.join(tables.MAIN)}]",
+    )
     given = [word for word in given if word not in defaults and not word.endswith("=[]")]
     command = f"python -m gradeclip_ft compare {shlex.join([*runs, *given, f'out={out}'])}"
     notes = ["± is the sample standard deviation over the rows of a group."] if by else []

@@ -28,7 +28,7 @@ ORDER = ("boxes", "thing_masks", "stuff_masks", "image_retrieval", "text_retriev
 MAIN = ("*boxes/top*", "*_masks/top*", "*recall@1", "*/AP50")
 """Metrics that a table shows unless others are asked for; `stuff_boxes` is left out too."""
 
-DEVIATION = " sd"
+DEVIATION, LOW, HIGH = " sd", " low", " high"
 SHORT = {"image_retrieval_recall": "image R", "text_retrieval_recall": "text R"}
 
 
@@ -298,11 +298,14 @@ def _number(row: Row, column: str) -> str:
         return _fact(value)
     metric = str(row.get("metric", column))
     spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    low, high = row.get(column + LOW), row.get(column + HIGH)
+    if isinstance(low, float) and isinstance(high, float):
+        spread += f" [{written(metric, low)}, {written(metric, high)}]"
     return written(metric, value) + spread
 
 
 def _csv(table: Table) -> str:
-    spreads = [metric + DEVIATION for metric in table.metrics]
+    spreads = [metric + end for metric in table.metrics for end in (DEVIATION, LOW, HIGH)]
     spreads = [name for name in spreads if any(row.get(name) is not None for row in table.rows)]
     buffer = io.StringIO()
     names = [*table.facts, *table.metrics, *spreads, "differs"]
