@@ -24,7 +24,7 @@ METHOD = (
 MIT = "MIT, as their publisher states"
 # Model, weights, identifier on the hub, note; the first that matches counts.
 LICENCES = (
-    ("shapes_tiny", "packaged", "apache-2.0", "part of gradeclip_ft, Apache-2.0"),
+    ("shapes*_tiny", "packaged", "apache-2.0", "part of gradeclip_ft, Apache-2.0"),
     ("EVA0*", "merged2b_*", "mit", MIT),
     ("*SigLIP*", "webli", "apache-2.0", "Apache-2.0, as their publisher states"),
     ("*", "openai", "mit", MIT),

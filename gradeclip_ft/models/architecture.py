@@ -21,7 +21,7 @@ from torch import nn
 from gradeclip_ft.models.tower import resample_positions
 from gradeclip_ft.models.trace import Foreign
 
-PACKAGED = ("shapes_tiny",)
+PACKAGED = ("shapes_tiny", "shapes2_tiny")
 ASSETS = resources.files("gradeclip_ft") / "assets"
 CONFIG_NAME = "open_clip_config.json"
 WORDS_NAME = "vocabulary.json"

