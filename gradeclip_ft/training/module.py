@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives.base import Composed, Objective
+from gradeclip_ft.training.cache import FrozenCache
 from gradeclip_ft.training.optim import freeze
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -41,6 +42,7 @@ class FineTuneModule(pl.LightningModule):
             None.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Backend of `torch.compile` for the transformer blocks; None compiles nothing.
+        cache: Folder for what frozen blocks and a frozen text tower compute; see `FrozenCache`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class FineTuneModule(pl.LightningModule):
         image_blocks: int | None = None,
         grad_checkpointing: bool = False,
         compile: str | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         objective.check(clip)
@@ -74,6 +77,12 @@ class FineTuneModule(pl.LightningModule):
         )
         if isinstance(objective, Composed):
             objective.begin(clip)
+        self._cache = None if cache is None else FrozenCache(clip, cache)
+        if self._cache is not None:
+            self._cache.serve(clip)
+            if self._cache.serves(getattr(objective, "explainer", None)):
+                for teacher in getattr(objective, "teachers", {}).values():
+                    self._cache.serve(teacher.clip)
         if grad_checkpointing:
             clip.set_grad_checkpointing()
         if compile is not None:
@@ -81,6 +90,8 @@ class FineTuneModule(pl.LightningModule):
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
         """Total loss of the objective, its parts, and the make-up of the batch."""
+        if self._cache is not None:
+            self._cache.watch(batch.images)
         terms = self.objective(self.clip, batch)
         # DDP wants every parameter in the graph, also a temperature that this objective ignores
         loss = terms.total + 0.0 * self.clip.log_scale

@@ -1,0 +1,102 @@
+"""What frozen parts compute, kept on disk, against the plain run."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from gradeclip_ft.explain.game import Game
+from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.losses import AlignmentOptions
+from gradeclip_ft.objectives.crops import Crops
+from gradeclip_ft.objectives.global_local import GlobalLocal
+from gradeclip_ft.objectives.keep import Keep
+from gradeclip_ft.training.module import FineTuneModule
+from gradeclip_ft.training.optim import adamw, warmup_cosine
+from tests.training.conftest import make_batch, small_clip
+
+FROZEN = {"image_blocks": 1, "train_text": False}
+
+
+def objective(explainer: Any) -> GlobalLocal:
+    frozen_maps: dict[str, Any] = {"maps_from": "start", "phrase_weight": "none"}
+    return GlobalLocal(
+        explainer,
+        AlignmentOptions(kind="contrastive"),
+        terms={"keep": Keep(2.0), "crops": Crops(3.0, grids=(2,))},
+        **frozen_maps,
+    )
+
+
+def losses(explainer: Any, cache: str | None) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Six steps over three batches, and the passes through the first, frozen block."""
+    clip, passes = small_clip(), []
+    module = FineTuneModule(
+        clip,
+        objective(explainer),
+        optimizer=partial(adamw, lr=1e-2),
+        schedule=partial(warmup_cosine, warmup=1, steps=6),
+        cache=cache,
+        **FROZEN,
+    )
+    clip.model.visual.transformer.resblocks[0].register_forward_hook(
+        lambda *call: passes.append(call[2])
+    )
+    module.train()
+    optimizer = module.configure_optimizers()["optimizer"]
+    found = []
+    for step in range(6):
+        torch.manual_seed(step)
+        loss = module.training_step(make_batch(step % 3), step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found, clip.model.state_dict(), len(passes)
+
+
+@pytest.mark.parametrize("explainer", [GradEclip(create_graph=False), Game(), Game(layers="last")])
+def test_a_cached_run_is_the_plain_run(explainer: Any, tmp_path: Any) -> None:
+    """Losses and weights, with a teacher, maps of one layer or of all, and crops.
+
+    The second run computes no frozen block of the student again.
+    """
+    plain, weights, passes = losses(explainer, None)
+    assert plain[0] != plain[3]  # something was learned between two visits
+    for visit in ("first", "again"):
+        cached, same, count = losses(explainer, str(tmp_path))
+        assert cached == pytest.approx(plain, rel=1e-5), visit
+        for name, value in weights.items():
+            torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-5)
+        assert count <= 3 if visit == "first" else count == 0  # the teacher may have come first
+    assert passes == 6
+
+
+def test_other_frozen_weights_have_files_of_their_own(tmp_path: Any) -> None:
+    """A cache of another model would be a wrong number without a word."""
+    losses(GradEclip(create_graph=False), str(tmp_path))
+    other = small_clip()
+    with torch.no_grad():
+        other.model.visual.conv1.weight.mul_(1.5)
+    module = FineTuneModule(
+        other,
+        objective(GradEclip(create_graph=False)),
+        optimizer=partial(adamw, lr=1e-2),
+        schedule=partial(warmup_cosine, warmup=1, steps=6),
+        cache=str(tmp_path),
+        **FROZEN,
+    )
+    module.training_step(make_batch(0), 0)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_needs_something_that_is_frozen(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"frozen blocks compute; set optim.image_blocks"):
+        FineTuneModule(
+            small_clip(),
+            objective(GradEclip(create_graph=False)),
+            optimizer=partial(adamw, lr=1e-2),
+            schedule=partial(warmup_cosine, warmup=1, steps=6),
+            cache=str(tmp_path),
+        )
