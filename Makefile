@@ -41,6 +41,11 @@ detector: $(VENV)/installed-dev
 	$(RUN) train +exp=detector_shapes name=detector_gradeclip init_from=start_gradeclip
 	$(RUN) compare 'runs/detector_*' steps=last out=results/detector
 
+# results/recipes: every recipe of conf/exp/lab, three seeds, in the shapes world and on photos
+# (PHOTOS=FOLDER); an hour of one core for a seed. Stopped, it goes on where it was.
+lab: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lab
+
 # The tables of results/speed.md; about 40 minutes of one core that has nothing else to do.
 speed: $(VENV)/installed-dev
 	for what in 'step model=ViT-B-16' 'step model=EVA02-B-16' 'memory model=ViT-B-16' 'memory model=EVA02-B-16' \

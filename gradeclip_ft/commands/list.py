@@ -8,7 +8,7 @@ from pathlib import Path
 from gradeclip_ft.commands.config import ConfigurationError, conf_dir, groups, options, suggest
 
 # Groups whose list is called as their folder, without an s.
-UNCOUNTED = ("data", "debug", "methods", "optim", "exp/maps", "exp/photos")
+UNCOUNTED = ("data", "debug", "methods", "optim", "exp/lab", "exp/maps", "exp/photos")
 
 
 def list_options(what: str = "groups") -> None:

@@ -1,0 +1,64 @@
+"""The laboratory: masks for phrases, and the table of runs that are on disk."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gradeclip_ft.data.shapes import PROMPT, make_sample
+from gradeclip_ft.models.load import load_clip
+from tests.results.test_intervals import result
+from tools import lab
+
+
+def test_true_maps_are_the_masks_of_what_a_phrase_names() -> None:
+    """Each phrase's map sums to the cells of its object; what names nothing gets no map."""
+    sample = make_sample(0, "train", 7)
+    thing = sample.scene.things[0]
+    texts = [thing.name, f"{sample.scene.background.texture} background", "left side"]
+    batch = SimpleNamespace(
+        images=torch.zeros(1, 3, 64, 64),
+        keys=("shard/000000008",),
+        distinct=load_clip("shapes_tiny").tokenizer([PROMPT.format(text) for text in texts]),
+        phrase=torch.arange(3),
+        owner=torch.zeros(3, dtype=torch.long),
+    )
+    step: Any = SimpleNamespace(batch=batch, dense=torch.zeros(1, 8, 8, 4))
+    maps = lab.true_maps(None, step)  # type: ignore[arg-type]
+    owner = torch.from_numpy(sample.drawing.owner)
+    expected = [(owner == number).float().view(8, 8, 8, 8).mean((1, 3)) for number in (1, 0)]
+    torch.testing.assert_close(maps[0], expected[0])
+    torch.testing.assert_close(maps[1], expected[1])
+    assert maps[2].abs().sum() == 0
+
+
+def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -> None:
+    """Two seeds of two recipes: mean, deviation, and the difference from ordinary."""
+    values = {"ordinary": (0.4, 0.5), "game": (0.6, 0.8)}
+    for recipe, numbers in values.items():
+        for seed, number in enumerate(numbers):
+            folder = tmp_path / "runs" / f"lab_shapes_{recipe}_{seed}"
+            for step in (0, 10):
+                one = result(seed=seed, step=step)
+                metrics = {"boxes/top1": number if step else 0.1}
+                replace(one, metrics=metrics, run=folder.name).write(folder / "evaluations")
+            (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed}))
+            facts = {"patch_cosine": 0.9, "step_seconds": 1.0 if recipe == "ordinary" else 1.5}
+            (folder / "done").write_text(json.dumps(facts))
+    lab.write(tmp_path / "runs", tmp_path / "recipes")
+    rows = json.loads((tmp_path / "recipes.json").read_text())
+    told = {row["recipe"]: row for row in rows if row["part"].endswith("reported split")}
+    assert told["untouched"]["boxes/top1"] == 0.1
+    assert told["game"]["boxes/top1"] == pytest.approx(0.7)
+    assert told["game"]["boxes/top1 sd"] == pytest.approx(0.1 * 2**0.5)
+    assert (told["game"]["seeds"], told["game"]["time"]) == (2, "1.50")
+    assert told["- ordinary"]["boxes/top1"] == pytest.approx(0.25)
+    assert told["- ordinary"]["boxes/top1 low"] <= told["- ordinary"]["boxes/top1 high"]
+    assert (
+        "| game | 1.0 | 2 | 1.50 | 0.900 | 70.0 ± 14.1 [" in (tmp_path / "recipes.md").read_text()
+    )

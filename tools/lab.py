@@ -1,0 +1,295 @@
+"""The laboratory: every recipe of conf/exp/lab and seed, in each world, to one table.
+
+    python -m tools.lab                                     all rows of both worlds, three seeds
+    python -m tools.lab worlds=[shapes] seeds=[0]           one world, one seed
+    python -m tools.lab rows=[ordinary,game] worlds=[shapes2]
+
+A row is a training run, runs/lab_WORLD_RECIPE_SEED; what is finished is kept, what was interrupted
+goes on, so the command can be stopped and typed again. `results/recipes.md` holds what is there:
+means over seeds with their deviation, and 95 % intervals over images. The photos need PHOTOS=FOLDER
+(see conf/exp/photos/ordinary.yaml). The row `true_mask` pools every phrase by the mask that the
+shapes world drew: what a map can bring at most.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from gradeclip_ft.__main__ import main
+from gradeclip_ft.commands.build import build_clip
+from gradeclip_ft.commands.cli import call
+from gradeclip_ft.commands.config import options
+from gradeclip_ft.commands.runs import read_config
+from gradeclip_ft.data.shapes import make_sample, vocabulary
+from gradeclip_ft.data.shapes_scenes import COLOURS, SHAPES
+from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.objectives.global_local import GlobalLocal
+from gradeclip_ft.objectives.step import Step
+from gradeclip_ft.ops.similarity import unit
+from gradeclip_ft.results.collect import Entry, collect
+from gradeclip_ft.results.intervals import ENDS, bootstrap
+from gradeclip_ft.results.record import write_atomically
+from gradeclip_ft.results.table import DEVIATION, HIGH, LOW, Row, Table, render
+from gradeclip_ft.training.run_files import METRICS_JSONL, WEIGHTS, read_lines
+
+ORDINARY, TRUE_MASK = "ordinary", "true_mask"
+PICTURES = 16  # of the evaluation, whose patches are compared with those of the start model
+COLUMNS = (
+    *("boxes/top1", "boxes/top5", "boxes/rest_top1", "boxes/mrr", "boxes/micro_top1"),
+    *("boxes/colour_given_shape", "boxes/shape_given_colour", "thing_masks/top1"),
+    *("thing_masks/top5", "stuff_masks/top1", "stuff_masks/among_stuff_top1"),
+    *("image_retrieval_recall@1", "text_retrieval_recall@1"),
+)
+
+
+def lab(
+    *,
+    rows: tuple[str, ...] = (),
+    worlds: tuple[str, ...] = ("shapes", "photos"),
+    seeds: tuple[str, ...] = ("0", "1", "2"),
+    runs_dir: Path = Path("runs"),
+    out: Path = Path("results/recipes"),
+) -> None:
+    """Train what is missing, seed by seed, and write the table after every seed of a world.
+
+    rows=[ordinary,game]    recipes; all of conf/exp/lab without it
+    worlds=[shapes,photos]  shapes, shapes2, photos
+    """
+    known = {world: recipes(world) for world in worlds}
+    if unknown := set(rows).difference(*known.values()):
+        raise ValueError(f"no recipe {', '.join(sorted(unknown))}; there are {known}")
+    for seed in seeds:
+        for world in worlds:
+            for recipe in [row for row in rows or known[world] if row in known[world]]:
+                folder = runs_dir / f"lab_{world}_{recipe}_{seed}"
+                if not (folder / "done").exists():
+                    run(world, recipe, seed, folder)
+            write(runs_dir, out)
+
+
+def recipes(world: str) -> list[str]:
+    """Of a world, ordinary fine-tuning first; the second shapes world has those of the first."""
+    prefix = f"{world.removesuffix('2')}_"
+    found = [name.removeprefix(prefix) for name in options("exp/lab") if name.startswith(prefix)]
+    own = [TRUE_MASK] if world.startswith("shapes") else []
+    return [ORDINARY, *(name for name in found if name != ORDINARY), *own]
+
+
+def run(world: str, recipe: str, seed: str, folder: Path) -> None:
+    """One training run in a process of its own, then how far its patches went."""
+    chosen = "game" if recipe == TRUE_MASK else recipe
+    arguments = [f"+exp/lab={world.removesuffix('2')}_{chosen}", f"seed={seed}"]
+    arguments += [f"name={folder.name}", f"runs_dir={folder.parent}", "resume=auto"]
+    arguments += ["trainer.threads=1", f"evaluation.before={str(recipe == ORDINARY).lower()}"]
+    if world == "shapes2":
+        arguments += ["data=shapes2", "model=shapes2_tiny"]
+    module = ["tools.lab", TRUE_MASK] if recipe == TRUE_MASK else ["gradeclip_ft"]
+    print(f"{folder.name}: {' '.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", *module, "train", *arguments], check=False)
+    if done.returncode:
+        print(f"{folder.name} ended with {done.returncode}", flush=True)
+        return
+    facts = {"patch_cosine": patch_cosine(folder), "step_seconds": step_seconds(folder)}
+    write_atomically(folder / "done", json.dumps(facts) + "\n")
+
+
+@torch.no_grad()
+def patch_cosine(folder: Path) -> float:
+    """Mean cosine between a patch of F_d and the same patch by the start model."""
+    cfg = read_config(folder)
+    start = build_clip(cfg)
+    tuned = build_clip(replace_weights(cfg, folder / WEIGHTS))
+    evaluator = next(node for key, node in cfg.evaluator.items() if "retrieval" in str(key))
+    files = sorted(Path(str(evaluator.data.images)).iterdir())[:PICTURES]
+    pixels = start.transform(train=False).stack(files)
+    both = [unit(model.clip.image.trace(pixels).dense()) for model in (start, tuned)]
+    return float((both[0] * both[1]).sum(-1).mean())
+
+
+def replace_weights(cfg: Any, weights: Path) -> Any:
+    """The same configuration, begun from other weights."""
+    changed = cfg.copy()
+    changed.init_from = str(weights)
+    return changed
+
+
+def step_seconds(folder: Path) -> float:
+    """Median time of a step without waiting for data."""
+    lines = read_lines(folder / METRICS_JSONL)
+    every = int(read_config(folder).trainer.log_every)
+    times = [
+        (line["seconds"] - line["data_seconds"]) / every for line in lines if "seconds" in line
+    ]
+    return float(statistics.median(times))
+
+
+def write(runs_dir: Path, out: Path) -> None:
+    """The table of everything that is finished, one part per world, and a JSON with every row."""
+    parts = ["# Recipes", "", "Made by", "", "    make lab", "", *HEAD.splitlines(), ""]
+    kept: list[dict[str, Any]] = []
+    for world in ("shapes", "shapes2", "photos"):
+        folders = sorted(path.parent for path in runs_dir.glob(f"lab_{world}_*_*/done"))
+        groups = grouped(world, folders)
+        if not groups:
+            continue
+        for title, chosen in TITLES[world].items():
+            rows = list(table_rows(groups, chosen))
+            columns = [name for name in COLUMNS if any(name in row for row in rows)]
+            facts = ("recipe", "alpha", "seeds", "time", "patch cosine")
+            table = Table(facts, tuple(columns), tuple(rows))
+            parts += [f"## {title}", "", render(table, "markdown")]
+            kept += [{"world": world, "part": title, **row} for row in rows]
+    write_atomically(out.parent / f"{out.name}.md", "\n".join(parts).rstrip() + "\n")
+    content = json.dumps(kept, indent=1, ensure_ascii=False)
+    write_atomically(out.parent / f"{out.name}.json", content + "\n")
+
+
+HEAD = """\
+Metrics in percent: mean over the seeds, ± their sample deviation, and in brackets 95 % of 1,000
+draws of images. `alpha` is the share of the tuned weights, the rest are the start weights. `time`
+is that of a step relative to ordinary fine-tuning of the same seed, `patch cosine` the mean cosine
+between a patch and the same patch by the start model. Rows `- ordinary` are paired differences from
+ordinary fine-tuning with the same alpha, over the same draws."""
+TITLES: Mapping[str, Mapping[str, str]] = {
+    "shapes": {"Shapes world, reported split": "", "Shapes world, choosing split": "choose"},
+    "shapes2": {"Shapes world 2, reported split": "", "Shapes world 2, choosing split": "choose"},
+    "photos": {"Photos": ""},
+}
+Group = tuple[str, float | None]  # recipe and alpha; None before training
+
+
+def grouped(world: str, folders: Sequence[Path]) -> dict[Group, list[tuple[Entry, dict[str, Any]]]]:
+    """Entries of all seeds by recipe and share, with what `done` says; the untouched first."""
+    found: dict[Group, list[tuple[Entry, dict[str, Any]]]] = {}
+    order = {name: place for place, name in enumerate(recipes(world))}
+    for folder in sorted(folders, key=lambda path: order.get(recipe_of(world, path), 99)):
+        facts = json.loads((folder / "done").read_text())
+        for entry in collect([str(folder)]):
+            if not entry.step:
+                found.setdefault(("untouched", None), [(entry, {})])
+                continue
+            alpha = float(str(entry.facts.get("alpha", 1.0)))
+            found.setdefault((recipe_of(world, folder), alpha), []).append((entry, facts))
+    return dict(sorted(found.items(), key=lambda item: item[0][1] is not None))
+
+
+def recipe_of(world: str, folder: Path) -> str:
+    """lab_WORLD_RECIPE_SEED."""
+    return folder.name.removeprefix(f"lab_{world}_").rpartition("_")[0]
+
+
+def table_rows(
+    groups: Mapping[Group, Sequence[tuple[Entry, dict[str, Any]]]], chosen: str
+) -> Iterator[Row]:
+    """A row for every recipe, and one for its difference from ordinary fine-tuning."""
+    draws = {
+        group: [drawn(entry, chosen) for entry, _ in members] for group, members in groups.items()
+    }
+    values = {
+        group: [numbers(entry, chosen) for entry, _ in members] for group, members in groups.items()
+    }
+    seconds = [facts["step_seconds"] for _, facts in groups.get((ORDINARY, 1.0), [])]
+    for group, members in groups.items():
+        recipe, alpha = group
+        row: Row = {"recipe": recipe, "alpha": alpha, "seeds": len(members) if alpha else None}
+        own = [facts["step_seconds"] for _, facts in members if facts]
+        if own and seconds and alpha == 1.0:
+            row["time"] = f"{statistics.fmean(own) / statistics.fmean(seconds):.2f}"
+            cosines = [facts["patch_cosine"] for _, facts in members]
+            row["patch cosine"] = f"{statistics.fmean(cosines):.3f}"
+        ordinary: Group = (ORDINARY, alpha)
+        difference: Row = {"recipe": "- ordinary", "alpha": alpha}
+        for metric in values[group][0]:
+            each = [some[metric] for some in values[group]]
+            row[metric] = statistics.fmean(each)
+            if len(each) > 1:
+                row[metric + DEVIATION] = statistics.stdev(each)
+            spread = mean_draws(draws[group], metric)
+            row |= ends(metric, spread)
+            if ordinary in groups and group != ordinary:
+                base = statistics.fmean(some[metric] for some in values[ordinary])
+                difference[metric] = statistics.fmean(each) - base
+                difference |= ends(metric, spread - mean_draws(draws[ordinary], metric))
+        yield row
+        if ordinary in groups and group != ordinary:
+            yield difference
+
+
+def numbers(entry: Entry, chosen: str) -> dict[str, float]:
+    """Metrics of the evaluators of one split."""
+    return {
+        metric: value
+        for name, result in entry.results.items()
+        if ("choose" in name) == bool(chosen)
+        for metric, value in result.metrics.items()
+        if metric in COLUMNS
+    }
+
+
+def drawn(entry: Entry, chosen: str) -> dict[str, Any]:
+    """Draws of the same metrics."""
+    return {
+        metric: values
+        for name, result in entry.results.items()
+        if ("choose" in name) == bool(chosen)
+        for metric, values in bootstrap(replace(result, metrics=numbers(entry, chosen))).items()
+    }
+
+
+def mean_draws(draws: Sequence[Mapping[str, Any]], metric: str) -> Any:
+    """Mean over the seeds in every draw of images."""
+    return np.mean([some[metric] for some in draws], axis=0)
+
+
+def ends(metric: str, draws: Any) -> Row:
+    """The interval of a metric."""
+    low, high = np.percentile(draws, ENDS)
+    return {metric + LOW: float(low), metric + HIGH: float(high)}
+
+
+def true_maps(objective: GlobalLocal, step: Step) -> Tensor:
+    """In place of heat maps: masks of the phrases on the grid of patches, (P, h, w).
+
+    A scene is drawn again from its key. A phrase means every object with the colour and the shape
+    that it names, or the background; other phrases ("the left side") get an empty map.
+    """
+    del objective
+    batch, grid = step.batch, (step.dense.shape[1], step.dense.shape[2])
+    side = batch.images.shape[-1]
+    index = [int(key.rpartition("/")[2]) - 1 for key in batch.keys]
+    samples = [make_sample(0, "train", each, side, 2 if side == 128 else 1) for each in index]
+    words = {int(load_clip("shapes_tiny").tokenizer([word])[0, 1]): word for word in vocabulary()}
+    named = [{words.get(number) for number in ids} for ids in batch.distinct.tolist()]
+    maps = []
+    for row, image in zip(batch.phrase.tolist(), batch.owner.tolist(), strict=True):
+        colours, shapes = named[row] & set(COLOURS), named[row] & set(SHAPES)
+        meant = [
+            place
+            for place, thing in enumerate(samples[image].scene.things, 1)
+            if (colours or shapes) and colours <= {thing.colour} and shapes <= {thing.shape}
+        ]
+        if "background" in named[row]:
+            meant = [0]
+        mask = np.isin(samples[image].drawing.owner, meant).astype(np.float32)
+        maps.append(adaptive_avg_pool2d(torch.from_numpy(mask)[None], grid)[0])
+    return torch.stack(maps) if maps else step.dense.new_zeros(0, *grid)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [TRUE_MASK]:
+        setattr(GlobalLocal, "maps", true_maps)  # noqa: B010
+        del sys.argv[1]
+        main()
+    call(lab, sys.argv[1:])
