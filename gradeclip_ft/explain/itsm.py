@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -22,9 +23,11 @@ class Itsm:
 
     Attributes:
         reverse: 1 - M, of the map from 0 to 1.
+        projections: Checkpoint of a run of ICLIP, whose φ'_i and φ'_t come before the cosine.
     """
 
     reverse: bool = False
+    projections: str | None = None
     depth: int | None = 1
     heads: Heads = "all"
 
@@ -32,7 +35,26 @@ class Itsm:
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Similarity of every token, from 0 to 1 over the explained ones."""
-        rows = unit(record.opened.head(record.tokens.detach()))
+        rows = record.opened.head(record.tokens.detach())
+        if self.projections is not None:
+            of_images, of_texts = _read(self.projections)
+            rows, target = rows @ of_images.to(rows), target @ of_texts.to(target)
+        rows, target = unit(rows), unit(target)
         similarity = torch.bmm(rows, target.unsqueeze(2)).squeeze(2)
         scaled = min_max(similarity, record.explained)
         return 1 - scaled if self.reverse else scaled
+
+
+@cache
+def _read(checkpoint: str) -> tuple[Tensor, Tensor]:
+    """φ'_i and φ'_t.
+
+    Raises:
+        ValueError: The run trained another objective.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    names = [f"objective.map_{side}.0" for side in ("image", "text")]
+    if any(name not in state for name in names):
+        raise ValueError(f"{checkpoint} is not of a run with objective=iclip; use explainer itsm")
+    first, second = (state[name].clone() for name in names)
+    return first, second

@@ -18,6 +18,8 @@ from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.objectives.step import Step, Teacher
 from gradeclip_ft.ops.similarity import unit
 
+FEW = 8  # images of a batch whose patches are compared with those of the start model
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -151,12 +153,14 @@ def gram_distance(
 
 @torch.no_grad()
 def drift(step: Step) -> dict[str, Tensor]:
-    """How far dense features went from those of the start model.
+    """How far dense features of a few images went from those of the start model.
 
     `patch_cosine` is the mean cosine of a patch with itself at the start; `patch_gram` the mean
     squared change of the cosines between patches of an image: it grows when they collapse.
     """
-    now, start = step.dense.detach(), step.teacher("start").dense
+    # A few images: with stored maps, this is all that the copy has to look at.
+    now, images = step.dense[:FEW].detach(), step.batch.images[:FEW]
     with step.single_precision():
+        start = step.teacher("start").clip.image.trace(images).dense()
         cosine = (unit(now) * unit(start)).sum(-1).mean()
         return {"patch_cosine": cosine, "patch_gram": gram_distance(now, start)}

@@ -17,7 +17,11 @@ from gradeclip_ft.explain.base import explain_image, heat_from_trace
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.clip import Clip, LoadedClip
 from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.objectives.base import Composed, Term
+from gradeclip_ft.objectives.crops import Crops
 from gradeclip_ft.objectives.global_local import GlobalLocal
+from gradeclip_ft.objectives.keep import Keep
+from gradeclip_ft.objectives.mosaic import Mosaic
 from gradeclip_ft.ops.heatmap import pool_heatmap
 
 PAIRS = {
@@ -128,6 +132,23 @@ def test_the_whole_step_costs_less_than_open_clip_s(
         objective(loaded.clip, batch).total.backward()
 
     assert flops(ours) <= 0.96 * flops(theirs)
+
+
+@pytest.mark.parametrize(
+    ("term", "share"), [(Mosaic(grids=(2,)), 1.35), (Keep(), 1.4), (Crops(per_image=1), 1.75)]
+)
+def test_terms_cost_a_part_of_an_ordinary_step(
+    term: Term, share: float, loaded: LoadedClip, batch: CaptionBatch
+) -> None:
+    """A quarter of the images again; a teacher's pass; a teacher's pass and its crops."""
+    clip = loaded.require_clip("trained")
+    objective = Composed(terms={"term": term})
+    objective.begin(clip)
+
+    def run(objective: Composed) -> int:
+        return flops(lambda: objective(clip, batch).total.backward())
+
+    assert run(objective) <= share * run(Composed())
 
 
 @pytest.mark.parametrize(("count", "share"), [(10, 1.02), (64, 1.08)])
