@@ -24,7 +24,6 @@ class Track(Protocol):
 
     def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
         """The same items."""
-        ...
 
 
 def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
@@ -45,20 +44,16 @@ class Evaluator(Protocol):
     @property
     def name(self) -> str:
         """Name of its result file; carries the image size where that decides the numbers."""
-        ...
 
     @property
     def protocol(self) -> dict[str, Json]:
         """The settings that change the numbers, as far as they are known without a model."""
-        ...
 
     def prepare(self) -> None:
         """Make or check the data; cheap when all is there, and run by one process only."""
-        ...
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
-        ...
 
 
 def run_all(
@@ -110,7 +105,9 @@ def run_all(
         path = result_path(folder, evaluator.name, step, alpha)
         fresh = again or not path.exists()
         if fresh:
-            measured, seconds = _measure(evaluator, loaded, track)
+            start = time.perf_counter()
+            with evaluating(loaded.clip):
+                measured = evaluator(loaded, track=track)
             result = Result(
                 evaluator=evaluator.name,
                 metrics=measured.metrics,
@@ -120,7 +117,7 @@ def run_all(
                 versions=versions(),
                 run=run,
                 step=step,
-                seconds=seconds,
+                seconds=round(time.perf_counter() - start, 2),
                 command=command,
                 details=record(measured.details),
             )
@@ -147,14 +144,6 @@ def placement(clip: ImageTextModel) -> tuple[torch.device, torch.dtype]:
     """Device and type that images must have."""
     parameter = next(clip.model.parameters())
     return parameter.device, parameter.dtype
-
-
-def _measure(evaluator: Evaluator, loaded: LoadedClip, track: Track) -> tuple[Measured, float]:
-    """What the evaluator says, and the seconds it took."""
-    start = time.perf_counter()
-    with evaluating(loaded.clip):
-        measured = evaluator(loaded, track=track)
-    return measured, round(time.perf_counter() - start, 2)
 
 
 def _same(path: Path, protocol: Mapping[str, Json], weights: Mapping[str, Json]) -> Result:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from gradeclip_ft.data.files import ImageSet
 from gradeclip_ft.evaluators.base import Track, evaluating, placement
@@ -20,7 +21,6 @@ SENTENCES = 256  # encoded at a time
 def encode_pairs(
     loaded: LoadedClip,
     pairs: ImageSet,
-    *,
     batch_size: int,
     text_batch_size: int,
     workers: int,
@@ -39,33 +39,19 @@ def encode_pairs(
             tokens.append(batch.texts)
             owners.append(batch.owner + seen)
             seen += len(batch.images)
-        texts = _encode_texts(loaded, tokens, text_batch_size, track, name)
-    return torch.cat(images), texts, torch.cat(owners).to(texts.device)
-
-
-def _encode_texts(
-    loaded: LoadedClip, tokens: Sequence[Tensor], size: int, track: Track, name: str
-) -> Float[Tensor, "T D"]:
-    """Unit embeddings of all captions; equal captions are encoded once, so that they tie exactly.
-
-    Sorted by length and cut after the longest of a batch, where that is exact.
-    """
-    device, _ = placement(loaded.clip)
-    width = max(ids.shape[1] for ids in tokens)
-    pad = loaded.tokenizer.pad
-    ids = torch.cat(
-        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad) for part in tokens]
-    )
-    distinct, row = torch.unique(ids, dim=0, return_inverse=True)
-    length = loaded.tokenizer.lengths(distinct)
-    order = length.argsort(stable=True)
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
-    found = []
-    for part in track(parts, f"{name}: captions", len(parts)):
-        cut = int(length[part].max()) if loaded.tokenizer.exact_cut else width
-        found.append(unit(loaded.clip.text.encode(distinct[part, :cut].to(device))))
-    embedded = torch.cat(found)[order.argsort().to(device)]
-    return embedded[row.to(device)]
+        # Equal captions are encoded once, so that they tie exactly; sorted by length, and cut after
+        # the longest of a batch where that is exact.
+        width, pad = max(ids.shape[1] for ids in tokens), loaded.tokenizer.pad
+        same = [functional.pad(ids, (0, width - ids.shape[1]), value=pad) for ids in tokens]
+        distinct, row = torch.unique(torch.cat(same), dim=0, return_inverse=True)
+        length = loaded.tokenizer.lengths(distinct)
+        order = length.argsort(stable=True)
+        parts, found = torch.split(order, text_batch_size), []
+        for part in track(parts, f"{name}: captions", len(parts)):
+            cut = int(length[part].max()) if loaded.tokenizer.exact_cut else width
+            found.append(unit(loaded.clip.text.encode(distinct[part, :cut].to(device))))
+    texts = torch.cat(found)[order.argsort().to(device)][row.to(device)]
+    return torch.cat(images), texts, torch.cat(owners).to(device)
 
 
 def encode_classes(

@@ -160,17 +160,12 @@ def phrases_of(batch: RegionBatch) -> Phrases:
     pairs, row = torch.unique(
         torch.stack([batch.owner, batch.labels], 1), dim=0, return_inverse=True
     )
-    masks = _unions(batch.masks, row, len(pairs))
-    objects = _unions(batch.masks, batch.owner, len(batch.images))
+    empty = batch.masks.new_zeros(1, *batch.masks.shape[1:])
+    masks = empty.repeat(len(pairs), 1, 1).index_add_(0, row, batch.masks) > 0
+    objects = empty.repeat(len(batch.images), 1, 1).index_add_(0, batch.owner, batch.masks) > 0
     kept = masks.flatten(1).any(1)
     owner, labels = pairs[kept].T
     return Phrases(owner, labels, masks[kept], objects[owner], int((~kept).sum()))
-
-
-def _unions(
-    masks: Float[Tensor, "R H W"], group: Int[Tensor, " R"], groups: int
-) -> Bool[Tensor, "G H W"]:
-    return masks.new_zeros(groups, *masks.shape[1:]).index_add_(0, group, masks) > 0
 
 
 def _scores(
@@ -349,7 +344,11 @@ def chosen(
 
 def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
     """The settings of each method, as plain JSON."""
-    told = {name: _settings(method) for name, method in explainers.items()}
+    told = {}
+    for name, method in explainers.items():
+        values = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
+        kept = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        told[name] = {"method": type(method).__name__, **kept}
     plain: dict[str, Json] = json.loads(json.dumps(told))
     return plain
 
@@ -359,9 +358,3 @@ def require_float32(clip: ImageTextModel, name: str) -> None:
     _, dtype = placement(clip)
     if dtype != torch.float32:
         raise ValueError(f"{name} explains in float32, the model is {dtype}; set precision=float32")
-
-
-def _settings(method: Explainer) -> dict[str, Json]:
-    values = {entry.name: getattr(method, entry.name) for entry in fields(method)}  # type: ignore[arg-type]
-    kept = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-    return {"method": type(method).__name__, **kept}

@@ -47,13 +47,7 @@ class RetrievalEvaluator:
         """Measure one model."""
         pairs = self.data()
         images, texts, owner = encode_pairs(
-            loaded,
-            pairs,
-            batch_size=self.batch_size,
-            text_batch_size=self.text_batch_size,
-            workers=self.workers,
-            track=track,
-            name=self.name,
+            loaded, pairs, self.batch_size, self.text_batch_size, self.workers, track, self.name
         )
         number = torch.arange(len(images), device=images.device)
         found = {
@@ -121,13 +115,7 @@ class ChoiceEvaluator:
         """Measure one model."""
         pairs = self.data()
         images, texts, owner = encode_pairs(
-            loaded,
-            pairs,
-            batch_size=self.batch_size,
-            text_batch_size=self.text_batch_size,
-            workers=self.workers,
-            track=track,
-            name=self.name,
+            loaded, pairs, self.batch_size, self.text_batch_size, self.workers, track, self.name
         )
         scores = (images[owner] * texts).sum(1).view(-1, 2).cpu()
         require_finite(scores)

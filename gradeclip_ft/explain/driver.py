@@ -93,27 +93,26 @@ def heat_maps(
     owner: Int[Tensor, " P"],
 ) -> dict[str, Float[Tensor, "P h w"]]:
     """Maps of every target by every method that the model supports, from one pass."""
+
+    def layers(name: str) -> float:  # of the record that a method reads
+        method = supported.methods[name]
+        if not isinstance(method, RecordExplainer):
+            return 0.0
+        return inf if method.depth is None else float(method.depth)
+
     # Methods with passes of their own go over the phrases themselves: RISE has one set of masked
     # pictures for all. The others share what they read, those with the deepest record first.
-    depth = {name: _depth(method) for name, method in supported.methods.items()}
-    deepest_first = sorted(depth, key=lambda name: -depth[name])
-    alone = [name for name in depth if isinstance(supported.methods[name], InputExplainer)]
-    sharing = [name for name in deepest_first if name not in alone]
+    methods = supported.methods.items()
+    alone = [name for name, method in methods if isinstance(method, InputExplainer)]
+    sharing = sorted((n for n in supported.methods if n not in alone), key=layers, reverse=True)
     parts = list(zip(torch.split(target, ROWS), torch.split(owner, ROWS), strict=True))
-    found: dict[str, list[Tensor]] = {name: [] for name in depth}
+    found: dict[str, list[Tensor]] = {name: [] for name in supported.methods}
     for names, chunks in ((sharing, parts), (alone, [(target, owner)])):
         for some, of in chunks:
             work = partial(shared.heat, target=some, owner=of)
             for name, heat in supported.run(work, names).items():
                 found[name].append(heat)
     return {name: torch.cat(found[name]) for name in supported.methods}
-
-
-def _depth(method: Explainer) -> float:
-    """Layers of the record that a method reads."""
-    if not isinstance(method, RecordExplainer):
-        return 0.0
-    return inf if method.depth is None else float(method.depth)
 
 
 @dataclass(frozen=True)

@@ -254,10 +254,9 @@ def set_image_size(model: Foreign, size: int | Sequence[int] | None) -> None:
 
     Sides that are not a multiple of the patch are left to the caller's check.
     """
-    visual = model.visual
     if size is None:
         return
-    height, width = pair(size)
+    visual, (height, width) = model.visual, pair(size)
     if isinstance(visual, VisionTransformer):
         grid = (height // visual.patch_size[0], width // visual.patch_size[1])
         if min(grid) < 1:

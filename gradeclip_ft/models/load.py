@@ -167,17 +167,13 @@ def _read(
     text = architecture.model_cfg["text_cfg"]
     table = state.get("positional_embedding", state.get("text.positional_embedding"))
     own = text.get("context_length", 77)
-    if (
-        table is not None
-        and len(table) != own
-        and len(table) <= MOST_TOKENS
-        and not text.get("embed_cls")
-    ):
+    length = own if table is None or text.get("embed_cls") else len(table)
+    if length != own and length <= MOST_TOKENS:
         log.warning(
             "%s has %d text positions instead of the %d of %s; texts are read up to there",
-            *(weights, len(table), own, name),
+            *(weights, length, own, name),
         )
-        cfg = {**architecture.model_cfg, "text_cfg": {**text, "context_length": len(table)}}
+        cfg = {**architecture.model_cfg, "text_cfg": {**text, "context_length": length}}
         architecture = replace(architecture, model_cfg=cfg, registered=False)
     model = architecture.build()
     set_image_size(model, image_size)

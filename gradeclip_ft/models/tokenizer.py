@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,14 @@ def words_of(tokenizer: Foreign, text: str) -> list[Word]:
         ends = [tokenizer.decoder[piece].endswith(ENDS) for piece in pieces]
         firsts, join = [True, *ends[:-1]], tokenizer.decode
     elif hasattr(inner, "convert_ids_to_tokens"):
-
-        def split(text: str) -> list[str]:
-            ids = inner(text, add_special_tokens=False, truncation=False)["input_ids"]
-            found: list[str] = inner.convert_ids_to_tokens(ids)
-            return found
-
-        pieces = split(tokenizer.clean_fn(text))
         # One piece may carry no mark in either style; a text of two words tells which it is.
-        marked = any(piece.startswith(STARTS) for piece in [*pieces, *split("a a")])
+        pieces, two = (
+            inner.convert_ids_to_tokens(
+                inner(words, add_special_tokens=False, truncation=False)["input_ids"]
+            )
+            for words in (tokenizer.clean_fn(text), "a a")
+        )
+        marked = any(piece.startswith(STARTS) for piece in [*pieces, *two])
         firsts = [
             piece.startswith(STARTS) if marked else not piece.startswith(CONTINUES)
             for piece in pieces
@@ -117,9 +117,7 @@ class Tokenizer:
         ids = self._ids(texts)
         if not (trim and self.exact_cut):
             return ids
-        longest = int(self.lengths(ids).max())
-        length = -(-longest // MULTIPLE) * MULTIPLE
-        return ids[:, : min(length, ids.shape[1])]
+        return ids[:, : -(-int(self.lengths(ids).max()) // MULTIPLE) * MULTIPLE]
 
     def _ids(self, texts: Sequence[str]) -> Int[Tensor, "M L"]:
         """At the full context; texts that came before, as phrases do, are looked up."""
@@ -157,12 +155,8 @@ class Tokenizer:
         """
         words = words_of(self.tokenize, text)
         room = self.context_length - int(self.lengths(self.tokenize([""]))[0])
-        kept = 0
-        for word in words:
-            room -= word.pieces
-            if room < 0:
-                break
-            kept += 1
+        ends = accumulate(word.pieces for word in words)
+        kept = sum(end <= room for end in ends)
         return words[:kept], " ".join(word.text for word in words[kept:])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
+from gradeclip_ft.models.trace import UnsupportedTowerError
 
 THINGS = tuple(f"thing {n}" for n in range(12))
 STUFF = tuple(f"stuff {n}" for n in range(5))
@@ -38,7 +40,6 @@ class World:
 
     @property
     def panoptic(self) -> dict[str, str]:
-        """Where the panoptic files are, as options of `CocoRegions`."""
         return {
             "annotations": str(self.folder / "panoptic.json"),
             "images": str(self.folder / "images"),
@@ -47,7 +48,6 @@ class World:
 
     @property
     def captions(self) -> dict[str, str]:
-        """Where the captions are, as options of `CaptionFile`."""
         return {
             "annotations": str(self.folder / "captions.json"),
             "images": str(self.folder / "images"),
@@ -60,16 +60,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     Every picture has two captions, "main N" and "second N" for the labels of its first regions.
     """
-    return make_world(tmp_path_factory.mktemp("world"), pictures=18)
-
-
-def make_world(folder: Path, *, pictures: int) -> World:
-    """Write the files."""
+    folder = tmp_path_factory.mktemp("world")
     random = np.random.default_rng(0)
     for name in ("images", "segments"):
         (folder / name).mkdir()
     images, annotations, captions, rectangles = [], [], [], {}
-    for number in range(pictures):
+    for number in range(18):
         height, width = SIZES[number % len(SIZES)]
         cut_x = round(width * random.uniform(0.4, 0.6))
         cut_y = round(height * random.uniform(0.4, 0.6))
@@ -113,22 +109,17 @@ def make_world(folder: Path, *, pictures: int) -> World:
     return World(folder, rectangles)
 
 
+@dataclass
 class Reader:
     """An image tower that reads the class of every patch from its colour.
 
     A token holds, for each class, the share of its pixels in that colour.
     """
 
-    unexplained = None
-
-    def __init__(
-        self, patch: int, *, blind: bool = False, shift: int = 0, whole: bool = False
-    ) -> None:
-        self.patch = patch
-        self.whole = whole
-        self.blind = blind
-        self.shift = shift
-        self.calls: list[int] = []
+    patch: int
+    blind: bool = False
+    whole: bool = False
+    unexplained: None = None
 
     def dense(self, images: Tensor) -> Tensor:
         how = Preprocessing()
@@ -147,10 +138,9 @@ class Reader:
         if self.blind:
             generator = torch.Generator().manual_seed(int(images.shape[0]))
             return torch.randn(share.shape, generator=generator)
-        return share.roll(self.shift, dims=2)
+        return share
 
     def trace(self, images: Tensor) -> SimpleNamespace:
-        self.calls.append(len(images))
         assert not torch.is_grad_enabled()
         return SimpleNamespace(dense=lambda: self.dense(images))
 
@@ -159,7 +149,6 @@ class Reader:
 
         With `whole` the share of each class in the picture.
         """
-        self.calls.append(len(images))
         if self.whole:
             return self.dense(images).mean((1, 2))
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)
@@ -168,8 +157,8 @@ class Reader:
 class Names:
     """A text tower that knows the class names: one axis each."""
 
-    def __init__(self, width: int = len(NAMES), table: Tensor | None = None) -> None:
-        self.table = torch.eye(width) if table is None else table
+    def __init__(self, table: Tensor | None = None) -> None:
+        self.table = torch.eye(len(NAMES)) if table is None else table
         self.rows = 0
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -204,20 +193,13 @@ Load = Callable[..., LoadedClip]
 
 @pytest.fixture
 def load() -> Load:
-    """Build a model: `load(size=224, patch=16, blind=False, shift=0, whole=False, table=None)`."""
+    """Build a model: `load(size=224, patch=16, table=None, blind=False, whole=False)`."""
 
     def build(
-        size: int = 224,
-        patch: int = 16,
-        *,
-        blind: bool = False,
-        shift: int = 0,
-        whole: bool = False,
-        table: Tensor | None = None,
+        size: int = 224, patch: int = 16, *, table: Tensor | None = None, **how: bool
     ) -> LoadedClip:
-        reader = Reader(patch, blind=blind, shift=shift, whole=whole)
         return LoadedClip(
-            clip=FakeClip(reader, Names(table=table)),
+            clip=FakeClip(Reader(patch, **how), Names(table)),
             tokenizer=Tokenizer(number_in, 6),
             preprocessing=Preprocessing(resize="squash"),
             image_size=(size, size),
@@ -225,6 +207,26 @@ def load() -> Load:
         )
 
     return build
+
+
+def said_to(loaded: LoadedClip) -> list[str]:
+    """The sentences that reach the text tower from now on."""
+    said: list[str] = []
+    tokenize = loaded.tokenizer.tokenize
+    object.__setattr__(
+        loaded.tokenizer, "tokenize", lambda texts: [said.extend(texts), tokenize(texts)][1]
+    )
+    return said
+
+
+@dataclass(frozen=True)
+class Unable:
+    """A method that this tower cannot do."""
+
+    images_only: ClassVar[bool] = True
+
+    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
+        raise UnsupportedTowerError("this tower has no such layer")
 
 
 def modes(clip: nn.Module) -> Sequence[bool]:

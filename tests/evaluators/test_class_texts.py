@@ -1,14 +1,13 @@
 """The sentences that reach the text tower, name by name, against the rule as it is written down."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.evaluators.regions import RegionEvaluator
-from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.text.prompts import VILD, fill
+from tests.evaluators.conftest import Load, said_to
 
 # In three columns, each read from top to bottom, then the next.
 WRITTEN = """
@@ -71,15 +70,9 @@ def test_every_sentence_of_a_name_follows_the_rule(name: str) -> None:
     assert [fill(template, name) for template in VILD] == [by_rule(t, name) for t in written()]
 
 
-def test_the_tower_reads_them_class_by_class(
-    world: Any, load: Callable[..., LoadedClip], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_reads_them_class_by_class(world: Any, load: Load) -> None:
     """A table by templates instead of classes would average the wrong sentences."""
-    loaded, said = load(), []
-    tokenize = loaded.tokenizer.tokenize
-    object.__setattr__(
-        loaded.tokenizer, "tokenize", lambda texts: [said.extend(texts), tokenize(texts)][1]
-    )
+    said = said_to(loaded := load())
     RegionEvaluator("r", CocoRegions(**world.panoptic))(loaded)
     assert said[:2] == ["There is a thing 0 in the scene.", "There is the thing 0 in the scene."]
     assert said[63] == "There is a thing 1 in the scene."

@@ -18,7 +18,7 @@ from gradeclip_ft.explain.itsm import Itsm
 from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.models.trace import UnsupportedTowerError
-from tests.evaluators.conftest import NAMES, Load, World, modes
+from tests.evaluators.conftest import NAMES, Load, Unable, World, modes
 
 PROMPT = "a photo of the {}"
 
@@ -43,14 +43,6 @@ class Flat(Knowing):
 
     def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
         return torch.full((len(owner), 4, 4), 0.3)
-
-
-@dataclass(frozen=True)
-class Unable(Knowing):
-    """A method that this tower cannot do."""
-
-    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
-        raise UnsupportedTowerError("this tower has no such layer")
 
 
 def evaluator(world: World, explainers: Any, **options: Any) -> LocalisationEvaluator:

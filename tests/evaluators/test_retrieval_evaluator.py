@@ -1,7 +1,6 @@
 """Retrieval through the whole pipeline, with models whose answers are known."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor
 from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.evaluators.pairs import RetrievalEvaluator
 from gradeclip_ft.models.clip import LoadedClip
-
-Load = Callable[..., LoadedClip]
+from tests.evaluators.conftest import Load
 
 
 def evaluator(world: Any, **options: Any) -> RetrievalEvaluator:

@@ -1,6 +1,5 @@
 """Several evaluators on one model: files, what is kept, what is refused."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import torch
 from gradeclip_ft.evaluators.base import Track, evaluating, run_all, untracked
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.results.record import Json, Measured, read
-
-Load = Callable[..., LoadedClip]
+from tests.evaluators.conftest import Load, modes
 
 
 @dataclass
@@ -38,12 +36,8 @@ def test_each_evaluator_writes_its_file_with_weights_and_versions(
     run_all({"a": one, "b": two}, loaded, folder=tmp_path, run="r", step=30, command="c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one@30.json", "two@30.json"]
     result = read(tmp_path / "two@30.json")
-    assert (result.metrics, result.run, result.step, result.command) == (
-        {"top1": 0.5},
-        "r",
-        30,
-        "c",
-    )
+    assert result.metrics == {"top1": 0.5}
+    assert (result.run, result.step, result.command) == ("r", 30, "c")
     assert result.weights == {"name": "fake", "hash": loaded.weights_hash}
     assert {"torch", "gradeclip_ft", "python"} <= set(result.versions)
 
@@ -89,16 +83,16 @@ def test_two_evaluators_of_one_name_are_refused(load: Load, tmp_path: Path) -> N
 
 def test_modes_come_back_after_an_error(load: Load) -> None:
     clip = load().clip
-    before = [module.training for module in clip.modules()]
+    before = modes(clip)
 
     def fail() -> None:
         with evaluating(clip):
-            assert not any(module.training for module in clip.modules())
+            assert not any(modes(clip))
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         fail()
-    assert [module.training for module in clip.modules()] == before
+    assert modes(clip) == before
 
 
 def test_half_precision_is_part_of_the_protocol(load: Load, tmp_path: Path) -> None:

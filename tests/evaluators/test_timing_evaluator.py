@@ -14,8 +14,7 @@ from gradeclip_ft.evaluators.maps import TimingEvaluator
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.rollout import Rollout
 from gradeclip_ft.models.load import load_clip
-from gradeclip_ft.models.trace import UnsupportedTowerError
-from tests.evaluators.conftest import Load
+from tests.evaluators.conftest import Load, Unable
 
 CALLS: list[float] = []
 TICK = 0.001  # what every look at the clock takes, and so every call
@@ -31,14 +30,6 @@ class Sleeping:
     def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
         CALLS.append(self.naps)
         return torch.zeros(len(owner), 4, 4)
-
-
-@dataclass(frozen=True)
-class Unable(Sleeping):
-    """A method that this tower cannot do."""
-
-    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
-        raise UnsupportedTowerError("not this tower")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +87,7 @@ def test_slow_methods_have_fewer_rounds_and_at_least_one(load: Load) -> None:
 def test_what_a_tower_cannot_do_is_left_out_and_said(load: Load) -> None:
     methods = {"unable": Unable(), "nap": Sleeping(0.001)}
     measured = TimingEvaluator("timing", methods, rounds=1)(load(64, 16))
-    assert measured.details["left_out"] == {"unable": "not this tower"}
+    assert measured.details["left_out"] == {"unable": "this tower has no such layer"}
     assert "unable/seconds" not in measured.metrics
 
 

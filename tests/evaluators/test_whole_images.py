@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from gradeclip_ft.data.labelled import ClassFolders, ClassShards
 from gradeclip_ft.data.pairs import CaptionChoices
 from gradeclip_ft.evaluators.pairs import ChoiceEvaluator
 from gradeclip_ft.evaluators.zero_shot import ZeroShotEvaluator
-from gradeclip_ft.models.clip import LoadedClip
-from tests.evaluators.conftest import colour_of
+from tests.evaluators.conftest import Load, colour_of, said_to
 
-Load = Callable[..., LoadedClip]
 LABELS = (0, 0, 0, 1, 2, 2)
 PLAIN = ["a photo of a {}."]
 
@@ -93,12 +90,7 @@ def test_imagenet_has_its_names_and_templates(folders: ClassFolders, load: Load)
     """ViLD's "This is" would spoil the templates."""
     with pytest.raises(ValueError, match="1000 class names for 17 classes of the data"):
         evaluator(folders, class_names="imagenet")(load(whole=True))
-    said: list[str] = []
-    loaded = load(whole=True)
-    tokenize = loaded.tokenizer.tokenize
-    object.__setattr__(
-        loaded.tokenizer, "tokenize", lambda texts: [said.extend(texts), tokenize(texts)][1]
-    )
+    said = said_to(loaded := load(whole=True))
     evaluator(folders, templates="imagenet")(loaded)
     assert len(said) == 80 * 17
     assert said[0] == "a bad photo of a n00."

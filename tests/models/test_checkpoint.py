@@ -120,12 +120,9 @@ def test_a_truncated_file_is_named(name: str, tiny_vit: Clip, tmp_path: Path) ->
         read_state(file)
 
 
-def test_a_missing_file_says_what_may_be_given(tmp_path: Path) -> None:
+def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist"):
         read_state(tmp_path / "nothing.pt")
-
-
-def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "notes.pt")
     with pytest.raises(ValueError, match="expected tensors by name"):
         read_state(tmp_path / "notes.pt")

@@ -189,8 +189,7 @@ def load_classifier(
 
 
 Found: TypeAlias = tuple[Foreign, Preprocessing, int | Sequence[int], tuple[str, ...] | None]
-"""A library's module, how its pixels are made, their size, and the names of its classes if known.
-"""
+"""A library's module, how its pixels are made, their size, and the names of its classes."""
 
 
 def _from_timm(name: str, weights: str | None, count: int | None) -> Found:
@@ -290,12 +289,10 @@ def _with_weights(
                 "the file as weights="
             ) from error
     if weights is None or (not Path(weights).exists() and not Path(weights).suffix):
-        wrong = f"no weights given for {name}"
-        if weights is not None:
-            wrong = f"{name} has no weights tag {weights!r}"
+        wrong = f"no weights tag {weights!r}" if weights else "no weights given"
         more = f", ... {len(tags)} in all" if len(tags) > TAGS_SHOWN else ""
         known = (", ".join(tags[:TAGS_SHOWN]) or "none is published") + more
-        raise ValueError(f"{wrong}; choose a tag ({known}), a file, or `random`")
+        raise ValueError(f"{name}: {wrong}; choose a tag ({known}), a file, or `random`")
     tensors = read_tensors(weights)
     model = build(tensors)
     load_exactly(model, tensors, weights)

@@ -98,12 +98,6 @@ def transformer_text_tower(text: Foreign) -> Tower:
         embeddings: Tensor = projection(rows) if linear else rows @ projection
         return embeddings
 
-    def pass_of(
-        tokens: Tensor, query: Tensor | None, explained: Tensor, mask: Tensor | None
-    ) -> Pass:
-        checkpointed = transformer.grad_checkpointing
-        return Pass(tokens, layers, head, query, explained, mask=mask, checkpointed=checkpointed)
-
     def open_pass(x: Int[Tensor, "M L"]) -> Pass:
         _check_length(x.shape[1], context, None if cuts_exactly else POOLING[pool])
         dtype = transformer.get_cast_dtype()
@@ -111,8 +105,9 @@ def transformer_text_tower(text: Foreign) -> Tower:
         if class_token:  # after the words, so that a causal mask lets it see all of them
             rows = torch.cat([rows, text.cls_emb.to(dtype).expand(len(x), 1, -1)], dim=1)
         tokens = rows + text.positional_embedding[: rows.shape[1]].to(dtype)
-        mask = mask_of(x)
-        return pass_of(tokens, query_of(x), words_of(x, mask), mask)
+        mask, checkpointed = mask_of(x), transformer.grad_checkpointing
+        query, words = query_of(x), words_of(x, mask)
+        return Pass(tokens, layers, head, query, words, mask=mask, checkpointed=checkpointed)
 
     def encode_packed(packed: PackedTexts) -> Float[Tensor, "M D"]:
         dtype = transformer.get_cast_dtype()
@@ -120,7 +115,9 @@ def transformer_text_tower(text: Foreign) -> Tower:
         places = text.positional_embedding.to(dtype)[packed.position]
         tokens = text.token_embedding(packed.ids).to(dtype) + places  # (R, T, W)
         mask = torch.zeros_like(packed.hidden, dtype=dtype).masked_fill(packed.hidden, -torch.inf)
-        opened = pass_of(tokens, None, torch.ones_like(packed.ids, dtype=torch.bool), mask)
+        words = torch.ones_like(packed.ids, dtype=torch.bool)
+        checkpointed = transformer.grad_checkpointing
+        opened = Pass(tokens, layers, head, None, words, mask=mask, checkpointed=checkpointed)
         # All layers run natively, the last one too: in a packed row most tokens end no text, and
         # `end` picks those that do, (R, T, W) to (M, W).
         rows = opened.run(tokens, 0, len(layers)).flatten(0, 1)
