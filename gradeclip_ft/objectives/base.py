@@ -158,9 +158,7 @@ def drift(step: Step) -> dict[str, Tensor]:
     `patch_cosine` is the mean cosine of a patch with itself at the start; `patch_gram` the mean
     squared change of the cosines between patches of an image: it grows when they collapse.
     """
-    # A few images: with stored maps, this is all that the copy has to look at.
-    now, images = step.dense[:FEW].detach(), step.batch.images[:FEW]
+    now, start = step.dense[:FEW].detach(), step.teacher("start").dense_of_first(FEW)
     with step.single_precision():
-        start = step.teacher("start").clip.image.trace(images).dense()
         cosine = (unit(now) * unit(start)).sum(-1).mean()
         return {"patch_cosine": cosine, "patch_gram": gram_distance(now, start)}

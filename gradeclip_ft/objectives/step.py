@@ -130,6 +130,13 @@ class View:
         with torch.no_grad(), self._step.single_precision():
             return self._pass.trace.dense()
 
+    def dense_of_first(self, count: int) -> Float[Tensor, "K h w D"]:
+        """F_d of at most so many images, which are seen alone where nothing else asked for all."""
+        if "trace" in vars(self._pass):
+            return self.dense[:count]
+        with torch.no_grad(), self._step.single_precision():
+            return self.clip.image.trace(self._step.batch.images[:count]).dense()
+
     @cached_property
     def captions(self) -> Float[Tensor, "B D"]:
         """Of the captions."""
