@@ -169,6 +169,7 @@ def test_doctor_says_whether_a_detector_could_be_trained(
     monkeypatch.chdir(tmp_path)
     assert doctor(compose("train", ["name=a", "+exp=detector_shapes"])) == 0
     assert "instances_train.json is made when training starts" in capsys.readouterr().out
-    missing = ["data.boxes.make=null", "data.boxes.annotations=none.json"]
-    assert doctor(compose("train", ["name=a", "+exp=detector_shapes", *missing])) == 1
+    missing = ["make=null", "annotations=none.json", "images=none"]
+    words = [f"data.boxes.{word}" for word in missing]
+    assert doctor(compose("train", ["name=a", "+exp=detector_shapes", *words])) == 1
     assert "no annotation file none.json" in capsys.readouterr().out
