@@ -6,24 +6,26 @@ tokenizer and transform, the run's folder) is added here by keyword.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gradeclip_ft.commands.config import (
     NODE_KEYS,
     ConfigurationError,
     as_written,
+    check,
     check_node,
+    compose,
     recorded,
     suggest,
 )
-from gradeclip_ft.commands.runs import resolve_weights
+from gradeclip_ft.commands.runs import read_config, resolve_weights
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.data.detection import DetectionTrainData
     from gradeclip_ft.evaluators.base import Evaluator
+    from gradeclip_ft.explain.base import Explainer
     from gradeclip_ft.models.clip import LoadedClip
     from gradeclip_ft.training.callbacks import Evaluate
     from gradeclip_ft.training.data_module import CaptionDataModule
@@ -104,6 +107,20 @@ def build_clip(cfg: DictConfig) -> LoadedClip:
     return loaded
 
 
+def build_run(run: str | Path, runs_dir: str | Path = "runs") -> LoadedClip:
+    """The model that a run has saved: of its folder or name, or beside a file of weights in it.
+
+    Raises:
+        FileNotFoundError: There is no such run, or it has saved no weights yet.
+        ValueError: Its files are damaged.
+    """
+    weights = resolve_weights(run, runs_dir)
+    model = read_config(weights.parent).model
+    return build_clip(
+        OmegaConf.create({"model": model, "init_from": str(weights), "runs_dir": runs_dir})
+    )
+
+
 def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData | DetectionTrainData:
     """Captioned images, tokenised and sized for the model; for a detector, images with boxes."""
     from gradeclip_ft.detection.detector import Detector
@@ -151,6 +168,33 @@ def require_kind(cfg: DictConfig, detects: bool) -> None:
 def build_evaluators(cfg: DictConfig) -> dict[str, Evaluator]:
     """Evaluators by their key below `evaluator`."""
     return {str(key): make(node, "evaluator") for key, node in (cfg.get("evaluator") or {}).items()}
+
+
+def build_evaluator(name: str, settings: Sequence[str] = ()) -> Evaluator:
+    """An evaluator by the name of its file in conf/evaluator.
+
+    Args:
+        name: Of the file.
+        settings: As on the command line, below the evaluator's own name.
+
+    Raises:
+        ConfigurationError: There is none of that name, or no such setting.
+    """
+    given = [f"++evaluator.{name}.{setting}" for setting in settings]
+    cfg = compose("evaluate", [f"evaluator=[{name}]", *given])
+    check(cfg, "evaluate")
+    return build_evaluators(cfg)[name]
+
+
+def build_explainers(names: Sequence[str]) -> dict[str, Explainer]:
+    """Methods by the names of their files in conf/explainer.
+
+    Raises:
+        ConfigurationError: There is none of a name; names the closest one.
+    """
+    chosen = [f"+explainer@explainer.{name}={name}" for name in names]
+    cfg = compose("explain", ["images=", *chosen])
+    return {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
 
 
 def require_evaluator(cfg: DictConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -116,8 +117,13 @@ def compose(
 
 
 def _composed(command: str, overrides: Sequence[str]) -> DictConfig:
-    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
-        return hydra_compose(command, list(overrides), return_hydra_config=True)
+    outer = GlobalHydra.instance().hydra  # of a program that is composed by Hydra and calls us
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+            return hydra_compose(command, list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def run_name(choices: Node, suffix: str = "") -> str:

@@ -14,35 +14,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from torch import Tensor
 
-from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.build import build_clip, make
+from gradeclip_ft.commands.build import build_run, make
 from gradeclip_ft.commands.cli import progress_bar
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import (
     Explained,
+    Seen,
     Supported,
     explain_pictures,
     explain_sentences,
-    pixels_of,
-    to_display_image,
+    see,
+    targets_of,
+    warn_of_cuts,
 )
 from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.page import case_of, explanation_page, in_words
 from gradeclip_ft.images import IMAGE_SUFFIXES, ImageError, images_in
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.other.classifier import LoadedImageModel as Loaded
-from gradeclip_ft.report.content import Case, Page, Words
+from gradeclip_ft.report.content import Case, Words
 from gradeclip_ft.report.figures import draw_still, overlay
 from gradeclip_ft.report.page import write_page
-from gradeclip_ft.results.record import versions
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
 
 AT_A_TIME = 8  # pictures
-HIDDEN = ("_target_", "create_graph")  # of a method's settings on the page
 PAGE, MAPS, SENTENCES = "index.html", "maps.npz", "words.json"
 log = logging.getLogger(__name__)
 
@@ -85,42 +85,57 @@ def explain(cfg: DictConfig) -> None:
     inputs = read_inputs(cfg)
     loaded = _load(cfg)
     loaded.image_model.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    words: dict[str, Explainer] = {}
+    word_methods: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
-        warn_truncated_texts(inputs, loaded)
-        words = {
+        warn_of_cuts(loaded, [text for one in inputs for text in [*one.sentences, *one.prompted]])
+        word_methods = {
             str(name): make(cfg.words[name], "words") for name in cfg.explainer if name in cfg.words
         }
-    methods = {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
-    skip = len(methods) > 1
-    if cfg.per_head:
-        heads = range(loaded.image_model.image.heads)
-        methods |= {f"head {head}": GradEclip(heads="all", head=head) for head in heads}
-    supported = Supported(methods, loaded, skip=skip)
+    words = word_methods
+    explainers = {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
+    count = loaded.image_model.image.heads if cfg.per_head else 0
+    heads = {f"head {head}": GradEclip(heads="all", head=head) for head in range(count)}
+    supported = Supported(explainers | heads, loaded, skip=len(explainers) > 1)
     out, cases = Path(cfg.out), []
     portions = [inputs[at : at + AT_A_TIME] for at in range(0, len(inputs), AT_A_TIME)]
     for portion in progress_bar(portions, "explaining", len(portions)):
         some: list[ExplainInput] = []
-        pixels: list[Tensor] = []
+        seen: list[Seen] = []
         for item in portion:
             try:
-                pixels.append(pixels_of(loaded, item.file, cfg.geometry, cfg.shortest))
+                seen.append(see(loaded, item.file, cfg.geometry, cfg.shortest))
                 some.append(item)
             except (ImageError, FileNotFoundError) as error:  # broken, or a dangling link
                 if len(inputs) == 1:
                     raise
                 log.warning("left out: %s", error)
         targets = [_targets(loaded, item) for item in some]
-        found = explain_pictures(loaded, pixels, targets, supported)
+        found = explain_pictures(loaded, seen, targets, supported)
         read = _sentences(loaded, some, found, words)
         for item, explained, sentences in zip(some, found, read, strict=True):
-            case = _case(loaded, explained, item, sentences)
+            case = case_of(
+                loaded,
+                explained,
+                item.phrases,
+                source=item.file.name,
+                caption=item.caption,
+                sentences=sentences,
+            )
             _write(out / item.folder, case, explained)
             cases.append(case)
             words = {name: words[name] for one in sentences[:1] for name in one.values}
     if not cases:
         raise ValueError(f"none of the {len(inputs)} pictures can be read")
-    print(_page(cfg, loaded, cases, out))
+    settings = {
+        **({"weights": str(cfg.run)} if cfg.run else {}),
+        "prompt": str(cfg.prompt),
+        "geometry": in_words(loaded, cfg.geometry, cfg.shortest),
+        **({"heads": "Grad-ECLIP's defaults with heads=all, one head each"} if heads else {}),
+    }
+    page = explanation_page(loaded, cases, settings, explainers, word_methods)
+    if cfg.picture is not None:
+        draw_still(cases, page.methods, Path(cfg.picture), columns=24, each=3)
+    print(write_page(page, out / PAGE))
 
 
 def read_inputs(cfg: DictConfig) -> list[ExplainInput]:
@@ -203,37 +218,20 @@ def slug(text: str) -> str:
     return name.decode(errors="ignore") or "phrase"
 
 
-def warn_truncated_texts(inputs: Sequence[ExplainInput], loaded: LoadedClip) -> None:
-    """Log what of the texts the model cannot read."""
-    texts = [text for item in inputs for text in [*item.sentences, *item.prompted]]
-    for text in dict.fromkeys(texts):
-        read, cut = loaded.tokenizer.words(text)
-        if cut:
-            length, end = loaded.tokenizer.context_length, " ".join(w.text for w in read[-3:])
-            log.warning(
-                "%s reads %d tokens; it leaves out '%s' after '%s'", loaded.name, length, cut, end
-            )
-
-
 def _load(cfg: DictConfig) -> Loaded:
-    if cfg.run is None:
-        loaded: Loaded = make(cfg.model, "model")
-        return loaded
-    weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
-    model = runs.read_config(weights.parent).model
-    start = {"model": model, "runs_dir": cfg.runs_dir, "init_from": str(weights)}
-    return build_clip(OmegaConf.create(start))
+    if cfg.run is not None:
+        return build_run(cfg.run, cfg.runs_dir)
+    loaded: Loaded = make(cfg.model, "model")
+    return loaded
 
 
 def _targets(loaded: Loaded, item: ExplainInput) -> Tensor:
-    """What the maps of a picture are for: texts, or classes."""
-    if isinstance(loaded, LoadedClip):
-        return loaded.encode_texts(item.prompted)
-    if item.caption:
+    is_clip = isinstance(loaded, LoadedClip)
+    if item.caption and not is_clip:
         raise ValueError(
             f"{loaded.name} knows classes, not captions; give class names as phrases=[...]"
         )
-    return loaded.targets(item.phrases)
+    return targets_of(loaded, item.prompted if is_clip else item.phrases)
 
 
 def _sentences(
@@ -252,21 +250,6 @@ def _sentences(
     return [[next(read) for _ in item.sentences] for item in inputs]
 
 
-def _case(
-    loaded: Loaded, explained: Explained, item: ExplainInput, sentences: Sequence[Words]
-) -> Case:
-    kind = "cosine" if isinstance(loaded, LoadedClip) else "logit"
-    return Case(
-        image=to_display_image(explained.pixels, loaded).numpy(),
-        phrases=item.phrases,
-        heat={method: heat.numpy() for method, heat in explained.heat.items()},
-        caption=item.caption,
-        source=item.file.name,
-        scores=[f"{kind} {value:.3f}".replace("-", "−") for value in explained.score.tolist()],
-        sentences=sentences,
-    )
-
-
 def _write(folder: Path, case: Case, explained: Explained) -> None:
     """Overlays, arrays and the values of words of one picture."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,45 +262,3 @@ def _write(folder: Path, case: Case, explained: Explained) -> None:
     read = [one for one in case.sentences if one.values and one.words]
     lines = [{"words": list(o.words), "cut": o.cut, "values": dict(o.values)} for o in read]
     (folder / SENTENCES).write_text(json.dumps(lines, ensure_ascii=False, indent=1), "utf-8")
-
-
-def _page(cfg: DictConfig, loaded: Loaded, cases: Sequence[Case], out: Path) -> Path:
-    """The page, and the sheet of all maps if one is asked for."""
-    methods = [name for name in cases[0].heat if all(name in case.heat for case in cases)]
-    settings = {
-        "model": loaded.name,
-        "weights": str(cfg.run or loaded.weights or "its own"),
-        "hash of weights": loaded.weights_hash[:16],
-        "prompt": str(cfg.prompt),
-        "geometry": f"aspect, shorter side at most {cfg.shortest} pixels"
-        if cfg.geometry == "aspect"
-        else f"model, {loaded.image_size[1]} x {loaded.image_size[0]} pixels",
-    }
-    if cfg.per_head:
-        settings["heads"] = "Grad-ECLIP's defaults with heads=all, one head each"
-    words = {name for case in cases for one in case.sentences for name in one.values}
-    facts = {
-        "Settings": settings,
-        "Methods": {
-            name: _settings(cfg.explainer[name]) for name in cfg.explainer if name in methods
-        },
-        "Words": {name: _settings(cfg.words[name]) for name in cfg.words if name in words},
-        "Versions": versions(),
-    }
-    page = Page(
-        title="What the match is made of",
-        intro="Where a picture matches a phrase, and which words make it match.",
-        methods=methods,
-        first=methods[0],
-        kind="Method",
-        cases=cases,
-        facts={heading: listed for heading, listed in facts.items() if listed},
-    )
-    if cfg.picture is not None:
-        draw_still(cases, methods, Path(cfg.picture), columns=24, each=3)
-    return write_page(page, out / PAGE)
-
-
-def _settings(node: DictConfig) -> str:
-    pairs = [(str(key), value) for key, value in node.items() if key not in HIDDEN]
-    return ", ".join(f"{key} {value}" for key, value in pairs) or "no settings"

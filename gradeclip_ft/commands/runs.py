@@ -233,6 +233,13 @@ def read_config(folder: Path) -> DictConfig:
     return cfg
 
 
+def names_run(spec: str | Path, runs_dir: str | Path = "runs") -> bool:
+    """Whether this is a run: its name, its folder, or a file in there."""
+    path = Path(spec)
+    folders = (path.parent if path.is_file() else path, Path(runs_dir) / path)
+    return any((folder / CONFIG).is_file() for folder in folders)
+
+
 def resolve_weights(spec: str | Path, runs_dir: str | Path = "runs") -> Path:
     """Weights file that `init_from=` or `run=` names: a file, a run's folder, or a run's name.
 

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from gradeclip_ft.data.regions import RegionImages
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.evaluators.regions import square_side
-from gradeclip_ft.explain.base import Explainer, explain_image, shared_pass
+from gradeclip_ft.explain.base import Explainer, explain_image, settings_of, shared_pass
 from gradeclip_ft.explain.driver import Supported, heat_maps
 from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
 from gradeclip_ft.models.clip import ImageTextModel, LoadedClip
@@ -344,11 +344,10 @@ def chosen(
 
 def settings(explainers: Mapping[str, Explainer]) -> dict[str, Json]:
     """The settings of each method, as plain JSON."""
-    told = {}
-    for name, method in explainers.items():
-        values = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
-        kept = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-        told[name] = {"method": type(method).__name__, **kept}
+    told = {
+        name: {"method": type(method).__name__, **dict(settings_of(method))}
+        for name, method in explainers.items()
+    }
     plain: dict[str, Json] = json.loads(json.dumps(told))
     return plain
 

@@ -83,6 +83,12 @@ class InputExplainer(Protocol):
 Explainer: TypeAlias = TraceExplainer | RecordExplainer | InputExplainer
 
 
+def settings_of(method: Explainer) -> list[tuple[str, Any]]:
+    """Name and value of every option of a method, without tensors that it keeps."""
+    values = vars(method).items()
+    return [pair for pair in values if pair[0][0] != "_" and not isinstance(pair[1], Tensor)]
+
+
 def heat_from_trace(
     explainer: TraceExplainer,
     trace: Trace,

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import accumulate, groupby, pairwise
 from math import inf
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ from gradeclip_ft.explain.base import (
     shared_pass,
 )
 from gradeclip_ft.images import read_image
-from gradeclip_ft.models.clip import ImageTransform, LoadedClip
+from gradeclip_ft.models.clip import ImageTransform, LoadedClip, Placement
 from gradeclip_ft.models.other.classifier import LoadedImageModel
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.ops.heatmap import to_pixels
@@ -36,6 +36,7 @@ from gradeclip_ft.report.content import Words
 
 Picture: TypeAlias = Image.Image | str | Path | Tensor
 """A picture, its file, or its normalised pixels (3, H, W), which are taken as they are."""
+GEOMETRIES = ("model", "aspect")
 Answer = TypeVar("Answer")
 
 ROWS = 64  # phrases at a time: records keep several layers of each; costs no image pass
@@ -116,29 +117,42 @@ def heat_maps(
 
 
 @dataclass(frozen=True)
+class Seen:
+    """One picture as a model sees it.
+
+    Attributes:
+        pixels: Normalised.
+        placement: Where they are on the upright picture.
+    """
+
+    pixels: Float[Tensor, "3 H W"]
+    placement: Placement
+
+
+@dataclass(frozen=True)
 class Explained:
     """What a model makes of one picture.
 
     Attributes:
-        pixels: The normalised pixels that every method saw.
+        seen: What every method saw.
         heat: Maps by method, on the grid of the patches.
         score: Cosine of picture and phrase; of a classifier the class logit.
         embedding: Of the picture, not normalised.
     """
 
-    pixels: Float[Tensor, "3 H W"]
+    seen: Seen
     heat: Mapping[str, Float[Tensor, "P h w"]]
     score: Float[Tensor, " P"]
     embedding: Float[Tensor, " D"]
 
     def at_pixels(self, method: str) -> Float[Tensor, "P H W"]:
-        """Maps of one method at the size of `pixels`, bilinear."""
-        return to_pixels(self.heat[method], (self.pixels.shape[1], self.pixels.shape[2]))
+        """Maps of one method at the size of the pixels that were seen, bilinear."""
+        return to_pixels(self.heat[method], self.seen.placement.size)
 
 
 def explain_pictures(
     loaded: LoadedImageModel,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture | Seen],
     targets: Sequence[Float[Tensor, "_ D"]],
     methods: Mapping[str, Explainer] | Supported,
     *,
@@ -148,7 +162,7 @@ def explain_pictures(
 
     Args:
         loaded: The model, on its device.
-        pictures: Of any size and mode; see `pixels_of`.
+        pictures: Of any size and mode; see `see`.
         targets: Embeddings of the phrases of each picture.
         methods: By name; or those that earlier pictures have left.
         skip: Drop, with a warning, what this model does not support.
@@ -162,19 +176,19 @@ def explain_pictures(
     supported = methods
     if not isinstance(supported, Supported):
         supported = Supported(supported, loaded, skip=skip)
-    pixels = [pixels_of(loaded, picture) for picture in pictures]
+    seen = [one if isinstance(one, Seen) else see(loaded, one) for one in pictures]
     found: list[Explained] = []
-    for _, group in groupby(range(len(pixels)), key=lambda row: pixels[row].shape):
+    for _, group in groupby(range(len(seen)), key=lambda row: seen[row].placement.size):
         same = list(group)
         for at in range(0, len(same), BATCH):
             some = slice(same[at], same[at] + len(same[at : at + BATCH]))
-            found += _explain_batch(loaded, pixels[some], targets[some], supported)
+            found += _explain_batch(loaded, seen[some], targets[some], supported)
     return found
 
 
 def _explain_batch(
     loaded: LoadedImageModel,
-    pixels: Sequence[Tensor],
+    seen: Sequence[Seen],
     targets: Sequence[Tensor],
     supported: Supported,
 ) -> list[Explained]:
@@ -182,32 +196,53 @@ def _explain_batch(
     tower, device = model.image, model.device
     target = torch.cat(list(targets)).to(device)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
-    with shared_pass(model, tower, torch.stack(list(pixels)).to(device)) as shared:
+    pixels = torch.stack([one.pixels for one in seen]).to(device)
+    with shared_pass(model, tower, pixels) as shared:
         maps = heat_maps(supported, shared, target, owner)
         embedding = shared.embedding
         score = tower.score(embedding[owner], target.float())
     heat = {name: torch.split(found.cpu(), counts) for name, found in maps.items()}
     return [
-        Explained(picture, {name: found[row] for name, found in heat.items()}, scores, own)
-        for row, (picture, scores, own) in enumerate(
-            zip(pixels, torch.split(score.cpu(), counts), embedding.cpu(), strict=True)
+        Explained(one, {name: found[row] for name, found in heat.items()}, scores, own)
+        for row, (one, scores, own) in enumerate(
+            zip(seen, torch.split(score.cpu(), counts), embedding.cpu(), strict=True)
         )
     ]
 
 
-def pixels_of(
+def targets_of(loaded: LoadedImageModel, texts: Sequence[str]) -> Float[Tensor, "P D"]:
+    """What maps are for: embeddings of the texts, or of a classifier the classes of these names."""
+    return loaded.encode_texts(texts) if isinstance(loaded, LoadedClip) else loaded.targets(texts)
+
+
+def warn_of_cuts(loaded: LoadedClip, texts: Sequence[str]) -> None:
+    """Log what of the texts the model cannot read, where its tokenizer knows words."""
+    for text in dict.fromkeys(texts):
+        try:
+            read, cut = loaded.tokenizer.words(text)
+        except ValueError:  # a function of a user's own, from texts to ids
+            return
+        if cut:
+            length, end = loaded.tokenizer.context_length, " ".join(w.text for w in read[-3:])
+            log.warning(
+                "%s reads %d tokens; it leaves out '%s' after '%s'", loaded.name, length, cut, end
+            )
+
+
+def see(
     loaded: LoadedImageModel,
     picture: Picture,
-    geometry: Literal["model", "aspect"] = "model",
+    geometry: str = "model",
     shortest: int = 640,
-) -> Float[Tensor, "3 H W"]:
-    """Normalised pixels of one picture.
+) -> Seen:
+    """One picture as the model sees it.
 
     Args:
         loaded: The model.
         picture: The picture.
-        geometry: The model's own resize and crop; or `aspect`, as the Grad-ECLIP authors do: each
-            side brought to the nearest multiple of the patch (half a patch up), nothing cropped.
+        geometry: The model's own resize, crop and padding; or `aspect`, as the Grad-ECLIP authors
+            do: each side brought to the nearest multiple of the patch (half a patch up), nothing
+            cropped.
         shortest: Pixels of the shorter side under `aspect`, at most.
 
     Raises:
@@ -221,18 +256,27 @@ def pixels_of(
                 f"a picture is a tensor of shape {tuple(picture.shape)} and type {picture.dtype}, "
                 "expected normalised pixels (3, H, W); give a PIL image or a file otherwise"
             )
-        return picture
+        size = (picture.shape[1], picture.shape[2])
+        return Seen(picture, Placement(size, size))
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"geometry is {geometry!r}, expected {' or '.join(GEOMETRIES)}")
+    upright, transform = read_image(picture), loaded.transform()
+    if geometry == "aspect":
+        transform = _whole(loaded, upright, shortest)
+    return Seen(transform(upright), transform.placement(upright))
+
+
+def _whole(loaded: LoadedImageModel, upright: Image.Image, shortest: int) -> ImageTransform:
+    """Of one picture, under `aspect`."""
+    patch = loaded.image_model.image.patch
     if shortest < 1:
         raise ValueError(f"shortest is {shortest}; give the pixels of the shorter side, 1 or more")
-    upright, patch = read_image(picture), loaded.image_model.image.patch
-    if geometry == "model":
-        return loaded.transform()(upright)
     if not patch:
         raise ValueError("this model takes pictures of one size; choose geometry=model")
     scale = min(1.0, shortest / min(upright.size))
     width, height = (max(1, int(side * scale / patch + 0.5)) * patch for side in upright.size)
     whole = replace(loaded.preprocessing, resize="squash")
-    return ImageTransform(size=(height, width), preprocessing=whole)(upright)
+    return ImageTransform(size=(height, width), preprocessing=whole)
 
 
 def to_display_image(pixels: Float[Tensor, "3 H W"], loaded: LoadedImageModel) -> Tensor:

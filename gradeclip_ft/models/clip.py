@@ -28,6 +28,7 @@ from gradeclip_ft.models.tokenizer import Tokenizer
 from gradeclip_ft.models.tower import Tower
 from gradeclip_ft.models.towers.select import BLOCKS, image_tower, text_tower
 from gradeclip_ft.models.trace import Foreign, UnsupportedTowerError
+from gradeclip_ft.ops.heatmap import at_points
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.text.prompts import fill
 
@@ -44,13 +45,14 @@ class Preprocessing:
         mean: By channel, for values in [0, 1].
         std: By channel, for values in [0, 1].
         interpolation: Of the resize.
-        resize: Bring the shortest side to size and crop, or squash both sides to size.
+        resize: Bring the shortest side to size and crop; bring the longest to size and pad with
+            black; or squash both sides to size.
     """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize: Literal["shortest", "squash"] = "shortest"
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Preprocessing:
@@ -65,6 +67,40 @@ class Preprocessing:
             interpolation=how.get("interpolation") or "bicubic",
             resize="squash" if resize == "squash" else "shortest",
         )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the pixels of a model lie on the photo that they were made from.
+
+    A point x pixels from the left edge of the photo is x · scale + offset pixels from theirs; the
+    same from above.
+
+    Attributes:
+        photo: (height, width) of the photo.
+        size: (height, width) of the model's pixels.
+        scale: (vertical, horizontal).
+        offset: (vertical, horizontal); negative where something was cut off, positive where padded.
+    """
+
+    photo: tuple[int, int]
+    size: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[int, int] = (0, 0)
+
+    def on_photo(self, heat: Float[Tensor, "P h w"]) -> Float[Tensor, "P H W"]:
+        """Maps at the size of the photo, bilinear; NaN where the photo was cut off.
+
+        Args:
+            heat: On any grid that covers the model's pixels, such as that of the patches.
+        """
+        y, x = (
+            ((torch.arange(count) + 0.5) * scale + offset) / size
+            for count, scale, offset, size in zip(
+                self.photo, self.scale, self.offset, self.size, strict=True
+            )
+        )
+        return at_points(heat, y, x)
 
 
 @dataclass(frozen=True)
@@ -96,27 +132,54 @@ class ImageTransform:
         """
         return torch.stack([self(read_image(image)) for image in images])
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+    def placement(self, image: Image.Image) -> Placement:
+        """Where the pixels of an image come from, without the random crop of training."""
+        photo, resized = (image.height, image.width), self._resized(image)
+        top, left = self._corner(resized)
+        scale = (resized[0] / photo[0], resized[1] / photo[1])
+        return Placement(photo, self.size, scale, (-top, -left))
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """(height, width) before cropping and padding."""
         height, width = self.size
-        if self.preprocessing.resize == "shortest":
+        resize = self.preprocessing.resize
+        if resize == "shortest" and height == width:
             # The longer side is cut to whole pixels as torchvision's Resize does.
-            if height * image.width >= width * image.height:
-                width = max(width, height * image.width // image.height)
+            if image.width >= image.height:
+                width = height * image.width // image.height
             else:
-                height = max(height, width * image.height // image.width)
+                height = width * image.height // image.width
+        elif resize != "squash":  # rounded as open_clip's ResizeKeepRatio does
+            ratio = (max if resize == "longest" else min)(
+                image.height / height, image.width / width
+            )
+            height, width = (max(1, round(s / ratio)) for s in (image.height, image.width))
+        return height, width
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        height, width = self._resized(image)
         if (image.height, image.width) == (height, width):
             return image
         mode = InterpolationMode(self.preprocessing.interpolation)
         result: Image.Image = F.resize(image, [height, width], interpolation=mode, antialias=True)
         return result
 
+    def _corner(self, resized: tuple[int, int]) -> tuple[int, int]:
+        """(top, left) of the central crop; negative where there is padding."""
+        spare = (resized[0] - self.size[0], resized[1] - self.size[1])
+        top, left = (round(room / 2) if room > 0 else -(-room // 2) for room in spare)
+        return top, left
+
     def _crop(self, image: Image.Image) -> Image.Image:
-        spare = (image.height - self.size[0], image.width - self.size[1])
-        if self.train:
-            top, left = (int(torch.randint(room + 1, ())) for room in spare)
-        else:
-            top, left = (round(room / 2) for room in spare)
-        if spare == (0, 0):
+        resized = (image.height, image.width)
+        top, left = self._corner(resized)
+        if self.train:  # where there is padding, it is as it is
+            rooms = (resized[0] - self.size[0], resized[1] - self.size[1])
+            top, left = (
+                int(torch.randint(room + 1, ())) if room >= 0 else centre
+                for room, centre in zip(rooms, (top, left), strict=True)
+            )
+        if resized == self.size:
             return image
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
@@ -305,14 +368,17 @@ class LoadedClip:
         if not images:  # a blank one says how many columns there are
             return self.encode_images([Image.new("RGB", (1, 1))])[:0]
         parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        return torch.cat([unit(self.clip.image.encode(self.pixels(part))).cpu() for part in parts])
+        with evaluation_mode(self.clip):
+            found = [unit(self.clip.image.encode(self.pixels(part))).cpu() for part in parts]
+        return torch.cat(found)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "M D"]:
         """Unit embeddings of texts, on the CPU, in fp32; without texts no rows."""
         if not texts:
             return self.encode_texts([""])[:0]
-        return embed_texts(self.clip, self.tokenizer, texts, batch_size).cpu()
+        with evaluation_mode(self.clip):
+            return embed_texts(self.clip, self.tokenizer, texts, batch_size).cpu()
 
 
 def hash_weights(model: nn.Module) -> str:

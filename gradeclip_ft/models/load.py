@@ -8,9 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
+import torch
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
+from PIL import Image
+from torch import Tensor
 
 from gradeclip_ft.models.architecture import (
     ASSETS,
@@ -18,9 +22,10 @@ from gradeclip_ft.models.architecture import (
     check_stated,
     checked_size,
     find_architecture,
+    pair,
     set_image_size,
 )
-from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
+from gradeclip_ft.models.clip import Clip, ImageTransform, LoadedClip, Preprocessing
 from gradeclip_ft.models.other.blip import BLIP, load_blip
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer, fetch_tokenizer
 from gradeclip_ft.models.trace import Foreign
@@ -92,6 +97,77 @@ def load_clip(
         weights=spec if weights is not None else None,
         activation_unknown=unknown,
     )
+
+
+def from_open_clip(model: Foreign, preprocess: Foreign, tokenizer: Foreign) -> LoadedClip:
+    """A model in memory with what open_clip gives beside it.
+
+    The parameters stay those of the model, on its device, and it keeps its mode.
+
+    Args:
+        model: As `open_clip.create_model_and_transforms` returns it, in float32.
+        preprocess: The last one that it returns, which is for evaluation.
+        tokenizer: Of `open_clip.get_tokenizer`, or any other function from a list of texts to token
+            ids (M, L) at the full context.
+
+    Raises:
+        ValueError: The model is not one of open_clip's or not in float32, or the transform does
+            something else than open_clip's.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "visual"):
+        raise ValueError(
+            f"model is a {name}, expected one of open_clip's, with its image tower as `visual`; of "
+            "a model in a wrapper give what it wraps, such as model.module"
+        )
+    if (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ValueError(f"the model is in {dtype}, expected torch.float32; give model.float()")
+    clip, transform = Clip(model), _transform_of(preprocess)
+    length = getattr(tokenizer, "context_length", None) or clip.text.context_length
+    return LoadedClip(
+        clip=clip,
+        tokenizer=_around(tokenizer, int(length), clip),
+        preprocessing=transform.preprocessing,
+        image_size=checked_size(None, transform.size, clip.image.patch, name),
+        architecture=Architecture(name, {}, {}),
+    )
+
+
+def _transform_of(preprocess: Foreign) -> ImageTransform:
+    """The same transform as one of ours, which knows where its pixels come from.
+
+    Raises:
+        ValueError: It does something else.
+    """
+    steps = {type(step).__name__: step for step in getattr(preprocess, "transforms", ())}
+    resize = steps.get("Resize") or steps.get("ResizeKeepRatio")
+    crop = steps.get("CenterCrop") or steps.get("CenterCropOrPad")
+    if resize and "Normalize" in steps:
+        whole = getattr(resize, "longest", 0) == 1
+        how = Preprocessing(
+            mean=tuple(steps["Normalize"].mean),
+            std=tuple(steps["Normalize"].std),
+            interpolation=resize.interpolation.value,
+            resize="squash" if crop is None else "longest" if whole else "shortest",
+        )
+        ours = ImageTransform(pair((crop or resize).size), how)
+        if all(_agree(ours(image), preprocess(image)) for image in _probes()):
+            return ours
+    raise ValueError(
+        f"preprocess ({type(preprocess).__name__}) is not what open_clip's "
+        "create_model_and_transforms returns last, its transform for evaluation, with black as its "
+        "padding; give that one, and pixels of your own making as normalised tensors (3, H, W)"
+    )
+
+
+def _probes() -> list[Image.Image]:
+    """Noise that is wide, and noise that is high."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
+    return [Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())]
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-3)
 
 
 def _own_weights(architecture: Architecture) -> str | Path:
@@ -202,18 +278,25 @@ def published_preprocess(name: str) -> Mapping[str, Any]:
 def _tokenizer(architecture: Architecture, clip: Clip) -> Tokenizer:
     text = architecture.model_cfg["text_cfg"]
     length = int(text.get("context_length") or clip.text.context_length)
-    packs = clip.text.encode_packed is not None
     if architecture.vocabulary is not None:
+        packs = clip.text.encode_packed is not None
         return Tokenizer(WordTokenizer(architecture.vocabulary, length), length, packs=packs)
     source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     extra = dict(text.get("tokenizer_kwargs") or {})
     if source is None:
-        tokenize = SimpleTokenizer(context_length=length, **extra)
-    else:
-        tokenize = fetch_tokenizer(str(source), length, extra)
+        return _around(SimpleTokenizer(context_length=length, **extra), length, clip)
+    return _around(fetch_tokenizer(str(source), length, extra), length, clip)
+
+
+def _around(tokenize: Foreign, length: int, clip: Clip) -> Tokenizer:
     own = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None)
-    pad = clip.text.pad if own is None else int(own)
-    return Tokenizer(tokenize, length, exact_cut=clip.text.cuts_exactly, pad=pad, packs=packs)
+    return Tokenizer(
+        tokenize,
+        length,
+        exact_cut=clip.text.cuts_exactly,
+        pad=clip.text.pad if own is None else int(own),
+        packs=clip.text.encode_packed is not None,
+    )
 
 
 def _tags(name: str) -> str:

@@ -1,11 +1,11 @@
-"""Small functions on heat maps: 0-1 normalisation, tokens to grid, grid to pixels."""
+"""Small functions on heat maps: 0-1 normalisation, tokens to grid, grid to pixels and points."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import grid_sample, interpolate
 from torchvision.ops import roi_align
 
 from gradeclip_ft.ops.similarity import unit
@@ -58,6 +58,24 @@ def to_pixels(heat: Float[Tensor, "P h w"], size: tuple[int, int]) -> Float[Tens
         heat.unsqueeze(1), size=list(size), mode="bilinear", align_corners=False
     )
     return enlarged.squeeze(1)
+
+
+def at_points(
+    heat: Float[Tensor, "P h w"], y: Float[Tensor, " H"], x: Float[Tensor, " W"]
+) -> Float[Tensor, "P H W"]:
+    """Maps at the crossings of rows and columns, bilinear; NaN outside of the map.
+
+    Args:
+        heat: Any grid.
+        y: Rows, from 0 at the upper edge of the map to 1 at the lower one.
+        x: Columns, from 0 at the left edge to 1 at the right one.
+    """
+    columns, rows = torch.meshgrid(2 * x - 1, 2 * y - 1, indexing="xy")  # (H, W)
+    points = torch.stack([columns, rows], 2).to(heat).unsqueeze(0)
+    # Within half a cell of the edge the value is that of the edge, as `to_pixels` has it.
+    found = grid_sample(heat.unsqueeze(0), points, padding_mode="border", align_corners=False)[0]
+    outside = ((y < 0) | (y > 1)).unsqueeze(1) | ((x < 0) | (x > 1))
+    return found.masked_fill(outside.to(heat.device), torch.nan)
 
 
 def owned_products(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import cast
@@ -130,6 +130,43 @@ def thin(points: Sequence[Point], most: int) -> Float[np.ndarray, "K 2"]:
     if len(finite) <= most:
         return finite
     return np.array([stretch.mean(0) for stretch in np.array_split(finite, most)])
+
+
+def draw_maps(
+    photo: UInt8[np.ndarray, "H W 3"],
+    heat: Mapping[str, Float[np.ndarray, "P H W"]],
+    titles: Sequence[str],
+    opacity: float = 0.6,
+) -> np.ndarray:
+    """A figure of pyplot with every map over the photo; NaN shows the photo alone.
+
+    Args:
+        photo: Pixels.
+        heat: Maps by method.
+        titles: Of the columns, one per map of a method.
+        opacity: Of the maps.
+
+    Returns:
+        The axes, a row per method and a column per map.
+    """
+    from matplotlib import pyplot  # starts what shows figures, which pages do not need
+
+    height, width = photo.shape[:2]
+    side = 2 * TILE / max(height, width)
+    _, axes = pyplot.subplots(
+        len(heat),
+        len(titles),
+        figsize=(len(titles) * width * side, len(heat) * (height * side + 0.3)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (method, maps) in zip(axes, heat.items(), strict=True):
+        row[0].set_ylabel(method)
+        for place, title, values in zip(row, titles, maps, strict=True):
+            _show(place, photo, ())
+            place.imshow(values, cmap=COLOUR_MAP, alpha=opacity)
+            place.set_title(title.replace("$", r"\$"), fontsize=9)  # it would begin a formula
+    return axes
 
 
 TILE = 1.5  # inches

@@ -14,7 +14,7 @@ from PIL import Image
 from gradeclip_ft.explain import base, driver
 from gradeclip_ft.explain.base import Explainer, explain_image, explain_text
 from gradeclip_ft.explain.clip_surgery import ClipSurgery
-from gradeclip_ft.explain.driver import Supported, explain_pictures, pixels_of
+from gradeclip_ft.explain.driver import Supported, explain_pictures, see
 from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
@@ -95,7 +95,7 @@ def test_many_pictures_of_several_sizes_equal_single_ones(
     ]
     texts = ["a red circle", "a blue star", "green"]
     targets = [tiny.encode_texts(texts[: 1 + row % 3]) for row in range(5)]
-    pixels = [pixels_of(tiny, picture, "aspect") for picture in pictures]
+    pixels = [see(tiny, picture, "aspect") for picture in pictures]
     ones = [
         explain_pictures(tiny, [picture], [target], METHODS)[0]
         for picture, target in zip(pixels, targets, strict=True)
@@ -191,7 +191,7 @@ def test_one_image_pass_serves_all_methods_and_phrases(
     assert len(passes) == 1
     assert len(recorded) == records
     prepared = Supported(methods, tiny).methods
-    pixels, owner = found.pixels[None], torch.zeros(130, dtype=torch.long)
+    pixels, owner = found.seen.pixels[None], torch.zeros(130, dtype=torch.long)
     for name, method in prepared.items():
         alone = explain_image(method, tiny.clip, pixels, target, owner)
         # Alone, a shallow record begins after the library's own layers; shared, after ours. The

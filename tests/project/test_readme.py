@@ -1,8 +1,10 @@
 """Every command that the documentation shows can be typed as it stands."""
 
 import functools
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands import data
 from gradeclip_ft.commands.cli import call, jobs
 from gradeclip_ft.commands.config import check, compose
+from tools.notebook import notebook
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/*.md"))]
@@ -90,9 +93,9 @@ def python_of(page: str, folder: Path) -> dict[str, Any]:
         Image.new("RGB", (90, 60), "red").save(folder / name)
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     names: dict[str, Any] = {}
-    large = 'load_clip("ViT-B-16-quickgelu", "openai")'
+    large = 'load("ViT-B-16-quickgelu", "openai")'
     assert large in block
-    exec(block.replace(large, 'load_clip("shapes_tiny")'), names)
+    exec(block.replace(large, 'load("shapes_tiny")'), names)
     return names
 
 
@@ -100,16 +103,33 @@ def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     names = python_of("README.md", tmp_path)
     assert names["match"].shape == (1, 2)
-    assert names["found"].heat["grad_eclip"].shape == (2, 8, 8)
-    assert names["found"].at_pixels("grad_eclip").shape == (2, 64, 64)
+    assert names["found"][0].heat["grad_eclip"].shape == (2, 8, 8)
+    assert names["found"][0].on_photo("game").shape == (2, 60, 90)
+    assert (tmp_path / "dog.html").is_file()
 
 
 def test_the_python_on_maps_and_words_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = python_of("docs/explain.md", tmp_path)
-    assert len(names["found"]) == 2
     assert names["words"][0].words == ["a", "dog", "on", "the", "grass"]
     assert len(names["words"][0].values["grad_eclip"]) == 5
+
+
+def test_the_page_on_python_runs_and_is_the_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of docs/api.md, and outputs that are small and of these very cells."""
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    made = notebook((ROOT / "docs" / "api.md").read_text())["cells"]
+    text = (ROOT / "docs" / "explain.ipynb").read_text()
+    kept = json.loads(text)["cells"]
+    assert [(c["cell_type"], c["source"]) for c in kept] == [
+        (c["cell_type"], c["source"]) for c in made
+    ], "run python -m tools.notebook"
+    assert sum("image/png" in str(c.get("outputs")) for c in kept) == 3
+    assert len(text) < 400_000
+    assert (tmp_path / "scene.html").is_file()
 
 
 def test_the_readme_is_not_long() -> None:
