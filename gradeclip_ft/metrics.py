@@ -224,6 +224,17 @@ def energy_pointing_game(
     return share.masked_fill(is_constant(heat), 0.0).to(heat.dtype)
 
 
+def share_inside(heat: Float[Tensor, "P H W"], mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
+    """Σ H⁺ on the object / Σ H⁺, H⁺ the map above 0; 0 for a map without such values.
+
+    Not shifted, since F_r = Σ H_i F_d,i is not: a map that is high everywhere pools everything.
+    """
+    positive = heat.clamp(min=0).double()
+    total = positive.sum((1, 2))
+    share = (positive * mask).sum((1, 2)) / total.masked_fill(total == 0, 1.0)
+    return share.to(heat.dtype)
+
+
 def chance(mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
     """Share of the picture that is object: the expected score of a random pixel."""
     return mask.float().mean((1, 2))

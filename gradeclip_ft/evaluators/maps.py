@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.files import Source
@@ -26,9 +27,16 @@ from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.evaluators.regions import square_side
 from gradeclip_ft.explain.base import Explainer, explain_image, settings_of, shared_pass
 from gradeclip_ft.explain.driver import Supported, heat_maps
-from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
+from gradeclip_ft.metrics import (
+    chance,
+    energy_pointing_game,
+    is_constant,
+    label_ranks,
+    pointing_game,
+    share_inside,
+)
 from gradeclip_ft.models.clip import ImageTextModel, LoadedClip
-from gradeclip_ft.ops.heatmap import to_pixels
+from gradeclip_ft.ops.heatmap import pool_heatmap, to_pixels
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -42,6 +50,10 @@ SEED = 0
 @dataclass(frozen=True)
 class LocalisationEvaluator:
     """Pointing game of several methods, by peak and by energy, and what chance gives.
+
+    `inside` and `pooled` say before training whether a method's maps can serve it: how much of what
+    a step would pool lies on the object, and what it names; beside them a uniform map (`chance`)
+    and the mask itself (`true_mask`), the most that any map could bring.
 
     Attributes:
         explainers: Methods by name.
@@ -72,6 +84,8 @@ class LocalisationEvaluator:
             "pointing": "share of the highest pixels on the mask; a constant map misses",
             "any_object": "as pointing, on the objects of all classes",
             "energy": "share of the map, shifted to a minimum of 0, on the mask",
+            "inside": "share of the map above 0, as a training step pools by it, on the mask",
+            "pooled": "share of phrases that are top-1 of all classes for F_d pooled by the map",
             "methods": settings(chosen(self.explainers, self.methods)),
             **self.data.protocol,
         }
@@ -181,15 +195,39 @@ def _scores(
     target = classes[phrases.labels.to(device)]
     with shared_pass(loaded.clip, loaded.clip.image, batch.images.to(device)) as shared:
         maps = heat_maps(supported, shared, target, owner)
-    found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy")}
+        dense = shared.trace.dense() if loaded.clip.image.unexplained is None else None
+    found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy", "inside")}
     found["chance/any_object"] = chance(objects)
+    labels = phrases.labels.to(device)
+    if dense is not None:  # what a uniform map and a perfect one would pool
+        true = adaptive_avg_pool2d(masks.float(), (dense.shape[1], dense.shape[2]))
+        for name, grid in (("chance", torch.ones_like(true)), ("true_mask", true)):
+            found[f"{name}/pooled"] = _named(dense, grid, owner, labels, classes)
     for name, grid in maps.items():
         heat = to_pixels(grid.float(), (masks.shape[1], masks.shape[2]))
+        found[f"{name}/inside"] = share_inside(heat, masks)
+        if dense is not None:
+            found[f"{name}/pooled"] = _named(dense, grid.float(), owner, labels, classes)
         found[f"{name}/pointing"] = pointing_game(heat, masks)
         found[f"{name}/energy"] = energy_pointing_game(heat, masks)
         found[f"{name}/any_object"] = pointing_game(heat, objects)
         found[f"{name}{CONSTANT}"] = is_constant(heat).float()
     return found
+
+
+def _named(
+    dense: Float[Tensor, "B h w D"],
+    heat: Float[Tensor, "P m n"],
+    owner: Int[Tensor, " P"],
+    labels: Int[Tensor, " P"],
+    classes: Float[Tensor, "K D"],
+) -> Float[Tensor, " P"]:
+    """Whether a phrase is the nearest class of the region that its map pools."""
+    grid = dense.shape[1], dense.shape[2]
+    if heat.shape[1:] != grid:  # of methods that change pixels
+        heat = adaptive_avg_pool2d(heat, grid)
+    regions = unit(pool_heatmap(dense, heat.clamp(min=0), owner))
+    return (label_ranks(regions @ classes.T, labels) < 1).float()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import Clip, LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer
-from gradeclip_ft.models.trace import UnsupportedTowerError
+from gradeclip_ft.models.trace import Layer, Pass, UnsupportedTowerError, patch_tokens
 
 THINGS = tuple(f"thing {n}" for n in range(12))
 STUFF = tuple(f"stuff {n}" for n in range(5))
@@ -143,6 +143,21 @@ class Reader:
     def trace(self, images: Tensor) -> SimpleNamespace:
         assert not torch.is_grad_enabled()
         return SimpleNamespace(dense=lambda: self.dense(images))
+
+    def open(self, images: Tensor) -> Pass:
+        """As a real pass, whose last layer leaves every token as it is."""
+        dense = self.dense(images)  # (B, h, w, K)
+        layer = Layer(
+            attend=lambda rows, pick: (pick(rows), rows, rows),
+            finish=lambda x, o: o,
+            add=lambda o: o,
+            project=lambda o: o,
+            heads=1,
+            run=None,
+        )
+        tokens, grid = dense.flatten(1, 2), (dense.shape[1], dense.shape[2])
+        first = torch.zeros(len(dense), dtype=torch.long)
+        return Pass(tokens, (layer,), lambda rows: rows, first, patch_tokens(tokens, grid), grid)
 
     def encode(self, images: Tensor) -> Tensor:
         """The mean colour at a coarse grid: every picture of the world has its own.

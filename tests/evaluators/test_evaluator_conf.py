@@ -74,6 +74,17 @@ def test_the_protocol_tells_world_2_from_1(world: int) -> None:
         assert evaluator.protocol.get("world") == (None if world == 1 else 2)
 
 
+def test_evaluate_takes_the_world_of_the_data() -> None:
+    """A model of world 2 measured on scenes of world 1 would be a wrong number without a word."""
+    cfg = compose(
+        "evaluate", ["data=shapes2", "evaluator=[shapes_regions,shapes_choose_retrieval]"]
+    )
+    check(cfg, "evaluate")
+    for evaluator in build_evaluators(cfg).values():
+        assert evaluator.protocol["world"] == 2
+        assert str(evaluator.data.annotations).startswith("data/shapes2/")
+
+
 def test_the_smoke_experiment_takes_other_data() -> None:
     """Half a `make`, merged into data that are not made, would be no function."""
     cfg = compose("train", ["+exp=smoke", "data=coco_captions", "name=x"])

@@ -72,6 +72,21 @@ def test_a_method_that_knows_points_and_its_negative_does_not(world: World, load
     assert measured.data["counts"]["images"] == 18  # type: ignore[index,call-overload]
 
 
+def test_what_a_step_would_pool_is_told_before_training(world: World, load: Load) -> None:
+    """A knowing map pools its object, a flat one the picture, a reversed one nothing at all.
+
+    The flat map of a picture of n classes names one of them.
+    """
+    methods = {"knows": Knowing(), "reversed": Knowing(-1), "flat": Flat()}
+    found = evaluator(world, methods)(load(224, 16)).metrics
+    assert found["knows/inside"] > 0.85
+    assert found["reversed/inside"] == 0.0
+    assert found["flat/inside"] == pytest.approx(found["chance/inside"])
+    assert found["knows/pooled"] == found["true_mask/pooled"] == 1.0
+    assert found["flat/pooled"] == found["chance/pooled"]
+    assert 0.2 < found["chance/pooled"] < 0.4
+
+
 def test_a_map_for_another_class_misses(world: World, load: Load) -> None:
     """Would catch text vectors or masks that are given to the wrong phrase."""
     wrong = load(224, 16, table=torch.eye(len(NAMES)).roll(1, dims=0))
@@ -109,14 +124,15 @@ def test_one_image_pass_serves_all_methods(world: World) -> None:
     methods = {"grad_eclip": GradEclip(), "raw": RawAttention(), "game": Game(), "itsm": Itsm()}
     measured = evaluator(world, methods, limit=5)(loaded)
     assert [len(batch) for batch in passes] == [4, 1]
-    assert {key.split("/")[0] for key in measured.metrics} == {"chance", *methods}
+    assert {key.split("/")[0] for key in measured.metrics} == {"chance", "true_mask", *methods}
 
 
 def test_methods_are_chosen_by_name_and_their_settings_recorded(world: World, load: Load) -> None:
     both = {"knows": Knowing(), "reversed": Knowing(-1)}
     chosen = evaluator(world, both, methods=["reversed"], limit=3)
     assert chosen.protocol["methods"] == {"reversed": {"method": "Knowing", "sign": -1}}
-    assert {key.split("/")[0] for key in chosen(load(224, 16)).metrics} == {"chance", "reversed"}
+    told = {key.split("/")[0] for key in chosen(load(224, 16)).metrics}
+    assert told == {"chance", "true_mask", "reversed"}
     with pytest.raises(ValueError, match="nobody; choose from knows, reversed"):
         evaluator(world, both, methods=["nobody"])(load(224, 16))
 

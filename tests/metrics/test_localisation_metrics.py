@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from gradeclip_ft.metrics import chance, energy_pointing_game, is_constant, pointing_game
+from gradeclip_ft.metrics import (
+    chance,
+    energy_pointing_game,
+    is_constant,
+    pointing_game,
+    share_inside,
+)
 
 # The object is the upper left pixel and its right neighbour.
 MASK = torch.tensor([[[True, True, False], [False, False, False]]])
@@ -75,3 +81,18 @@ def test_a_random_peak_scores_chance() -> None:
 def test_broken_maps_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         pointing_game(one([[float("nan"), 0, 0], [0, 0, 0]]), MASK)
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        ([[5, 0, 0], [0, 0, 0]], 1.0),
+        ([[3, 2, 4], [1, 0, 0]], 0.5),
+        ([[2, 2, 2], [2, 2, 2]], 1 / 3),  # not shifted: a flat map pools the picture
+        ([[3, -9, 1], [-9, -9, -9]], 0.75),  # what is below 0 is not pooled
+        ([[-1, -1, -2], [-3, -3, -3]], 0.0),
+    ],
+)
+def test_share_of_what_is_pooled(values: list[list[float]], share: float) -> None:
+    """Computed by hand: the positive part on the object over the positive part."""
+    assert share_inside(one(values), MASK).item() == pytest.approx(share)
