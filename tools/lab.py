@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,14 @@ def replace_weights(cfg: Any, weights: Path) -> Any:
 
 
 def step_seconds(folder: Path) -> float:
-    """Median time of a step without waiting for data."""
+    """Time of a step without waiting for data, in the fastest of the recorded windows.
+
+    Other programs on the machine can only add to it.
+    """
     lines = read_lines(folder / METRICS_JSONL)
     every = int(read_config(folder).trainer.log_every)
-    times = [
-        (line["seconds"] - line["data_seconds"]) / every for line in lines if "seconds" in line
-    ]
-    return float(statistics.median(times))
+    waited = [float(line["seconds"] - line["data_seconds"]) for line in lines if "seconds" in line]
+    return min(waited) / every
 
 
 def write(runs_dir: Path, out: Path) -> None:
@@ -259,6 +261,13 @@ def ends(metric: str, draws: Any) -> Row:
     return {metric + LOW: float(low), metric + HIGH: float(high)}
 
 
+@cache
+def words_by_id() -> dict[int, str]:
+    """Words of the shapes world by their token."""
+    tokenizer = load_clip("shapes_tiny").tokenizer
+    return {int(tokenizer([word])[0, 1]): word for word in vocabulary()}
+
+
 def true_maps(objective: GlobalLocal, step: Step) -> Tensor:
     """In place of heat maps: masks of the phrases on the grid of patches, (P, h, w).
 
@@ -268,9 +277,9 @@ def true_maps(objective: GlobalLocal, step: Step) -> Tensor:
     del objective
     batch, grid = step.batch, (step.dense.shape[1], step.dense.shape[2])
     side = batch.images.shape[-1]
-    index = [int(key.rpartition("/")[2]) - 1 for key in batch.keys]
+    index = [int(key.rpartition(":")[2]) - 1 for key in batch.keys]  # SHARD.tar:NUMBER
     samples = [make_sample(0, "train", each, side, 2 if side == 128 else 1) for each in index]
-    words = {int(load_clip("shapes_tiny").tokenizer([word])[0, 1]): word for word in vocabulary()}
+    words = words_by_id()
     named = [{words.get(number) for number in ids} for ids in batch.distinct.tolist()]
     maps = []
     for row, image in zip(batch.phrase.tolist(), batch.owner.tolist(), strict=True):

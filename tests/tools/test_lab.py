@@ -23,7 +23,7 @@ def test_true_maps_are_the_masks_of_what_a_phrase_names() -> None:
     texts = [thing.name, f"{sample.scene.background.texture} background", "left side"]
     batch = SimpleNamespace(
         images=torch.zeros(1, 3, 64, 64),
-        keys=("shard/000000008",),
+        keys=("shapes-train-0000.tar:000000008",),
         distinct=load_clip("shapes_tiny").tokenizer([PROMPT.format(text) for text in texts]),
         phrase=torch.arange(3),
         owner=torch.zeros(3, dtype=torch.long),
@@ -62,3 +62,8 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
     assert (
         "| game | 1.0 | 2 | 1.50 | 0.900 | 70.0 ± 14.1 [" in (tmp_path / "recipes.md").read_text()
     )
+
+
+def test_an_unknown_recipe_is_named_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match=r"no recipe gmae; there are .*ordinary"):
+        lab.lab(rows=("gmae",), worlds=("shapes",))
