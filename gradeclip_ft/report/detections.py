@@ -41,10 +41,17 @@ class Found:
     boxes: Sequence[FoundBox]
 
     @property
+    def names(self) -> dict[str, list[float]]:
+        """Scores of each name, best first."""
+        scores: dict[str, list[float]] = {}
+        for box in self.boxes:
+            scores.setdefault(box.name, []).append(box.score)
+        return scores
+
+    @property
     def hues(self) -> dict[str, str]:
         """A colour for each name."""
-        names = dict.fromkeys(box.name for box in self.boxes)
-        return {name: HUES[1:][row % len(HUES[1:])] for row, name in enumerate(names)}
+        return {name: HUES[1:][row % len(HUES[1:])] for row, name in enumerate(self.names)}
 
 
 def draw(found: Found) -> Image.Image:

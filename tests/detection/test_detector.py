@@ -179,6 +179,23 @@ def test_one_image_at_a_time_gives_what_a_batch_gives(
         assert (alone.boxes[:, 3] <= batch.sizes[row, 0]).all()
 
 
+def test_boxes_keep_their_digits_in_mixed_precision(
+    detector: Detector, vocabulary: Vocabulary
+) -> None:
+    """Would catch boxes decoded in bf16, whose 8 bits place them on a coarse grid."""
+    batch = make_detection_batch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        levels, _ = detector.features(batch.images)
+        (proposals, *_), _ = detector.propose(batch.images, batch.sizes, levels)
+        (found, *_) = detector.detect(batch.images, batch.sizes, vocabulary)
+        detector.train()
+        loss = DetectionObjective(samples=16)(detector, batch, vocabulary).total
+    assert loss.isfinite()
+    for boxes in (proposals, found.boxes):
+        assert boxes.dtype == torch.float32
+        assert (boxes.bfloat16().float() != boxes).float().mean() > 0.3
+
+
 def test_permuted_names_permute_scores(detector: Detector) -> None:
     """Would catch labels by place where names are meant."""
     batch, order = make_detection_batch(2), [2, 0, 3, 1]
