@@ -9,17 +9,14 @@ proves that the file is current. Commands check configurations against it withou
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
 from gradeclip_ft.commands.config import TARGETS, conf_dir, kind_of
+from gradeclip_ft.commands.plugins import arguments
 
 
 def used() -> Iterator[tuple[str, str, bool]]:
@@ -40,41 +37,10 @@ def _below(node: Any, key: str) -> Iterator[tuple[str, str, bool]]:
         yield from _below(value, name if "_target_" in node else key)
 
 
-def arguments(target: str) -> dict[str, dict[str, Any]]:
-    """Type of each argument, and whether it must be given."""
+def taken(target: str) -> dict[str, dict[str, Any]]:
+    """What the arguments of a target are."""
     module, name = target.rsplit(".", 1)
-    function = getattr(importlib.import_module(module), name)
-    homes = reversed(function.__mro__) if isinstance(function, type) else (function,)
-    names = {k: v for home in homes for k, v in vars(sys.modules[home.__module__]).items()}
-    return {
-        parameter.name: {"type": plain_type(_evaluated(parameter.annotation, names))}
-        | ({"required": True} if parameter.default is parameter.empty else {})
-        for parameter in inspect.signature(function).parameters.values()
-    }
-
-
-def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
-    try:
-        return eval(annotation, names) if isinstance(annotation, str) else annotation
-    except NameError:  # imported for type checkers alone, so a class
-        return object
-
-
-def plain_type(kind: Any) -> Any:
-    """A type as JSON: a name, alternatives as a list, or one of `choices`, `list`, `dict`."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        parts = [plain_type(entry) for entry in inner]
-        return [part for place, part in enumerate(parts) if part not in parts[:place]]
-    if origin is Literal:
-        return {"choices": list(inner)}
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"dict": plain_type(inner[1])}
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return {"list": plain_type(inner[0])}
-    if kind in (int, float, bool, str):
-        return kind.__name__
-    return {type(None): "null", Path: "str", Any: "any"}.get(kind, "object")
+    return arguments(getattr(importlib.import_module(module), name))
 
 
 def content() -> str:
@@ -84,7 +50,7 @@ def content() -> str:
     for target in sorted({place[0] for place in places}):
         keys = sorted({key for name, key, _ in places if name == target})
         partial = any(partial for name, _, partial in places if name == target)
-        lines = [f'  "{name}": {json.dumps(fact)}' for name, fact in arguments(target).items()]
+        lines = [f'  "{name}": {json.dumps(fact)}' for name, fact in taken(target).items()]
         takes = "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
         facts = f' "under": {json.dumps(keys)},\n "partial": {json.dumps(partial)},\n'
         entries.append(f'"{target}": {{\n{facts} "arguments": {takes}\n}}')

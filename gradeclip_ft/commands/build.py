@@ -23,6 +23,7 @@ from gradeclip_ft.commands.config import (
     check_node,
     compose,
     recorded,
+    search_path,
     suggest,
 )
 from gradeclip_ft.commands.runs import read_config, resolve_weights
@@ -181,7 +182,7 @@ def build_evaluator(name: str, settings: Sequence[str] = ()) -> Evaluator:
         ConfigurationError: There is none of that name, or no such setting.
     """
     given = [f"++evaluator.{name}.{setting}" for setting in settings]
-    cfg = compose("evaluate", [f"evaluator=[{name}]", *given])
+    cfg = compose("evaluate", [f"evaluator=[{name}]", *given, *search_path()])
     check(cfg, "evaluate")
     return build_evaluators(cfg)[name]
 
@@ -193,7 +194,7 @@ def build_explainers(names: Sequence[str]) -> dict[str, Explainer]:
         ConfigurationError: There is none of a name; names the closest one.
     """
     chosen = [f"+explainer@explainer.{name}={name}" for name in names]
-    cfg = compose("explain", ["images=", *chosen])
+    cfg = compose("explain", ["images=", *chosen, *search_path()])
     return {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
 
 

@@ -40,11 +40,13 @@ from gradeclip_ft.commands.config import (
     check,
     compose,
     conf_dir,
+    config_dirs,
     describe,
     options,
     perform,
     primary_groups,
     run_name,
+    search_path,
     suggest,
     wants_traceback,
 )
@@ -145,6 +147,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(command_help(command))
         return 0
+    arguments = _without_folder(arguments)
     if command.config is None:
         return perform(lambda: call(command.function(), arguments), full=wants_traceback())
     parser = _Parser(add_help=False, allow_abbrev=False)
@@ -152,13 +155,10 @@ def _run(command: Command, arguments: list[str]) -> int:
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-c", "--cfg", choices=("job",))
     parser.add_argument("-r", "--resolve", action="store_true")
-    parser.add_argument("-cd", "--config-dir", type=Path)
     flags = parser.parse_intermixed_args(arguments)
     overrides = command.overrides(flags.overrides)
-    if flags.config_dir is not None:  # as an override, which the other processes of a job repeat
-        if not flags.config_dir.is_dir():
-            raise ConfigurationError(f"--config-dir {flags.config_dir} is not a folder")
-        overrides.append(f"hydra.searchpath=[file://{flags.config_dir.resolve()}]")
+    if not any(override.startswith("hydra.searchpath=") for override in overrides):
+        overrides += search_path()  # as an override, which the other processes of a job repeat
     if flags.multirun:
         return sweep(command, overrides)
     cfg = compose(command.config, overrides)
@@ -167,6 +167,21 @@ def _run(command: Command, arguments: list[str]) -> int:
         return 0
     check(cfg, command.config)
     return command.start(cfg, overrides)
+
+
+def _without_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments but for `--config-dir DIR`, in which `config` looks from now on."""
+    config_dirs.clear()
+    rest = list(arguments)
+    for at, word in enumerate(arguments):
+        name, _, given = word.partition("=")
+        if name in ("-cd", "--config-dir"):
+            folder = given or " ".join(arguments[at + 1 : at + 2])
+            if not folder or not Path(folder).is_dir():
+                raise ConfigurationError(f"--config-dir {folder} is not a folder")
+            config_dirs.append(Path(folder))
+            del rest[at : at + (1 if given else 2)]
+    return rest
 
 
 class _Parser(ArgumentParser):

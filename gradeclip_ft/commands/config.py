@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import gradeclip_ft
+from gradeclip_ft.commands import plugins
 from gradeclip_ft.results.masking import masked, masked_values
 
 PACKAGE = Path(gradeclip_ft.__file__).parent
@@ -47,15 +48,42 @@ def conf_dir() -> Path:
     raise ConfigurationError(f"no conf/ in {PACKAGE} or beside it; install the package again")
 
 
+config_dirs: list[Path] = []
+"""Folders of `--config-dir`, in which every command looks too."""
+
+
+def conf_dirs() -> list[Path]:
+    """`conf/`, those of installed plug-ins and of the command line; the first that has a file."""
+    return [conf_dir(), *plugins.folders(), *config_dirs]
+
+
+def option_path(group: str, option: str) -> Path:
+    """The yaml file of an option."""
+    files = [folder / group / f"{option}.yaml" for folder in conf_dirs()]
+    return next((file for file in files if file.is_file()), files[0])
+
+
 def options(group: str) -> list[str]:
     """Names of the yaml files of a group, sorted."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted({path.stem for one in conf_dirs() for path in (one / group).glob("*.yaml")})
 
 
 def groups() -> list[str]:
     """Names of all groups, sorted, those inside others too."""
-    folders = (path for path in conf_dir().rglob("*") if path.is_dir())
-    return sorted(path.relative_to(conf_dir()).as_posix() for path in folders)
+    return sorted(
+        {
+            path.relative_to(folder).as_posix()
+            for folder in conf_dirs()
+            for path in folder.rglob("*")
+            if path.is_dir()
+        }
+    )
+
+
+def search_path() -> list[str]:
+    """The override by which Hydra looks in all of them, where there are several."""
+    others = ",".join(f"file://{folder.resolve()}" for folder in conf_dirs()[1:])
+    return [f"hydra.searchpath=[{others}]"] if others else []
 
 
 @cache
@@ -141,7 +169,7 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        if (conf_dir() / group).is_dir():
+        if group in groups():
             return f"{group}={option}: there is no {option}; {suggest(option, options(group))}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
@@ -215,6 +243,10 @@ def check(cfg: DictConfig, command: str) -> None:
     Raises:
         ConfigurationError: Naming every key that is unknown, open, or of a wrong value.
     """
+    try:
+        plugins.open_plugins(cfg.get("plugins") or [])
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     known = {k: v for k, v in primary(command).items() if k not in ("defaults", "hydra")}
     chosen = primary_groups(command)
     plain = _plain(cfg)
@@ -272,16 +304,21 @@ def _target_problems(
     kind = kind or kind_of(key)
     here = [target for target, entry in targets().items() if kind in entry["under"]]
     target = str(node.get("_target_")) if isinstance(node, Mapping) else None
-    if target not in here:
+    try:
+        entry = targets()[target] if target in here else plugins.facts(str(target), kind)
+    except ValueError as error:
+        yield f"{key}._target_: {error}"
+        return
+    if entry is None:
         wrong = key if target is None else f"{key}._target_"
         yield f"{wrong}: {node if target is None else target} is not built here; " + (
             suggest(str(target), here) if here else "conf/ builds nothing under this key"
         )
         return
     assert target is not None
-    arguments, short = targets()[target]["arguments"], target.rpartition(".")[2]
-    partial = targets()[target]["partial"]  # else it would be called here and now
-    if bool(node.get("_partial_", False)) != partial:
+    arguments, short = entry["arguments"], target.rpartition(".")[2]
+    partial = entry["partial"]  # else it would be called here and now
+    if partial is not None and bool(node.get("_partial_", False)) != partial:
         yield f"{key}._partial_: {short} needs {str(partial).lower()}"
     for name, value in node.items():
         if name not in NODE_KEYS and name not in arguments:

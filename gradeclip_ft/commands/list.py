@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from gradeclip_ft.commands.config import ConfigurationError, conf_dir, groups, options, suggest
+from gradeclip_ft.commands.config import ConfigurationError, groups, option_path, options, suggest
 
 # Groups whose list is called as their folder, without an s.
 UNCOUNTED = ("data", "debug", "methods", "optim", "exp/lab", "exp/maps", "exp/photos")
@@ -28,7 +28,7 @@ def list_options(what: str = "groups") -> None:
         raise ConfigurationError(f"list {what}: there is no such list; {suggest(what, names)}")
     width = max(map(len, options(group))) + 2
     for option in options(group):
-        text = summary(conf_dir() / group / f"{option}.yaml")
+        text = summary(option_path(group, option))
         lines = [
             piece
             for line in text.split("\n")

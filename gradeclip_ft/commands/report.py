@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gradeclip_ft.commands.build import build_clip, build_data, make
-from gradeclip_ft.commands.config import conf_dir, options, suggest
+from gradeclip_ft.commands.config import option_path, options, suggest
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
 from gradeclip_ft.data.detection import DetectionTrainData
@@ -355,7 +355,7 @@ def map_settings(comparison: Comparison, explainer: str | None) -> dict[str, Any
     if explainer is not None:
         if explainer not in options("explainer"):
             raise ValueError(f"explainer={explainer}: {suggest(explainer, options('explainer'))}")
-        node = OmegaConf.load(conf_dir() / "explainer" / f"{explainer}.yaml")
+        node = OmegaConf.load(option_path("explainer", explainer))
     else:
         for run in comparison.runs:
             own = OmegaConf.select(run.config, "objective.explainer")

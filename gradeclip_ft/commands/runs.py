@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "runs_dir",
     "evaluation",
     "evaluator",
+    "plugins",  # its classes are compared where they are named
     "logger",
     "trainer.stop_at",
     "trainer.log_every",

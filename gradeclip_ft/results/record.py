@@ -33,6 +33,8 @@ PACKAGES = (
     *("gradeclip_ft", "torch", "torchvision", "open_clip_torch", "timm", "lightning"),
     *("webdataset", "nltk", "textblob", "numpy", "pillow"),
 )
+# Versions of the plug-ins of which a configuration of this process names a class.
+OTHER_CODE: dict[str, str] = {}
 HASH_LENGTH = 16
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -238,14 +240,14 @@ def data_fingerprint(
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions of Python and of the packages that can change a number."""
+    """Versions of Python, of the packages that can change a number, and of plug-ins in use."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return {**found, **OTHER_CODE}
 
 
 def commit() -> str | None:

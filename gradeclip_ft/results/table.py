@@ -124,6 +124,8 @@ def differences(entries: Sequence[Entry]) -> list[str]:
 def select(table: Table, patterns: Sequence[str] = MAIN) -> Table:
     """Only the metrics that match a pattern, and only the facts that some row has.
 
+    All metrics where the usual patterns match none, as of evaluators of one's own.
+
     Raises:
         ValueError: No metric matches.
     """
@@ -133,6 +135,8 @@ def select(table: Table, patterns: Sequence[str] = MAIN) -> Table:
         if any(fnmatch(metric, pattern) for pattern in patterns)
         and (patterns != MAIN or "stuff_boxes" not in metric)
     ]
+    if not kept and patterns == MAIN:
+        kept = list(table.metrics)
     if not kept:
         raise ValueError(
             f"no metric matches {', '.join(patterns)}; there are {', '.join(table.metrics)}"

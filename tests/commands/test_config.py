@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gradeclip_ft.commands import plugins
 from gradeclip_ft.commands.config import (
     ConfigurationError,
     check,
@@ -141,4 +142,4 @@ def test_types_are_read_from_signatures() -> None:
     assert sources["tagger"] == {"type": {"choices": ["auto", "nltk", "textblob"]}}
     assert sources["shards"] == {"type": ["str", {"list": "str"}], "required": True}
     assert sources["make"] == {"type": ["object", "null"]}
-    assert write_targets.plain_type(dict[str, Path | None]) == {"dict": ["str", "null"]}
+    assert plugins.plain_type(dict[str, Path | None]) == {"dict": ["str", "null"]}
