@@ -149,7 +149,8 @@ def write(runs_dir: Path, out: Path) -> None:
         for title, chosen in TITLES[world].items():
             rows = list(table_rows(groups, chosen))
             columns = [name for name in COLUMNS if any(name in row for row in rows)]
-            facts = ("recipe", "alpha", "seeds", "time", "patch cosine")
+            told = ("recipe", "alpha", "seeds", "time", "patch cosine")
+            facts = tuple(name for name in told if any(name in row for row in rows))
             table = Table(facts, tuple(columns), tuple(rows))
             parts += [f"## {title}", "", render(table, "markdown")]
             kept += [{"world": world, "part": title, **row} for row in rows]
@@ -202,13 +203,14 @@ def table_rows(
     values = {
         group: [numbers(entry, chosen) for entry, _ in members] for group, members in groups.items()
     }
-    seconds = [facts["step_seconds"] for _, facts in groups.get((ORDINARY, 1.0), [])]
+    seconds = times(groups.get((ORDINARY, 1.0), []))
     for group, members in groups.items():
         recipe, alpha = group
         row: Row = {"recipe": recipe, "alpha": alpha, "seeds": len(members) if alpha else None}
-        own = [facts["step_seconds"] for _, facts in members if facts]
+        own = times(members)
         if own and seconds and alpha == 1.0:
             row["time"] = f"{statistics.fmean(own) / statistics.fmean(seconds):.2f}"
+        if alpha == 1.0:
             cosines = [facts["patch_cosine"] for _, facts in members]
             row["patch cosine"] = f"{statistics.fmean(cosines):.3f}"
         ordinary: Group = (ORDINARY, alpha)
@@ -227,6 +229,11 @@ def table_rows(
         yield row
         if ordinary in groups and group != ordinary:
             yield difference
+
+
+def times(members: Sequence[tuple[Entry, dict[str, Any]]]) -> list[float]:
+    """Seconds of a step; remove them from `done` where the run shared its machine."""
+    return [facts["step_seconds"] for _, facts in members if "step_seconds" in facts]
 
 
 def numbers(entry: Entry, chosen: str) -> dict[str, float]:
