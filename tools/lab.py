@@ -161,10 +161,11 @@ def write(runs_dir: Path, out: Path) -> None:
 
 HEAD = """\
 Metrics in percent: mean over the seeds, ± their sample deviation, and in brackets 95 % of 1,000
-draws of images. `alpha` is the share of the tuned weights, the rest are the start weights. `time`
-is that of a step relative to ordinary fine-tuning of the same seed, `patch cosine` the mean cosine
-between a patch and the same patch by the start model. Rows `- ordinary` are paired differences from
-ordinary fine-tuning with the same alpha, over the same draws."""
+draws of images. `alpha` is the share of the tuned weights, the rest are the start weights. `time`,
+where it is given, is that of a step relative to ordinary fine-tuning of the same seed; `patch
+cosine` the mean cosine between a patch and the same patch by the start model. Rows `- ordinary` are
+paired differences from ordinary fine-tuning with the same alpha, over the same draws. A recipe,
+seed or world that is not here has not been run; the command goes on where it was stopped."""
 TITLES: Mapping[str, Mapping[str, str]] = {
     "shapes": {"Shapes world, reported split": "", "Shapes world, choosing split": "choose"},
     "shapes2": {"Shapes world 2, reported split": "", "Shapes world 2, choosing split": "choose"},
