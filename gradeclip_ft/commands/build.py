@@ -31,7 +31,7 @@ from gradeclip_ft.commands.runs import read_config, resolve_weights
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from gradeclip_ft.data.captions import CaptionTrainData
+    from gradeclip_ft.data.captions import CaptionData
     from gradeclip_ft.data.detection import DetectionTrainData
     from gradeclip_ft.evaluators.base import Evaluator
     from gradeclip_ft.explain.base import Explainer
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 
 EVALUATIONS = "evaluations"
+UNSET = -1  # steps of a run that is counted in epochs
+EPOCHS = 5  # of a run that says neither
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,26 @@ def build(
     return Training(data, module, evaluate, trainer)
 
 
+def settle(cfg: DictConfig) -> None:
+    """Write the steps of epochs, and those between evaluations, into the configuration.
+
+    Raises:
+        ConfigurationError: The steps of an epoch cannot be told.
+    """
+    trainer, every = cfg.trainer, cfg.evaluation.every
+    if cfg.epochs is not None or trainer.max_steps == UNSET:
+        if "boxes" in cfg.data or not str(trainer.devices).isdigit():
+            raise ConfigurationError(
+                "epochs are for captions, on trainer.devices=NUMBER; set trainer.max_steps instead"
+            )
+        source = make(cfg.data, "data")(tokenizer=None, transform=None)
+        batches = source.batches(int(trainer.devices) * trainer.num_nodes)
+        epochs = EPOCHS if cfg.epochs is None else cfg.epochs
+        trainer.max_steps = max(1, int(epochs * batches / trainer.accumulate))
+    if every is not None and 0 < every < 1:
+        cfg.evaluation.every = max(1, round(every * trainer.max_steps))
+
+
 def build_clip(cfg: DictConfig) -> LoadedClip:
     """The model, from its own weights or from those of `init_from`.
 
@@ -122,13 +144,13 @@ def build_run(run: str | Path, runs_dir: str | Path = "runs") -> LoadedClip:
     )
 
 
-def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionTrainData | DetectionTrainData:
+def build_data(cfg: DictConfig, loaded: LoadedClip) -> CaptionData | DetectionTrainData:
     """Captioned images, tokenised and sized for the model; for a detector, images with boxes."""
     from gradeclip_ft.detection.detector import Detector
 
     require_kind(cfg, isinstance(loaded.clip, Detector))
     made = make(cfg.data, "data")
-    source: CaptionTrainData | DetectionTrainData
+    source: CaptionData | DetectionTrainData
     if isinstance(loaded.clip, Detector):
         source = made(side=loaded.clip.settings.side, mean=loaded.mean, std=loaded.std)
     else:

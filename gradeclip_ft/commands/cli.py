@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -70,6 +71,8 @@ class Command:
 
     def overrides(self, given: Sequence[str]) -> list[str]:
         """All overrides of a command line, as Hydra takes them."""
+        if self.config is not None and "model" in primary_groups(self.config):
+            given = named_model(given)
         if self.several is None:
             return list(given)
         start = f"{self.several}="
@@ -109,6 +112,29 @@ class Command:
         logging.basicConfig(handlers=[shown])
         logging.getLogger(PACKAGE.name).setLevel(logging.INFO)
         return perform(lambda: self.function()(cfg), full=wants_traceback())
+
+
+def named_model(given: Sequence[str]) -> list[str]:
+    """`model=ViT-B-32` as choices of conf/: a name of open_clip, with its usual weights."""
+    names = [item.removeprefix("model=") for item in given if item.startswith("model=")]
+    package = find_spec("open_clip")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    configs = Path(package.submodule_search_locations[0]) / "model_configs"
+    if len(names) != 1 or not names[0] or names[0] in options("model"):
+        return list(given)
+    if names[0] not in [path.stem for path in configs.glob("*.json")]:
+        return list(given)
+    name, added = names[0], []
+    if not any(item.startswith("model.weights=") for item in given):
+        load = importlib.import_module(f"{PACKAGE.name}.models.load")  # only now, since it is slow
+        try:
+            name, weights = load.usual_weights(name)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        added = [f"model.weights={weights}"]
+    chosen = ["model=open_clip", f"model.name={name}", *added]
+    return [*chosen, *(item for item in given if not item.startswith("model="))]
 
 
 @masked_output()

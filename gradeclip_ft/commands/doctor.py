@@ -18,6 +18,7 @@ from gradeclip_ft.commands import runs
 from gradeclip_ft.commands.config import is_meant
 
 if TYPE_CHECKING:
+    from gradeclip_ft.data.captions import CaptionData
     from gradeclip_ft.models.clip import LoadedClip
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -37,7 +38,7 @@ def doctor(cfg: DictConfig) -> int:
     python -m gradeclip_ft doctor +exp=cc3m_vitb16            an experiment
     """
     problems = 0
-    checks = (packages, run_folder, device, evaluation_data, trainer)
+    checks = (packages, length, run_folder, device, evaluation_data, trainer)
     for check in (*checks, model, tagger, training_data):
         for kind, text in _findings(check, cfg):
             problems += kind == PROBLEM
@@ -67,6 +68,14 @@ def packages(cfg: DictConfig) -> Iterator[Finding]:
     import torchvision
 
     yield OK, f"torchvision {torchvision.__version__} loads with this torch"
+
+
+def length(cfg: DictConfig) -> Iterator[Finding]:
+    """Steps of the run."""
+    from gradeclip_ft.commands.build import settle
+
+    settle(cfg)
+    yield OK, f"{cfg.trainer.max_steps} steps"
 
 
 def run_folder(cfg: DictConfig) -> Iterator[Finding]:
@@ -169,9 +178,11 @@ def tagger(cfg: DictConfig) -> Iterator[Finding]:
 
 
 def training_data(cfg: DictConfig) -> Iterator[Finding]:
-    """Shards, and one small batch of them; or boxes and their images."""
+    """Photos or shards, and one small batch of them; or boxes and their images."""
     from gradeclip_ft.commands.build import build_data
+    from gradeclip_ft.data.captions import CaptionTrainData
     from gradeclip_ft.data.detection import DetectionTrainData
+    from gradeclip_ft.data.photos import PhotoTrainData
 
     source = build_data(cfg, structure(cfg.model))
     if isinstance(source, DetectionTrainData):
@@ -180,6 +191,20 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
         else:
             yield OK, f"{source.boxes.annotations}: {source.prepare()['counts']}"
         return
+    world = _devices(cfg) * int(cfg.trainer.num_nodes)
+    if isinstance(source, PhotoTrainData):
+        facts = source.prepare()
+        few: CaptionData = replace(source, workers=0, batch_size=2)
+        yield (
+            OK,
+            (
+                f"{facts['photos']} photos, {facts['held_out']} more held out, "
+                f"{source.batches(world)} steps of {source.batch_size * world} an epoch"
+            ),
+        )
+        yield _one_batch(few)
+        return
+    assert isinstance(source, CaptionTrainData)
     try:
         urls = source.urls()
     except FileNotFoundError:
@@ -191,14 +216,18 @@ def training_data(cfg: DictConfig) -> Iterator[Finding]:
             return
         yield OK, f"{cfg.data.shards} is made when training starts"
         return
-    world = _devices(cfg) * int(cfg.trainer.num_nodes)
     steps = len(source.loader(seed=0, epoch=0, rank=0, world_size=world))
     yield OK, f"{len(urls)} shards, {steps} steps of {source.batch_size * world} an epoch"
     few = replace(source, workers=0, batch_size=2, shuffle=0, samples_per_epoch=2, resampled=True)
+    yield _one_batch(few)
+
+
+def _one_batch(few: CaptionData) -> Finding:
+    """What the first samples are, with their phrases."""
     batch = next(iter(few.loader(seed=0, epoch=0, rank=0, world_size=1)))
-    phrases = f"{len(batch.phrase)} phrases" if source.max_phrases else "no phrases wanted"
+    phrases = f"{len(batch.phrase)} phrases" if few.max_phrases else "no phrases wanted"
     skipped = f", skipped {dict(batch.skipped)}" if batch.skipped else ""
-    yield OK, f"read {' and '.join(batch.keys)}: {phrases}{skipped}"
+    return OK, f"read {' and '.join(batch.keys)}: {phrases}{skipped}"
 
 
 @cache

@@ -24,8 +24,9 @@ TABLES = ("by_class", "most_confused", "samples")  # too long for a terminal
 def evaluate(cfg: DictConfig) -> None:
     """Measure a model with one or more evaluators; one JSON each, `<evaluator>@<step>.json`.
 
-    With run= the weights and the model are those of the run, and the results go to its folder
-    evaluations/. Without it, the model of model= is measured as it is, and the results go to
+    With run= weights, model and evaluators are those of the run, and the results go to its folder
+    evaluations/; evaluators named on the command line are measured instead, with the paths that the
+    run has for them. Without run=, the model of model= is measured as it is, and the results go to
     evaluations/<model>. An existing result is kept, unless again=true.
 
     python -m gradeclip_ft evaluate run=shapes
@@ -40,6 +41,7 @@ def evaluate(cfg: DictConfig) -> None:
     from gradeclip_ft.training.run_files import step_of
 
     run, step, model = None, 0, cfg.model
+    asked = OmegaConf.create(cfg.get("evaluator") or {})
     folder = Path(EVALUATIONS) / Path(str(cfg.model.name)).name
     if cfg.run is not None:
         weights = runs.resolve_weights(cfg.run, cfg.runs_dir)
@@ -50,9 +52,11 @@ def evaluate(cfg: DictConfig) -> None:
                 "model.weights= and a folder for the results as out="
             )
         run, step, folder = weights.parent.name, found, weights.parent / EVALUATIONS
-        model = OmegaConf.merge(runs.read_config(weights.parent).model, {"weights": str(weights)})
+        config = runs.read_config(weights.parent)
+        model = OmegaConf.merge(config.model, {"weights": str(weights)})
+        asked = _of_run(cfg, OmegaConf.create(config.get("evaluator") or {}))
     folder = Path(cfg.out or folder)
-    evaluators = build_evaluators(cfg)
+    evaluators = build_evaluators(OmegaConf.create({"evaluator": asked}))
     if not evaluators:
         raise ValueError("no evaluator chosen; `list evaluators` names them, evaluator=[a,b]")
     if cfg.precision not in get_args(Precision):
@@ -78,10 +82,25 @@ def evaluate(cfg: DictConfig) -> None:
         again=cfg.again,
         precision=cfg.precision,
         track=progress_bar,
-        record=as_written(OmegaConf.create({"model": model, "evaluator": cfg.evaluator})),
+        record=as_written(OmegaConf.create({"model": model, "evaluator": asked})),
         done=tell,
     )
     _print(results)
+
+
+def _of_run(cfg: DictConfig, had: DictConfig) -> DictConfig:
+    """The run's evaluators, or those asked for with the paths that the run has for them."""
+    asked = OmegaConf.create(cfg.get("evaluator") or {})
+    if not asked:
+        return had
+    for key in set(asked) & set(had):
+        asked[key] = had[key]
+    for override in sys.argv[2:]:  # what the command line says about them counts
+        key = override.partition("=")[0].lstrip("+")
+        if key.startswith("evaluator."):
+            inner = key.removeprefix("evaluator.")
+            OmegaConf.update(asked, inner, OmegaConf.select(cfg, key), force_add=True)
+    return asked
 
 
 def _print(results: list[Result]) -> None:

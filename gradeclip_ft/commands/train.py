@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.build import settle
 from gradeclip_ft.commands.cli import (
     INTERRUPTED,
     lost_contact,
@@ -33,12 +34,14 @@ def train(cfg: DictConfig) -> None:
     A run writes to runs_dir/name: config.yaml, environment.json, metrics.jsonl and metrics.csv,
     evaluations/, last.ckpt and weights.safetensors. Without name= it is called as its experiment.
 
+    python -m gradeclip_ft train data=photos data.table=captions.csv data.images=photos
     python -m gradeclip_ft train +exp=shapes                   the shapes world, on any machine
     python -m gradeclip_ft train +exp=cc3m_vitb16              the paper's run; `list experiments`
     python -m gradeclip_ft train +exp=cc3m_vitb16 resume=auto  continue after an interruption
     python -m gradeclip_ft train -m +exp=shapes seed=0,1       two runs, shapes_0 and shapes_1
     """
     require_as_started(cfg)
+    settle(cfg)
     folder = runs.run_dir(cfg.name, cfg.runs_dir)
     rank = process_rank()
     with _claimed(folder, cfg, rank) as checkpoint:

@@ -1,6 +1,7 @@
-"""Caption data for training: shards in CC3M's layout to batches (section 5.2 of the paper).
+"""Caption data for training: captioned images to batches (section 5.2 of the paper).
 
-`CaptionTrainData` is the settings, `prepare` runs once before workers start, `loader` gives one
+`CaptionData` is the settings that all have in common, `CaptionTrainData` reads shards in CC3M's
+layout, `photos.PhotoTrainData` files. `prepare` runs once before workers start, `loader` gives one
 epoch of one process. Everything is a function of (seed, epoch, rank, world size, workers): there
 is no state to save, and an interrupted epoch continues with `start`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -77,58 +79,136 @@ class PackingTokenize(Tokenize, Protocol):
         ...
 
 
+Samples = Callable[[LoaderWorker, range, Skips], Iterator[RawSample]]
+"""Raw samples of one worker without end: those of a slice of the epoch, each once, and again to
+make up for dropped ones. Sent to workers, so it can be pickled."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CaptionTrainData:
-    """Shards of captioned images, and how they become batches.
+class CaptionData(ABC):
+    """Captioned images, and how they become batches.
 
     Attributes:
-        shards: Files, folders, globs, addresses, with brace lists; see `expand_shards`.
         batch_size: Samples per process and batch.
         tokenizer: Of the model; called with `trim=True`.
         transform: Of the model, for training; draws from torch's default generator alone.
-        samples_per_epoch: Over all processes. An epoch has samples_per_epoch // (batch_size x
-            world size) batches in every process. None: all samples; needs `resampled: false`.
         workers: Loader processes per process; 0 reads in the process itself.
-        resampled: Draw shards at random, with replacement. Otherwise every sample comes once per
-            epoch, except the last few that do not fill a batch in every process.
-        shuffle: Size of the shuffle buffer of each worker, in samples; 0 keeps their order.
         caption: "text" is the first caption of a sample, "any" another one at each visit.
         max_phrases: Most phrases of a caption, the first ones; 0 disables phrases and the tagger.
         prompt: Sentence with one {} for a phrase.
         tagger: "auto" is NLTK where its data can be had, else TextBlob's lexicon.
         max_dropped: Share of a worker's samples, and of its shards, that may be unusable; once it
             has seen 1,000 samples or 20 shards, a larger share stops the run.
-        allow_pipe: Accept `pipe:COMMAND` among the shards.
-        make: Called by `prepare`, to make the data where they are absent or made otherwise.
     """
 
-    shards: str | Sequence[str]
     batch_size: int
     tokenizer: PackingTokenize
     transform: Transform
-    samples_per_epoch: int | None = None
     workers: int = 2
-    resampled: bool = True
-    shuffle: int = 1000
     caption: CaptionChoice = "text"
     max_phrases: int = 5
     prompt: str = "This is a photo of the {}"
     tagger: TaggerKind = "auto"
     max_dropped: float = 0.2
+
+    @property
+    @abstractmethod
+    def resampled(self) -> bool:
+        """Whether samples are drawn with replacement, so that no process has a share of its own."""
+
+    @abstractmethod
+    def prepare(self) -> dict[str, Any]:
+        """Make or check data and tagger, once per machine, before workers start.
+
+        Returns:
+            For the run's record: tagger, fingerprint, samples per epoch, and more.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            LookupError: The tagger asked for cannot be used.
+            ValueError: A setting makes no sense.
+        """
+
+    @abstractmethod
+    def epoch_size(self) -> int:
+        """Samples of an epoch, over all processes."""
+
+    @abstractmethod
+    def samples(self, world_size: int) -> Samples:
+        """Where the workers of so many processes read."""
+
+    def batches(self, world_size: int) -> int:
+        """Batches of an epoch in each process.
+
+        Raises:
+            ValueError: There is not one.
+        """
+        size = self.epoch_size()
+        batches = size // (self.batch_size * world_size)
+        if batches < 1:
+            raise ValueError(
+                f"an epoch of {size} samples is less than one batch of {self.batch_size} for each "
+                f"of {world_size} processes; lower data.batch_size or give more samples"
+            )
+        return batches
+
+    def loader(
+        self, *, seed: int, epoch: int, rank: int, world_size: int, start: int = 0
+    ) -> CaptionLoader:
+        """Batches of one process from batch `start` of the epoch on; workers start with iteration.
+
+        Raises:
+            ValueError: A setting makes no sense, or shards are too few for the workers.
+        """
+        self._check()
+        batches = self.batches(world_size)
+        samples = self.samples(world_size)
+        if not 0 <= start <= batches:
+            raise ValueError(f"start {start} is outside the {batches} batches of an epoch")
+        workers = max(self.workers, 1)
+        return CaptionLoader(
+            self,
+            samples=samples,
+            worker=LoaderWorker(seed, epoch, rank, world_size, worker=0, workers=workers),
+            batches=batches,
+            start=start,
+        )
+
+    def _check(self) -> None:
+        least = {"batch_size": 1, "workers": 0, "shuffle": 0, "max_phrases": 0}
+        for name, bound in least.items():
+            got = getattr(self, name, bound)
+            if got < bound:
+                raise ValueError(f"{name} is {got}; it must be at least {bound}")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped is {self.max_dropped}; give a share from 0 to 1")
+        phrase_prompt(self.prompt, "dog")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionTrainData(CaptionData):
+    """Shards of captioned images.
+
+    Attributes:
+        shards: Files, folders, globs, addresses, with brace lists; see `expand_shards`.
+        samples_per_epoch: Over all processes. An epoch has samples_per_epoch // (batch_size x
+            world size) batches in every process. None: all samples; needs `resampled: false`.
+        resampled: Draw shards at random, with replacement. Otherwise every sample comes once per
+            epoch, except the last few that do not fill a batch in every process.
+        shuffle: Size of the shuffle buffer of each worker, in samples; 0 keeps their order.
+        allow_pipe: Accept `pipe:COMMAND` among the shards.
+        make: Called by `prepare`, to make the data where they are absent or made otherwise.
+    """
+
+    shards: str | Sequence[str]
+    samples_per_epoch: int | None = None
+    resampled: bool = True
+    shuffle: int = 1000
     allow_pipe: bool = False
     make: Callable[[], object] | None = None
 
     def prepare(self) -> dict[str, Any]:
-        """Make or check shards and tagger, once per machine, before workers start.
-
-        Returns:
-            For the run's record: tagger, number of shards, fingerprint, samples per epoch.
-
-        Raises:
-            FileNotFoundError: Shards are missing.
-            LookupError: The tagger asked for cannot be used.
-            ValueError: A setting makes no sense.
-        """
+        """Make or check shards and tagger."""
         self._check()
         if self.make is not None:
             self.make()
@@ -147,57 +227,43 @@ class CaptionTrainData:
             "tagger": prepare_tagger(self.tagger) if self.max_phrases else None,
             "shards": len(urls),
             "fingerprint": fingerprint(urls),
-            "samples_per_epoch": self._epoch_size(urls),
+            "samples_per_epoch": self.epoch_size(),
             "resampled": self.resampled,
         }
+
+    def loader(self, **place: int) -> CaptionLoader:
+        """As of all; workers have no use for `make`, and it may not pickle."""
+        return replace(super().loader(**place), source=replace(self, make=None))
 
     def urls(self) -> list[str]:
         """The shards, one by one."""
         return expand_shards(self.shards, allow_pipe=self.allow_pipe)
 
-    def loader(
-        self, *, seed: int, epoch: int, rank: int, world_size: int, start: int = 0
-    ) -> CaptionLoader:
-        """Batches of one process from batch `start` of the epoch on; workers start with iteration.
+    def samples(self, world_size: int) -> Samples:
+        """The shards, with their sizes where each sample comes once.
 
         Raises:
-            ValueError: A setting makes no sense, or shards are too few for the workers.
+            ValueError: They are too few for the workers.
         """
-        self._check()
         urls = self.urls()
-        size = self._epoch_size(urls)
-        batches = size // (self.batch_size * world_size)
-        if batches < 1:
-            raise ValueError(
-                f"samples_per_epoch {size} is less than one batch of {self.batch_size} for each of "
-                f"{world_size} processes; lower batch_size or raise samples_per_epoch"
-            )
         workers = max(self.workers, 1)
         if not self.resampled and len(urls) < world_size * workers:
             raise ValueError(
                 f"{len(urls)} shards cannot be split over {world_size} processes x {workers} "
                 "workers; lower workers, split the shards with `data split`, or set resampled=true"
             )
-        if not 0 <= start <= batches:
-            raise ValueError(f"start {start} is outside the {batches} batches of an epoch")
-        settled = replace(self, make=None)  # workers have no use for it, and it may not pickle
-        return CaptionLoader(
-            settled,
-            urls=tuple(urls),
-            counts=() if self.resampled else tuple(sample_counts(urls)),
-            worker=LoaderWorker(seed, epoch, rank, world_size, worker=0, workers=workers),
-            batches=batches,
-            start=start,
-        )
+        counts = None if self.resampled else tuple(sample_counts(urls))
+        return ShardSamples(tuple(urls), counts, self.shuffle)
 
-    def _epoch_size(self, urls: Sequence[str]) -> int:
+    def epoch_size(self) -> int:
+        """What `samples_per_epoch` says, else all samples."""
         if self.resampled:
             if self.samples_per_epoch is None:
                 raise ValueError(
                     "resampled shards have no end; set samples_per_epoch, or resampled=false"
                 )
             return self.samples_per_epoch
-        total = sum(sample_counts(urls))
+        total = sum(sample_counts(self.urls()))
         wanted = total if self.samples_per_epoch is None else self.samples_per_epoch
         if wanted > total:
             raise ValueError(
@@ -207,16 +273,30 @@ class CaptionTrainData:
         return wanted
 
     def _check(self) -> None:
-        least = {"batch_size": 1, "workers": 0, "shuffle": 0, "max_phrases": 0}
-        for name, bound in least.items():
-            got = getattr(self, name)
-            if got < bound:
-                raise ValueError(f"{name} is {got}; it must be at least {bound}")
+        super()._check()
         if self.samples_per_epoch is not None and self.samples_per_epoch < 1:
             raise ValueError(f"samples_per_epoch is {self.samples_per_epoch}; use 1 or more")
-        if not 0 <= self.max_dropped <= 1:
-            raise ValueError(f"max_dropped is {self.max_dropped}; give a share from 0 to 1")
-        phrase_prompt(self.prompt, "dog")
+
+
+@dataclass(frozen=True)
+class ShardSamples:
+    """Samples of shards.
+
+    Attributes:
+        counts: Samples per shard; None for shards drawn with replacement.
+    """
+
+    urls: tuple[str, ...]
+    counts: tuple[int, ...] | None
+    shuffle: int
+
+    def __call__(self, worker: LoaderWorker, part: range, skips: Skips) -> Iterator[RawSample]:
+        """Those of one worker."""
+        if self.counts is None:
+            return resampled(self.urls, worker, shuffle=self.shuffle, skips=skips)
+        return each_sample_once(
+            self.urls, self.counts, part, worker, shuffle=self.shuffle, skips=skips
+        )
 
 
 @dataclass(frozen=True)
@@ -224,15 +304,14 @@ class CaptionLoader:
     """One epoch of one process; `len()` is the number of batches of the whole epoch.
 
     Attributes:
-        counts: Samples per shard; empty for resampled shards.
+        samples: Where its workers read.
         worker: Numbers of the process; its first worker.
         batches: Of the whole epoch.
         start: The batch iteration begins with.
     """
 
-    source: CaptionTrainData
-    urls: tuple[str, ...]
-    counts: tuple[int, ...]
+    source: CaptionData
+    samples: Samples
     worker: LoaderWorker
     batches: int
     start: int
@@ -271,13 +350,7 @@ class _WorkerBatches(IterableDataset[CaptionBatch | WorkerError]):
         number = ((info.id if info else 0) + epoch.start) % epoch.worker.workers
         worker = replace(epoch.worker, worker=number)
         skips = Skips(most=source.max_dropped)
-        if source.resampled:
-            raws = resampled(epoch.urls, worker, shuffle=source.shuffle, skips=skips)
-        else:
-            part = slice_of(worker, epoch.batches, source.batch_size)
-            raws = each_sample_once(
-                epoch.urls, epoch.counts, part, worker, shuffle=source.shuffle, skips=skips
-            )
+        raws = epoch.samples(worker, slice_of(worker, epoch.batches, source.batch_size), skips)
         first, count = worker.share(epoch.start), worker.share(epoch.batches)
         try:
             yield from read_batches(
@@ -298,7 +371,7 @@ class Sample:
 
 
 def read_batches(
-    source: CaptionTrainData,
+    source: CaptionData,
     tagger: str | None,
     raws: Iterator[RawSample],
     worker: LoaderWorker,
@@ -319,7 +392,7 @@ def read_batches(
 
 
 def _usable(
-    source: CaptionTrainData,
+    source: CaptionData,
     tagger: str | None,
     raws: Iterator[RawSample],
     worker: LoaderWorker,

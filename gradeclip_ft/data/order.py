@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, count, islice
+from itertools import accumulate, chain, count, cycle, islice
 
 from webdataset.filters import shuffle as shuffle_buffer
 
@@ -113,8 +113,7 @@ def each_sample_once(
     """
     row = list(zip(urls, counts, strict=True))
     if shuffle:
-        # From seed and epoch alone, without rank and worker: all of them must cut the same row.
-        random.Random(stable_hash(f"row/{worker.seed}/{worker.epoch}")).shuffle(row)
+        _generator_of_the_row(worker).shuffle(row)
     # A second pass only where samples were dropped: the first gives all that the slice has. Each is
     # shuffled on its own: a buffer across passes would bring repetitions early.
     for number in count():
@@ -126,6 +125,21 @@ def each_sample_once(
             yield sample
         if empty:
             raise _nothing(len(urls), skips)
+
+
+def each_row_once(rows: int, part: range, worker: LoaderWorker) -> Iterator[int]:
+    """Numbers of a slice of all rows in random order, each once; then the slice again, and again.
+
+    The repetition makes up for dropped ones, as in `each_sample_once`.
+    """
+    row = list(range(rows))
+    _generator_of_the_row(worker).shuffle(row)
+    return cycle(row[part.start : part.stop])
+
+
+def _generator_of_the_row(worker: LoaderWorker) -> random.Random:
+    """From seed and epoch alone, without rank and worker: all of them must cut the same row."""
+    return random.Random(stable_hash(f"row/{worker.seed}/{worker.epoch}"))
 
 
 def _pieces(

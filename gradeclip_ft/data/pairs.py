@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import os
 import re
@@ -28,8 +29,13 @@ from gradeclip_ft.data.files import (
 from gradeclip_ft.data.make_shards import CaptionedFile
 from gradeclip_ft.data.samples import caption_lines
 
-FILE_COLUMNS = ("filename", "file_name", "file", "filepath", "image", "image_name", "path")
-CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "title")
+FILE_COLUMNS = (
+    *("filename", "file_name", "file", "filepath", "file_path", "path"),
+    *("image", "image_name", "image_path", "image_file", "img", "photo"),
+)
+CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "comment", "sentence", "title", "description", "alt"),
+)
 FILE_NAME = r"\.\w{3,4}(#\d+)?$"
 """How the name of an image ends; Flickr30k's table numbers its captions: `img.jpg#0`."""
 MOST_LINES = 20  # of a quoted caption; a lone quotation mark must not swallow the rows after it
@@ -58,15 +64,24 @@ def coco_files(captions: Path, images: Path, exclude: Path | None = None) -> lis
     ]
 
 
-def table_files(table: Path, images: Path) -> list[CaptionedFile]:
-    """Images of a table, each once, with all its captions in the order of the rows."""
+def table_files(
+    table: Path, images: Path, columns: Sequence[str] | None = None
+) -> list[CaptionedFile]:
+    """Images of a table, each once, with all its captions in the order of the rows.
+
+    Args:
+        table: In any layout of `read_captioned`.
+        images: Folder of the images.
+        columns: Names of the columns with file name and caption; None for the usual ones.
+    """
     _require_folder(images)
     skipped: Counter[str] = Counter()
-    found = _grouped(_rows(table, skipped))
+    found = _grouped(  # by path: `./1.jpg` is the photo `1.jpg`
+        (str(_inside(images, image.file_name, table)), image.captions, None)
+        for image in read_captioned(table, None, skipped, columns)
+    )
     _tell(table, skipped)
-    return [
-        CaptionedFile(_inside(images, image.file_name, table), image.captions) for image in found
-    ]
+    return [CaptionedFile(Path(image.file_name), image.captions) for image in found]
 
 
 def _tell(path: Path, skipped: Counter[str]) -> None:
@@ -86,15 +101,20 @@ def _inside(folder: Path, name: str, table: Path) -> Path:
     return folder / path.relative_to(os.path.abspath(folder))
 
 
-def read_captioned(path: Path, part: str | None, skipped: Counter[str]) -> list[CaptionedImage]:
+def read_captioned(
+    path: Path, part: str | None, skipped: Counter[str], columns: Sequence[str] | None = None
+) -> list[CaptionedImage]:
     """All images of a file with their captions, each image once, in any public layout.
 
     Args:
-        path: COCO's or Karpathy's JSON, a JSON list of images, or a table.
+        path: COCO's or Karpathy's JSON, a JSON list of images, JSON lines, or a table.
         part: Split of a file that holds several: "test", "val", "train", "restval".
         skipped: Gets the numbers of rows and captions that cannot be used, by cause.
+        columns: Names of file name and caption in a table or in JSON lines; None for usual ones.
     """
     content = load_json(path) if path.suffix == ".json" else None
+    if path.suffix in (".jsonl", ".ndjson"):
+        content = _json_lines(path)
     images = content.get("images") if isinstance(content, Mapping) else None
     if isinstance(images, list) and any("sentences" in entry for entry in images[:1]):
         return _grouped(_karpathy(path, images, part, skipped))
@@ -104,8 +124,8 @@ def read_captioned(path: Path, part: str | None, skipped: Counter[str]) -> list[
         found = read_captions(path, skipped)
         return _grouped((image.file_name, image.captions, image.id) for image in found)
     if isinstance(content, list):
-        return _grouped(_listed(path, content, skipped))
-    return _grouped(_rows(path, skipped))
+        return _grouped(_listed(path, content, skipped, columns))
+    return _grouped(_rows(path, skipped, columns))
 
 
 def _grouped(
@@ -139,15 +159,26 @@ def _karpathy(
 
 
 def _listed(
-    path: Path, content: Sequence[Any], skipped: Counter[str]
+    path: Path, content: Sequence[Any], skipped: Counter[str], columns: Sequence[str] | None
 ) -> Iterator[tuple[str, tuple[str, ...], None]]:
+    keys = list(content[0]) if content and isinstance(content[0], Mapping) else []
+    found = _places(path, keys, columns)
+    image, caption = ("image", "caption") if found is None else (keys[found[0]], keys[found[1]])
     for row, entry in enumerate(content):
-        captions = _value(path, row, entry, "caption")
-        name = _value(path, row, entry, "image")
+        captions = _value(path, row, entry, caption)
+        name = _value(path, row, entry, image)
         if not isinstance(name, str):
             raise ValueError(f"{path}: image number {row} is {name!r}, expected a file name")
         several = captions if isinstance(captions, list) else [captions]
         yield name, texts_of(several, skipped), None
+
+
+def _json_lines(path: Path) -> list[Any]:
+    lines = [line for line in _text_of(path).split("\n") if line.strip()]
+    try:
+        return [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds a line that is not JSON ({error})") from error
 
 
 def _value(path: Path, row: int, entry: Any, key: str) -> Any:
@@ -156,29 +187,54 @@ def _value(path: Path, row: int, entry: Any, key: str) -> Any:
     return entry[key]
 
 
-def _rows(table: Path, skipped: Counter[str]) -> list[tuple[str, tuple[str, ...], None]]:
-    """File name and caption of each row of a table with commas or tabs."""
+def _text_of(table: Path) -> str:
     if not table.is_file():
         raise FileNotFoundError(f"no table {table}; it needs a file name and a caption per row")
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        return table.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not in UTF-8 ({error}); convert it") from error
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    delimiter = "\t" if "\t" in lines[0] else ","
+        raise ValueError(
+            f"{table} is not a text in UTF-8 ({error}); save it as .csv in UTF-8"
+        ) from error
+
+
+def _places(
+    table: Path, header: Sequence[str], columns: Sequence[str] | None
+) -> tuple[int, int] | None:
+    """Where file name and caption are in the header of a table; None where it is not one."""
+    names = [name.strip().strip('"').lower() for name in header]
+    wanted = (FILE_COLUMNS, CAPTION_COLUMNS)
+    if columns is not None:
+        wanted = tuple((name.strip().lower(),) for name in columns)  # type: ignore[assignment]
+    found = [next((names.index(c) for c in group if c in names), None) for group in wanted]
+    if columns is not None and (len(found) != 2 or None in found):
+        raise ValueError(
+            f"{table} has the columns {', '.join(header)}; set columns= to those of file name and "
+            f"caption, such as [{','.join(header[:2])}]"
+        )
+    name, caption = found
+    return None if name is None or caption is None else (name, caption)
+
+
+def _rows(
+    table: Path, skipped: Counter[str], columns: Sequence[str] | None
+) -> list[tuple[str, tuple[str, ...], None]]:
+    """File name and caption of each row of a table with commas, semicolons or tabs."""
+    lines = [line.rstrip("\r") for line in _text_of(table).split("\n")]
+    head = lines[0]
+    delimiter = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
     first = next((row for line in lines if (row := line.split(delimiter)) != [""]), [""])
-    header = [column.strip().strip('"').lower() for column in first]
-    name = next((header.index(column) for column in FILE_COLUMNS if column in header), None)
-    caption = next((header.index(column) for column in CAPTION_COLUMNS if column in header), None)
-    if name is not None and caption is not None:
-        lines, width = lines[lines.index(delimiter.join(first)) + 1 :], len(header)
-    elif len(first) >= 2 and re.search(FILE_NAME, header[0]):
+    places = _places(table, first, columns)
+    if places is not None:
+        name, caption = places
+        lines, width = lines[lines.index(delimiter.join(first)) + 1 :], len(first)
+    elif len(first) >= 2 and re.search(FILE_NAME, first[0].strip().strip('"')):
         name, caption, width = 0, 1, 2
     else:
         raise ValueError(
             f"{table} begins with {first}; expected a header with one of "
             f"{', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}, or rows of "
-            "file name and caption"
+            "file name and caption; columns=[FILE,CAPTION] names others"
         )
     found: list[tuple[str, tuple[str, ...], None]] = []
     for row in _records(lines, delimiter, width):

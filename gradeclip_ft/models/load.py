@@ -44,6 +44,25 @@ QUICK_GELU = "-quickgelu"
 MOST_TOKENS = 4096  # of a file's text positions; a mask of their square is built
 
 
+def usual_weights(name: str) -> tuple[str, str]:
+    """Name and tag of open_clip to begin with: OpenAI's weights, else the first that it lists.
+
+    OpenAI trained with QuickGELU, which is another name in open_clip.
+
+    Raises:
+        ValueError: There are none.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tags:
+        raise ValueError(
+            f"model={name}: open_clip has no weights of it; add model.weights=FILE, or "
+            f"model.weights={RANDOM} to begin without"
+        )
+    if "openai" in tags and f"{name}{QUICK_GELU}" in open_clip.list_models():
+        return f"{name}{QUICK_GELU}", "openai"
+    return name, "openai" if "openai" in tags else tags[0]
+
+
 def load_clip(
     name: str,
     weights: str | Path | None = None,

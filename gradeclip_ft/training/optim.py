@@ -107,12 +107,18 @@ def warmup_constant(optimizer: Optimizer, *, warmup: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
 
 
-def warmup_cosine(optimizer: Optimizer, *, warmup: int, steps: int, final: float = 0.0) -> LambdaLR:
+def warmup_cosine(
+    optimizer: Optimizer, *, steps: int, warmup: int | None = None, final: float = 0.0
+) -> LambdaLR:
     """Linear warm-up over `warmup` steps, then half a cosine down to `final` times the rate.
+
+    Without a number, the warm-up takes a tenth of the steps, at most 1,000.
 
     Raises:
         ValueError: If the warm-up is as long as the training.
     """
+    if warmup is None:
+        warmup = min(1000, steps // 10)
     if not 0 <= warmup < steps:
         raise ValueError(
             f"the warm-up takes {warmup} of {steps} steps; set optim.schedule.warmup below that"

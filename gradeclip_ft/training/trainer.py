@@ -38,8 +38,8 @@ def make_trainer(
     precision: Precision = "32-true",
     gradient_clip: float | None = None,
     accumulate: int = 1,
-    log_every: int = 10,
-    checkpoint_every: int = 500,
+    log_every: int | None = None,
+    checkpoint_every: int | None = None,
     max_non_finite: int = 0,
     keep: int = 2,
     on_save_error: OnSaveError = "stop",
@@ -65,6 +65,10 @@ def make_trainer(
             f"trainer.precision={precision}: choose {', '.join(get_args(Precision))}; weights stay "
             "in fp32"
         )
+    if log_every is None:
+        log_every = min(10, max(1, max_steps // 20))
+    if checkpoint_every is None:
+        checkpoint_every = min(500, max(1, max_steps // 4))
     timeout = timedelta(minutes=timeout_minutes)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from gradeclip_ft.commands.export import export
 from gradeclip_ft.commands.train import train
 from gradeclip_ft.models.load import load_clip
 
-SMALL = [
+SMALL = ["evaluator=[shapes_regions,shapes_retrieval]"] + [
     f"{sign}evaluator.{name}.data.make.{key}={value}"
     for name in ("shapes_regions", "shapes_retrieval")
     for sign, key, value in (("", "train", 8), ("", "val", 24), ("+", "workers", 1))
