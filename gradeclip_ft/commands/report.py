@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from gradeclip_ft.commands.build import build_clip, build_data, make
 from gradeclip_ft.commands.config import option_path, options, suggest
 from gradeclip_ft.commands.runs import WEIGHTS, read_config, read_environment
 from gradeclip_ft.data import coco
+from gradeclip_ft.data.captions import CaptionData
 from gradeclip_ft.data.detection import DetectionTrainData
+from gradeclip_ft.data.order import LoaderWorker
+from gradeclip_ft.data.photos import PhotoTrainData
+from gradeclip_ft.data.samples import image_of, read_caption, read_record, sample_name
+from gradeclip_ft.data.shards import BadSampleError, Skips
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import explain_pictures
 from gradeclip_ft.images import read_image
@@ -55,18 +61,25 @@ METRICS = {
     "text_retrieval_recall@1": "Image to text, R@1",
 }
 LABEL = "per cent"
+CURVES = (BOXES, "image_retrieval_recall@1", "text_retrieval_recall@1")
 # Keys of a run's configuration that the page lists.
 SETTINGS = (
     *("model.name", "seed", "trainer.max_steps", "trainer.precision", "data.batch_size"),
     *("data.max_phrases", "data.prompt", "optim.optimizer.lr", "optim.optimizer.weight_decay"),
     *("optim.schedule.warmup", "objective.local_weight", "objective.alignment.kind"),
 )
-SHAPES = Path("data/shapes")
+WORLD = Path("data/shapes")
+SHAPES = (
+    WORLD / "images_val",
+    WORLD / "annotations/captions_val.json",
+    WORLD / "annotations/instances_val.json",
+)
 STILL = 3  # pictures in the still figure
 GRAD_ECLIP = "gradeclip_ft.explain.grad_eclip.GradEclip"
 UNIFORM = ".Uniform"  # the same weight everywhere shows nothing
 LONGEST = 512  # pixels of a shown picture
-LEAST = 2  # phrases with a true box
+LEAST = 2  # phrases, with a true box where boxes are known
+LOOKED_AT = 1000  # samples
 
 
 @dataclass(frozen=True)
@@ -116,9 +129,9 @@ def report(
     scenes: int = 6,
     picture: str | None = None,
     explainer: str | None = None,
-    images: Path = SHAPES / "images_val",
-    captions: Path = SHAPES / "annotations/captions_val.json",
-    instances: Path = SHAPES / "annotations/instances_val.json",
+    images: Path | None = None,
+    captions: Path | None = None,
+    instances: Path | None = None,
 ) -> None:
     """Write one page that shows what fine-tuning did: table, heat maps before and after, curves.
 
@@ -126,10 +139,11 @@ def report(
     are the table and the path of the page, a single file that needs no network.
 
     out=runs/demo/report.html   default: report.html in the folder of the last run
-    scenes=6                    pictures: the first whose caption names at least two true objects
+    scenes=6                    pictures: the first whose caption names at least two things
     picture=docs/maps.png       also a still picture of the maps
     explainer=maskclip          whose maps to show, see `list explainers`; default: the last run's
-    images= captions= instances=  COCO files to take pictures from; default: the shapes world
+    images= captions= instances=  COCO files to take pictures with boxes from; default: for runs on
+                                the shapes world its own, for others photos of the last run's data
     """
     folders = [Path(run) for run in runs]
     if not folders:
@@ -142,7 +156,7 @@ def report(
     cases: Sequence[Case] = ()
     if scenes or picture:
         settings = map_settings(comparison, explainer)
-        files = (images, captions, instances)
+        files = (images, captions, instances) if images and captions and instances else None
         cases = _cases(comparison, make(settings, "explainer"), files, max(scenes, STILL))
         facts["Heat maps"] = {key.strip("_"): str(value) for key, value in settings.items()}
     page = Page(
@@ -270,7 +284,7 @@ def results_table(comparison: Comparison) -> Table:
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """Losses as they were logged; accuracy of boxes at the steps where it was measured."""
+    """Losses as they were logged; boxes and retrieval at the steps where they were measured."""
     found = [
         Chart(
             title,
@@ -284,14 +298,15 @@ def charts(comparison: Comparison) -> list[Chart]:
         for title, key in (("Global loss (nats)", "global"), ("Local loss", "local"))
     ]
     start = [comparison.start] if comparison.start else []
-    measured: dict[str, list[Point]] = {}
-    for run in comparison.runs:
-        measured[run.label] = []
-        for entry in [*start, *(run.results[step] for step in sorted(run.results))]:
-            values = [_metric(entry, name, BOXES) for name in sorted(entry.results)]
-            points = [(float(entry.step), value) for value in values if value is not None]
-            measured[run.label] += points[:1]  # of the first evaluator that has it
-    found.append(Chart(METRICS[BOXES], measured, percent=True, markers=True))
+    for metric in CURVES:
+        measured: dict[str, list[Point]] = {}
+        for run in comparison.runs:
+            measured[run.label] = []
+            for entry in [*start, *(run.results[step] for step in sorted(run.results))]:
+                values = [_metric(entry, name, metric) for name in sorted(entry.results)]
+                points = [(float(entry.step), value) for value in values if value is not None]
+                measured[run.label] += points[:1]  # of the first evaluator that has it
+        found.append(Chart(METRICS[metric], measured, percent=True, markers=True))
     return [chart for chart in found if any(chart.series.values())]
 
 
@@ -319,7 +334,10 @@ def _metric(entry: Entry, evaluator: str, metric: str) -> float | None:
 
 
 def _cases(
-    comparison: Comparison, explainer: Explainer, files: tuple[Path, Path, Path], count: int
+    comparison: Comparison,
+    explainer: Explainer,
+    files: tuple[Path, Path, Path] | None,
+    count: int,
 ) -> list[Case]:
     """Pictures with the maps of the start and of every run, all by the same explainer."""
     start = build_clip(comparison.runs[0].config)
@@ -332,7 +350,9 @@ def _cases(
         )
     tagger = (last.environment.get("data") or {}).get("tagger") or prepare_tagger(source.tagger)
     parse = PhraseFinder(load_tagger(tagger), source.max_phrases)
-    cases = find_cases(*files, parse, count)
+    if files is None and OmegaConf.select(last.config, "data.make") is not None:
+        files = SHAPES
+    cases = find_cases(*files, parse, count) if files else own_cases(source, parse, count)
     cases = add_maps(cases, UNTOUCHED, start, explainer, source.prompt)
     for run in comparison.runs:
         weights = run.folder / WEIGHTS
@@ -397,6 +417,39 @@ def find_cases(
     return found
 
 
+def own_cases(source: CaptionData, parse: Callable[[str], list[str]], count: int) -> list[Case]:
+    """The first of a run's own pictures whose first caption has two phrases, without boxes.
+
+    Photos are those held out of training, where there are some.
+
+    Raises:
+        ValueError: None of 1,000 has.
+    """
+    samples, skips = source.samples(world_size=1), Skips()
+    if isinstance(source, PhotoTrainData):
+        samples = source.held_out_samples()
+    raws = samples(LoaderWorker(0, 0, 0, 1, 0, 1), range(LOOKED_AT), skips)
+    found: list[Case] = []
+    for raw in islice(raws, LOOKED_AT):
+        if len(found) == count:
+            break
+        try:
+            caption = read_caption(raw, read_record(raw), "text", key=0)
+            phrases = parse(caption)
+            if len(phrases) >= LEAST:
+                image = image_of(raw)
+                image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)  # a small page
+                found.append(Case(np.asarray(image), phrases, {}, caption, source=sample_name(raw)))
+        except BadSampleError:
+            continue  # training passes over it, too
+    if not found:
+        raise ValueError(
+            f"no caption of {LOOKED_AT} has {LEAST} phrases; scenes=0 writes the page without "
+            "pictures"
+        )
+    return found
+
+
 def named_boxes(phrase: str, picture: coco.CocoImage, names: Sequence[str]) -> list[Box]:
     """Boxes, xyxy in [0, 1], of all regions whose class name the phrase holds as whole words."""
     boxes = []
@@ -425,11 +478,12 @@ def add_maps(
     found = explain_pictures(loaded, pixels, targets, {method: explainer})
     for case, explained in zip(cases, found, strict=True):
         heat = explained.heat[method].numpy()
-        shares = [inside_share(*each) for each in zip(heat, case.boxes, strict=True)]
         numbers = {
-            "in the box": [f"{100 * share:.0f} %" for share in shares],
-            "cosine": [f"{score:.2f}".replace("-", "−") for score in explained.score.tolist()],
+            "cosine": [f"{score:.2f}".replace("-", "−") for score in explained.score.tolist()]
         }
+        if case.boxes:
+            shares = [inside_share(*each) for each in zip(heat, case.boxes, strict=True)]
+            numbers = {"in the box": [f"{100 * share:.0f} %" for share in shares], **numbers}
         values = {name: {**case.values.get(name, {}), method: n} for name, n in numbers.items()}
         made.append(replace(case, heat={**case.heat, method: heat}, values=values))
     return made

@@ -184,6 +184,11 @@ class PhotoTrainData(CaptionData, Photos):
         """The files."""
         return PhotoSamples(self.parts()[0], self.folder, str(self.table or self.folder))
 
+    def held_out_samples(self) -> PhotoSamples:
+        """The other part, or the same where nothing is held out."""
+        rest, held = self.parts()
+        return PhotoSamples(held or rest, self.folder, str(self.table or self.folder))
+
 
 @dataclass(frozen=True)
 class PhotoSamples:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_own_photos_are_trained_on_measured_and_resumed(
     assert run(COMMANDS, [*named, "out=eight"]) == 0
     data = json.loads((home / "eight" / "captions@10.json").read_text())["data"]
     assert data["counts"]["images"] == 8
+
+    assert run(COMMANDS, ["report", "runs/whole", "out=page.html", "scenes=2"]) == 0
+    page = Path("page.html").read_text("utf-8")
+    held = json.loads((whole / "environment.json").read_text())["data"]["held_out"]
+    assert page.count("<article") == held == 2
+    assert "Text to image, R@1" in page
+    assert re.search(r"t\.csv:\d+\.png", page)  # a photo held out, not a scene of shapes
+    assert "in the box" not in page
     assert not (home / "data").exists()
 
 
