@@ -160,7 +160,7 @@ def report(
         cases = _cases(comparison, make(settings, "explainer"), files, max(scenes, STILL))
         facts["Heat maps"] = {key.strip("_"): str(value) for key, value in settings.items()}
     page = Page(
-        title=f"{comparison.runs[0].config.model.name} before and after fine-tuning",
+        title=f"{Path(comparison.runs[0].config.model.name).name} before and after fine-tuning",
         intro=introduction(comparison),
         methods=comparison.methods,
         kind="Model",
