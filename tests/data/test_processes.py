@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +106,8 @@ def busy(begun: Event) -> None:
     time.sleep(60)
 
 
-def test_a_worker_still_ends_when_its_parent_says_so() -> None:
-    """Would catch a run that waits at its end for a worker that reads from a slow remote."""
+def end_a_worker() -> None:
+    """Start a worker and terminate it while it reads."""
     fork = multiprocessing.get_context("fork")
     begun = fork.Event()
     process = fork.Process(target=busy, args=(begun,))
@@ -113,3 +116,10 @@ def test_a_worker_still_ends_when_its_parent_says_so() -> None:
     process.terminate()
     process.join(20)
     assert process.exitcode == 0
+
+
+def test_a_worker_still_ends_when_its_parent_says_so() -> None:
+    """Would catch a run that waits at its end for a worker that reads from a slow remote."""
+    # In a process of its own: threads that libraries start in forks would take the signal.
+    program = "from tests.data.test_processes import end_a_worker; end_a_worker()"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
