@@ -176,8 +176,8 @@ def explain(
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: No text, no picture, a file that is none, or a method that the model cannot do.
-        ConfigurationError: There is no method of a name.
+        ValueError: No text, no picture, an unreadable one, or a method that the model cannot do.
+        ConfigurationError: A method is unknown.
     """
     pictures, words = _listed(images), (texts,) if isinstance(texts, str) else tuple(texts)
     if not words or not pictures:
@@ -273,7 +273,7 @@ def evaluate(model: LoadedClip, evaluator: str | Evaluator, *settings: str) -> M
         `metrics` as fractions by name, beside `protocol`, `data` and `details`.
 
     Raises:
-        ConfigurationError: There is no evaluator of that name, or no such setting.
+        ConfigurationError: The evaluator or a setting is unknown.
         FileNotFoundError: Its data are not there.
     """
     chosen = build_evaluator(evaluator, settings) if isinstance(evaluator, str) else evaluator

@@ -22,16 +22,16 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from gradeclip_ft.batch import CaptionBatch, PackedTexts
 from gradeclip_ft.data.files import Tokenize
 from gradeclip_ft.data.loading import (
     EXPECTED,
+    RaisingLoader,
     WorkerError,
     handed_over,
     inside_joblib_worker,
-    raising,
 )
 from gradeclip_ft.data.order import LoaderWorker, each_sample_once, resampled, slice_of
 from gradeclip_ft.data.samples import (
@@ -324,7 +324,7 @@ class CaptionLoader:
         tagger = prepare_tagger(source.tagger, fetch=False) if source.max_phrases else None
         # A joblib sweep's own start method cannot start the workers of a loader.
         method = "fork" if source.workers and inside_joblib_worker() else None
-        loader = DataLoader(
+        loader = RaisingLoader(
             _WorkerBatches(self, tagger),
             batch_size=None,
             num_workers=source.workers,
@@ -333,7 +333,7 @@ class CaptionLoader:
             worker_init_fn=ignore_scheduler_signals,
             generator=torch.Generator(),  # the loader's own draws leave the run's numbers alone
         )
-        return raising(loader)
+        return iter(loader)
 
 
 class _WorkerBatches(IterableDataset[CaptionBatch | WorkerError]):

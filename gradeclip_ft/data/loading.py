@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gradeclip_ft.data.shards import TooManyDroppedError
-from gradeclip_ft.ops.distributed import ignore_scheduler_signals
+from gradeclip_ft.ops.distributed import ignore_scheduler_signals, scheduler_signals_held
 
 EXPECTED = (FileNotFoundError, OSError, ValueError, TooManyDroppedError)
 """Errors about data, whose text says all; torch shows the origin of others."""
@@ -32,7 +32,7 @@ def evaluation_loader(
         batch_size: Samples per batch; the last one may be smaller.
         workers: Processes; 0 loads here.
     """
-    return _RaisingLoader(
+    return RaisingLoader(
         _Items(items),
         batch_size=batch_size,
         num_workers=workers,
@@ -94,9 +94,13 @@ def naming_killed_workers() -> Iterator[None]:
         raise RuntimeError(f"{error} {ADVICE}") from error
 
 
-class _RaisingLoader(DataLoader[Any]):
+class RaisingLoader(DataLoader[Any]):
+    """Raises what workers hand over, and starts them so that a scheduler's signals spare them."""
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return raising(super().__iter__())
+        with scheduler_signals_held():
+            batches = super().__iter__()
+        return raising(batches)
 
 
 @dataclass(frozen=True)

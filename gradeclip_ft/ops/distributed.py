@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -92,6 +93,23 @@ def gather_rows(x: Shaped[Tensor, "rows ..."], counts: list[int]) -> Shaped[Tens
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
+@contextmanager
+def scheduler_signals_held() -> Iterator[None]:
+    """Around the start of loader workers: none of their threads takes a scheduler's signals.
+
+    Libraries may start threads in a fork before `ignore_scheduler_signals` runs there. They inherit
+    what is blocked now; unblocked, they would take the signals that its thread waits for.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_scheduler_signals(worker: int) -> None:
     """Start of a loader worker: it exits only when its parent asks or dies.
 
@@ -106,7 +124,7 @@ def ignore_scheduler_signals(worker: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None or not hasattr(signal, "sigwaitinfo"):
         return
-    # Blocked signals come to the thread below; a thread of a library that did not block ignores.
+    # Blocked in every thread, see `scheduler_signals_held`: they come to the thread below.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
