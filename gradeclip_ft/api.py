@@ -39,6 +39,7 @@ from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import ImageTransform, LoadedClip
 from gradeclip_ft.models.load import from_open_clip, load_clip
 from gradeclip_ft.models.other.classifier import LoadedImageModel
+from gradeclip_ft.ops.attention import DensePath
 from gradeclip_ft.ops.heatmap import pool_boxes
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.report.figures import draw_maps
@@ -198,7 +199,9 @@ def explain(
     )
 
 
-def dense(model: LoadedClip, images: Pictures) -> Float[Tensor, "B h w D"]:
+def dense(
+    model: LoadedClip, images: Pictures, *, path: DensePath = "value"
+) -> Float[Tensor, "B h w D"]:
     """Unit features of the patches, in the space of the texts, on the CPU.
 
     Their product with `model.encode_texts(...)` is the cosine of every patch and text. They cover
@@ -207,9 +210,10 @@ def dense(model: LoadedClip, images: Pictures) -> Float[Tensor, "B h w D"]:
     Args:
         model: From `load` or `from_open_clip`.
         images: One picture or several; tensors of one size.
+        path: How the last layer makes them: `value`, or `sclip`, `clearclip`, `naclip`, `vv`.
 
     Raises:
-        UnsupportedTowerError: The image tower has no such features.
+        UnsupportedTowerError: The image tower has no such features, or the value path alone.
     """
     pictures = _listed(images)
     with evaluating(model.clip):
@@ -218,7 +222,7 @@ def dense(model: LoadedClip, images: Pictures) -> Float[Tensor, "B h w D"]:
             for start in range(0, len(pictures), BATCH)
         ]
         tower, device = model.clip.image, model.clip.device
-        return torch.cat([unit(tower.trace(part.to(device)).dense()).cpu() for part in parts])
+        return torch.cat([unit(tower.trace(part.to(device)).dense(path)).cpu() for part in parts])
 
 
 def region_embeddings(

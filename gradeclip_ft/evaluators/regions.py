@@ -22,6 +22,7 @@ from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import ClassMeanAccuracy, class_mean, label_ranks
 from gradeclip_ft.models.clip import LoadedClip
+from gradeclip_ft.ops.attention import DensePath
 from gradeclip_ft.ops.heatmap import pool_boxes, pool_masks
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, as_text, data_fingerprint, hash_json
@@ -80,6 +81,7 @@ class RegionEvaluator:
         templates: "vild" for its 63, or sentences with `{}` for the class name.
         micro: Add the share of correct regions, every region alike, as `micro_top1`.
         crops: Add the class embedding of each region's own crop, at the model's own size.
+        dense: How the last layer makes the dense features; the papers' is the value path.
         parts: What the words of a thing's class name are, such as colour and shape: adds the
             accuracy of each among the classes that agree in the others.
         batch_size: Images per forward pass; does not change the numbers.
@@ -92,6 +94,7 @@ class RegionEvaluator:
     templates: str | Sequence[str] = "vild"
     micro: bool = False
     crops: bool = False
+    dense: DensePath = "value"
     parts: Sequence[str] = ()
     batch_size: int = 32
     workers: int = 0
@@ -123,6 +126,7 @@ class RegionEvaluator:
             "accuracy": "mean over classes present, among all classes",
             **({"micro": True} if self.micro else {}),
             **({"crops": crops} if self.crops else {}),
+            **({} if self.dense == "value" else {"dense": self.dense}),
             **self.data.protocol,
         }
 
@@ -209,7 +213,7 @@ class RegionEvaluator:
         """By group: scores of its regions for all classes, and which regions these are."""
         device, dtype = placement(loaded.clip)
         there = batch.to(device)
-        dense = loaded.clip.image.trace(there.images.to(dtype)).dense()  # (B, h, w, D)
+        dense = loaded.clip.image.trace(there.images.to(dtype)).dense(self.dense)  # (B, h, w, D)
         found = {"boxes": pool_boxes(dense, there.boxes, there.owner)}
         if there.masks is not None:
             found["masks"] = pool_masks(dense, there.masks, there.owner)

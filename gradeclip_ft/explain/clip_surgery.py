@@ -13,13 +13,13 @@ from torch import Tensor
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.other.classifier import LoadedImageModel
 from gradeclip_ft.models.trace import Heads, Record
-from gradeclip_ft.ops.attention import attend
+from gradeclip_ft.ops.attention import DensePath, attend_alike
 from gradeclip_ft.ops.similarity import unit
 
 
 @dataclass(frozen=True)
 class ClipSurgery:
-    """Tokens of a path z <- z + add(softmax(v vᵀ) v), matched with the text.
+    """Tokens of a path z <- z + add(softmax(s v vᵀ) v), matched with the text.
 
     v comes from the original path's input, the second path has no MLP. What all texts share is
     redundant: with other texts the mean of the products over texts, weighted by how well each text
@@ -27,12 +27,15 @@ class ClipSurgery:
 
     Attributes:
         depth: Layers with a second path, at most.
+        dense: What attends to what on the second path, by `DensePath`; of one layer and with the
+            empty text, "vv" is the dense path of that name.
         others: Texts beside the target, encoded by `prepare`; none for the empty text.
         embedded: Their unit embeddings.
     """
 
     depth: int | None = 6
     heads: Heads = "all"
+    dense: DensePath = "vv"
     others: Sequence[str] = ()
     embedded: Float[Tensor, "M D"] | None = None
 
@@ -52,10 +55,11 @@ class ClipSurgery:
         """
         if self.embedded is None:
             raise ValueError("CLIP Surgery compares with other texts; call prepare(loaded) first")
-        z = record.layers[0].x.detach()
+        z, grid = record.layers[0].x.detach(), record.opened.grid
         for layer in record.layers:
-            v = layer.v.detach()
-            z = z + layer.layer.add(attend(v, v, v, heads=layer.layer.heads)[0])
+            q, k, v = (rows.detach() for rows in (layer.q, layer.k, layer.v))
+            o = attend_alike(self.dense, q, k, v, heads=layer.layer.heads, grid=grid)
+            z = z + layer.layer.add(o)
         features = unit(record.opened.head(z))  # (P, N, D)
         others = self.embedded.to(target)
         if not self.others:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradeclip_ft.models.trace import Trace
+from gradeclip_ft.ops.attention import DensePath
 from gradeclip_ft.ops.heatmap import owned_products
 from gradeclip_ft.ops.similarity import unit
 
@@ -19,9 +20,11 @@ class MaskClip:
 
     Attributes:
         create_graph: Let gradients flow through the map.
+        dense: How the last layer makes F_d; MaskCLIP's own is the value path.
     """
 
     create_graph: bool = False
+    dense: DensePath = "value"
 
     compares_texts: ClassVar[bool] = True
 
@@ -29,6 +32,6 @@ class MaskClip:
         self, trace: Trace, target: Float[Tensor, "P D"], owner: Int[Tensor, " P"]
     ) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
-        features = unit(trace.finish(trace.tokens, trace.v))  # (B, N, D)
+        features = unit(trace.rows(self.dense))  # (B, N, D)
         relevance = owned_products(features, target, owner)
         return relevance.masked_fill(~trace.explained[owner], 0.0).relu()

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gradeclip_ft.ops.attention import attend, attend_row
+from gradeclip_ft.ops.attention import DensePath, attend, attend_alike, attend_row
 from gradeclip_ft.ops.similarity import Score, cosine
 
 
@@ -64,6 +64,8 @@ class Trace:
         finish: (x, o) -> embedding, row by row: everything after attention.
         attend: (tokens, query) -> (q of the query, k, v): everything before attention.
         project: Output projection of the attention layer, on rows of the width of o.
+        layer: The last layer itself, for what `attend` and `finish` do not give.
+        head: Rows after the last layer to embeddings.
         score: What is explained, from embedding and target; the cosine S of eq. 1 for a CLIP.
     """
 
@@ -81,6 +83,8 @@ class Trace:
     finish: Finish
     attend: Attend
     project: Rows
+    layer: Layer
+    head: Rows
     score: Score = cosine
 
     @property
@@ -100,12 +104,14 @@ class Trace:
         factor = None if scale == "width" else (self.q.shape[-1] / self.heads) ** -0.5
         return attend_row(self.q, self.k, self.v, heads=1, mask=self.mask, scale=factor)
 
-    def dense(self) -> Float[Tensor, "B h w D"]:
-        """Dense features F_d: the last layer without attention, each patch with its own value.
+    def dense(self, path: DensePath = "value") -> Float[Tensor, "B h w D"]:
+        """Dense features F_d: the last layer with other attention, one for each patch.
 
-        The construction of CLIPSelf, which Grad-ECLIP's section 5 follows; not normalised.
+        On the value path each patch has its own value alone, the construction of CLIPSelf, which
+        Grad-ECLIP's section 5 follows; not normalised.
 
         Raises:
+            UnsupportedTowerError: This tower has the value path alone.
             ValueError: The trace is that of a text.
         """
         if self.grid is None:
@@ -114,11 +120,30 @@ class Trace:
         # Patches are the last h·w tokens whatever comes before them: a class token, registers, a
         # ResNet's mean token, or nothing (SigLIP).
         first = self.tokens.shape[1] - height * width
-        # A token that attends to itself alone has weight 1 on its own value: o_i = v_i. So the
-        # same `finish` that made the embedding from (B, C) makes F_d from (B, h·w, C).
-        return self.finish(self.tokens[:, first:], self.v[:, first:]).view(
-            -1, height, width, self.embedding.shape[-1]
-        )
+        return self.rows(path, first).view(-1, height, width, self.embedding.shape[-1])
+
+    def rows(self, path: DensePath = "value", first: int = 0) -> Float[Tensor, "B M D"]:
+        """The features of `dense`, in the space of the embedding, of all tokens from `first` on."""
+        x = self.tokens[:, first:]
+        if path == "value":
+            # A token that attends to itself alone has weight 1 on its own value: o_i = v_i. So the
+            # same `finish` that made the embedding from (B, C) makes F_d from (B, h·w, C).
+            return self.finish(x, self.v[:, first:])
+        if self.layer.run is None:
+            raise UnsupportedTowerError(
+                f"dense={path} needs a block in which patches attend to each other, and this tower "
+                "ends in an attention pool, whose query is not a patch; choose dense=value"
+            )
+        if self.grid is None:
+            raise ValueError(f"dense={path} is for images; this is the trace of a text")
+        q, k, v = self.layer.attend(self.tokens, lambda y: y)
+        o = attend_alike(path, q, k, v, heads=self.heads, grid=self.grid)[:, first:]
+        if path == "sclip":  # the rest of the block as it is
+            return self.finish(x, o)
+        # ClearCLIP and NACLIP drop residual and MLP, in which a few channels drown the others;
+        # CLIP Surgery drops the MLP alone.
+        added = self.layer.add(o)
+        return self.head(x + added if path == "vv" else added)
 
     def replay(
         self, tokens: Float[Tensor, "R N W"], owner: Int[Tensor, " R"], heads: Heads = "all"
@@ -281,6 +306,8 @@ class Pass:
             finish=finish,
             attend=attend,
             project=last.project,
+            layer=last,
+            head=head,
             score=self.score,
         )
 

@@ -142,7 +142,7 @@ class Reader:
 
     def trace(self, images: Tensor) -> SimpleNamespace:
         assert not torch.is_grad_enabled()
-        return SimpleNamespace(dense=lambda: self.dense(images))
+        return SimpleNamespace(dense=lambda path="value": self.dense(images))
 
     def open(self, images: Tensor) -> Pass:
         """As a real pass, whose last layer leaves every token as it is."""
