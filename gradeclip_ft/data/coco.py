@@ -103,7 +103,7 @@ def read_regions(path: Path) -> tuple[list[Category], list[CocoImage]]:
     return categories, [
         CocoImage(
             key,
-            _field(path, image, "file_name", str),
+            _image_name(path, image),
             _field(path, image, "height", int),
             _field(path, image, "width", int),
             tuple(regions[key]),
@@ -233,6 +233,13 @@ def _region(path: Path, entry: Mapping[str, Any], labels: Mapping[int, int]) -> 
     x, y, width, height = map(float, box)
     crowd = bool(entry.get("iscrowd", 0))
     return Region(identity, labels[category], (x, y, width, height), crowd, outline)
+
+
+def _image_name(path: Path, image: Mapping[str, Any]) -> str:
+    """The file of an image; LVIS gives an address instead, whose end is val2017/NAME.jpg."""
+    if "file_name" not in image and "coco_url" in image:
+        return "/".join(_field(path, image, "coco_url", str).rsplit("/", 2)[1:])
+    return str(_field(path, image, "file_name", str))
 
 
 def _is_finite(value: object) -> bool:

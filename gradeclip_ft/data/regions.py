@@ -26,19 +26,23 @@ from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import read_image
 
 
-def letterbox_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) of the content in a square of `side`, at least 1 each.
+def letterbox_size(height: int, width: int, side: int, *, squash: bool = False) -> tuple[int, int]:
+    """(height, width) of the content in a square of `side`, at least 1 each; all of it if squashed.
 
     >>> letterbox_size(480, 640, 224)
     (168, 224)
     """
+    if squash:
+        return side, side
     scale = side / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def letterbox_image(image: Image.Image, side: int, *, centred: bool = False) -> Image.Image:
+def letterbox_image(
+    image: Image.Image, side: int, *, centred: bool = False, squash: bool = False
+) -> Image.Image:
     """Resize bicubically and pad with black, right and below or on all sides."""
-    height, width = letterbox_size(image.height, image.width, side)
+    height, width = letterbox_size(image.height, image.width, side, squash=squash)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if height == width == side:
@@ -49,20 +53,22 @@ def letterbox_image(image: Image.Image, side: int, *, centred: bool = False) -> 
 
 
 def letterbox_boxes(
-    boxes: Float[Tensor, "R 4"], *, height: int, width: int
+    boxes: Float[Tensor, "R 4"], *, height: int, width: int, squash: bool = False
 ) -> Float[Tensor, "R 4"]:
-    """Boxes as xyxy in [0, 1] of the padded square.
+    """Boxes as xyxy in [0, 1] of the padded or squashed square.
 
     Args:
         boxes: (x, y, width, height) in pixels of the original image.
         height: Of the original image.
         width: Of the original image.
+        squash: Both sides were brought to that of the square.
     """
-    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / max(height, width)
+    sides = [width, height] * 2 if squash else [max(height, width)] * 4
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / boxes.new_tensor(sides)
 
 
 def letterbox_masks(
-    masks: Shaped[Tensor, "R H W"], cells: int, *, antialias: bool
+    masks: Shaped[Tensor, "R H W"], cells: int, *, antialias: bool, squash: bool = False
 ) -> Float[Tensor, "R h w"]:
     """Masks on the patch grid of the padded square: 1 where the bicubic resize is above 0.
 
@@ -73,8 +79,9 @@ def letterbox_masks(
         cells: Side of the square grid.
         antialias: Torchvision 0.17 and later antialias by default, earlier releases do not; with it
             no object vanishes, but each swells to 7 cells or more.
+        squash: Bring both sides to that of the grid, without padding.
     """
-    height, width = letterbox_size(masks.shape[1], masks.shape[2], cells)
+    height, width = letterbox_size(masks.shape[1], masks.shape[2], cells, squash=squash)
     grid = torch.zeros(len(masks), cells, cells)
     if len(masks):
         grid[:, :height, :width] = torch.nn.functional.interpolate(
@@ -208,10 +215,12 @@ class RegionImages(Dataset[RegionSample]):
             if source.clipself:  # its mask2box says (x1 - x0, y1 - y0) of the outermost pixels
                 boxes[~is_thing, 2:] -= 1
             cells = self.image_size // self.patch
-            masks = letterbox_masks(full, cells, antialias=source.mask_antialias)
+            masks = letterbox_masks(
+                full, cells, antialias=source.mask_antialias, squash=source.squash
+            )
         return RegionSample(
-            image=self._pixels(letterbox_image(image, self.image_size)),
-            boxes=letterbox_boxes(boxes, height=height, width=width),
+            image=self._pixels(letterbox_image(image, self.image_size, squash=source.squash)),
+            boxes=letterbox_boxes(boxes, height=height, width=width, squash=source.squash),
             masks=masks,
             labels=torch.tensor([region.label for region in regions]),
             is_thing=is_thing,
@@ -280,6 +289,7 @@ class CocoRegions:
         max_regions: Regions per image; further ones are left out.
         crowd: Keep regions that are groups (`iscrowd`).
         mask_antialias: Antialias when masks are resized to the patch grid.
+        squash: Bring both sides to that of the square (FG-CLIP), instead of padding.
         clipself: Crops and boxes of stuff exactly as CLIPSelf's program cuts them: crops are
             padded on all sides and their edges rounded, boxes of stuff end at the last pixel
             instead of after it.
@@ -296,6 +306,7 @@ class CocoRegions:
     max_regions: int = 100
     crowd: bool = True
     mask_antialias: bool = True
+    squash: bool = False
     clipself: bool = False
     limit: int | None = None
     limit_seed: int = 0
@@ -312,7 +323,9 @@ class CocoRegions:
             "max_regions": self.max_regions,
             "crowd": self.crowd,
             "mask_antialias": self.mask_antialias,
-            "letterbox": "bicubic, padded right and below with black",
+            "letterbox": "bicubic, squashed to the square"
+            if self.squash
+            else "bicubic, padded right and below with black",
             **({"crops_and_stuff_boxes": "as CLIPSelf's program"} if self.clipself else {}),
             **subset_protocol(self.limit, self.limit_seed),
             **({} if self.world == 1 else {"world": self.world}),

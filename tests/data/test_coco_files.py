@@ -39,6 +39,15 @@ def test_labels_are_ranks_of_the_sorted_category_ids(tmp_path: Path) -> None:
     assert pictures[0].regions[0].label == 1
 
 
+def test_lvis_names_an_image_by_its_address(tmp_path: Path) -> None:
+    """Its validation set holds photos of both folders of COCO, and no file names."""
+    image = {**IMAGE, "coco_url": "http://images.cocodataset.org/val2017/000000397133.jpg"}
+    del image["file_name"]
+    content = {"images": [image], "annotations": [instance()], "categories": CATEGORIES}
+    _, pictures = read_regions(write(tmp_path / "lvis.json", content))
+    assert pictures[0].file_name == "val2017/000000397133.jpg"
+
+
 def test_panoptic_id_70000_survives_eight_bit_colours(tmp_path: Path) -> None:
     """R + 256 G + 65536 B in uint8 would overflow: 70000 = 112 + 17 * 256 + 1 * 65536."""
     colours = np.zeros((2, 3, 3), np.uint8)

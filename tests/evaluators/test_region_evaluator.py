@@ -27,7 +27,7 @@ def names(*groups: str) -> set[str]:
 
 
 def evaluator(world: Any, **options: Any) -> RegionEvaluator:
-    keys = {"mask_antialias", "min_area", "crowd", "max_regions"}
+    keys = {"mask_antialias", "min_area", "crowd", "max_regions", "squash"}
     data = {key: options.pop(key) for key in keys & set(options)}
     settings = {"name": "regions", "templates": PROMPT, **options}
     return RegionEvaluator(data=CocoRegions(**world.panoptic, **data), **settings)
@@ -44,6 +44,18 @@ def test_a_perfect_model_scores_one(
     groups = ("boxes", "thing_masks", "stuff_masks", "stuff_boxes")
     assert set(measured.metrics) == names(*groups)
     assert measured.details["empty_masks"] == 0
+
+
+@torch.no_grad()
+def test_a_squashed_picture_keeps_its_regions_and_the_protocol_says_so(
+    world: Any, load: Load
+) -> None:
+    """FG-CLIP's square without padding: boxes and masks are stretched with the pixels."""
+    measured = evaluator(world, squash=True, mask_antialias=False, dense="naclip")(load(224, 16))
+    assert set(measured.metrics.values()) == {1.0}
+    assert measured.protocol["letterbox"] == "bicubic, squashed to the square"
+    assert measured.protocol["dense"] == "naclip"
+    assert "dense" not in evaluator(world).protocol  # results of before keep their protocol
 
 
 @pytest.fixture
