@@ -1,37 +1,43 @@
 """The laboratory: every recipe of conf/exp/lab and seed, in each world, to one table.
 
-    python -m tools.lab                                     all rows of both worlds, three seeds
+    python -m tools.lab                                     all rows of all worlds, three seeds
     python -m tools.lab worlds=[shapes] seeds=[0]           one world, one seed
     python -m tools.lab rows=[ordinary,game] worlds=[shapes2]
+    python -m tools.lab jobs=14 trainer=gpu                 14 runs at a time share the GPU
 
-A row is a training run, runs/lab_WORLD_RECIPE_SEED; what is finished is kept, what was interrupted
-goes on, so the command can be stopped and typed again. `results/recipes.md` holds what is there:
-means over seeds with their deviation, and 95 % intervals over images. The photos need PHOTOS=FOLDER
-(see conf/exp/photos/ordinary.yaml). The row `true_mask` pools every phrase by the mask that the
-shapes world drew: what a map can bring at most.
+A row is a training run, runs/lab_WORLD_RECIPE_SEED, and writes its text to a .log beside its
+folder; what is finished is kept, what was interrupted goes on, so the command can be stopped and
+typed again. `results/recipes.md` holds what is there: means over seeds with their deviation, and
+95 % intervals over images. The photos need PHOTOS=FOLDER (see conf/exp/photos/ordinary.yaml). The
+row `true_mask` pools every phrase by the mask that the shapes world drew: what a map can bring at
+most. Rows of other lengths end in their steps: `best_600` is compared with `ordinary_600`.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+import gradeclip_ft.training.module  # noqa: F401  # children find Lightning imported
 from gradeclip_ft.__main__ import main
-from gradeclip_ft.commands.build import build_clip
+from gradeclip_ft.commands.build import build_clip, make
 from gradeclip_ft.commands.cli import call
-from gradeclip_ft.commands.config import options
+from gradeclip_ft.commands.config import compose, options, search_path
 from gradeclip_ft.commands.runs import read_config
 from gradeclip_ft.data.shapes import make_sample, vocabulary
 from gradeclip_ft.data.shapes_scenes import COLOURS, SHAPES
@@ -55,29 +61,60 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    """A training run of the table, in `folder`."""
+
+    world: str
+    recipe: str
+    seed: str
+    folder: Path
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """The table is written when the last run of a seed of a world is finished."""
+        return self.seed, self.world
+
+
 def lab(
-    *,
+    *overrides: str,
     rows: tuple[str, ...] = (),
-    worlds: tuple[str, ...] = ("shapes", "photos"),
+    worlds: tuple[str, ...] = ("shapes", "shapes2", "photos"),
     seeds: tuple[str, ...] = ("0", "1", "2"),
+    jobs: int = 1,
+    trainer: Literal["cpu", "gpu"] = "cpu",
     runs_dir: Path = Path("runs"),
     out: Path = Path("results/recipes"),
 ) -> None:
     """Train what is missing, seed by seed, and write the table after every seed of a world.
 
+    OVERRIDES               of `train`, for all rows: trainer.max_steps=3
     rows=[ordinary,game]    recipes; all of conf/exp/lab without it
     worlds=[shapes,photos]  shapes, shapes2, photos
+    jobs=N                  runs at a time; step times are measured with 1 alone
     """
     known = {world: recipes(world) for world in worlds}
     if unknown := set(rows).difference(*known.values()):
         raise ValueError(f"no recipe {', '.join(sorted(unknown))}; there are {known}")
-    for seed in seeds:
-        for world in worlds:
-            for recipe in [row for row in rows or known[world] if row in known[world]]:
-                folder = runs_dir / f"lab_{world}_{recipe}_{seed}"
-                if not (folder / "done").exists():
-                    run(world, recipe, seed, folder)
+    missing = [
+        Run(world, recipe, seed, folder)
+        for seed in seeds
+        for world in worlds
+        for recipe in rows or known[world]
+        if recipe in known[world]
+        and not ((folder := runs_dir / f"lab_{world}_{recipe}_{seed}") / "done").exists()
+    ]
+    # In single precision on a GPU too: a table may have rows of both.
+    common = [*overrides, f"trainer={trainer}", "trainer.precision=32-true", "trainer.threads=1"]
+    for world in dict.fromkeys(run.world for run in missing):
+        prepare(world, jobs)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    left = [run.group for run in missing]
+    for run in in_parallel(missing, common, jobs):
+        left.remove(run.group)
+        if run.group not in left:
             write(runs_dir, out)
+    write(runs_dir, out)
 
 
 def recipes(world: str) -> list[str]:
@@ -88,22 +125,66 @@ def recipes(world: str) -> list[str]:
     return [ORDINARY, *(name for name in found if name != ORDINARY), *own]
 
 
-def run(world: str, recipe: str, seed: str, folder: Path) -> None:
-    """One training run in a process of its own, then how far its patches went."""
+def experiment(world: str, recipe: str) -> list[str]:
+    """Overrides of `train` that choose world and recipe."""
     chosen = "game" if recipe == TRUE_MASK else recipe
-    arguments = [f"+exp/lab={world.removesuffix('2')}_{chosen}", f"seed={seed}"]
-    arguments += [f"name={folder.name}", f"runs_dir={folder.parent}", "resume=auto"]
-    arguments += ["trainer.threads=1", f"evaluation.before={str(recipe == ORDINARY).lower()}"]
-    if world == "shapes2":
-        arguments += ["data=shapes2", "model=shapes2_tiny"]
-    module = ["tools.lab", TRUE_MASK] if recipe == TRUE_MASK else ["gradeclip_ft"]
-    print(f"{folder.name}: {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", *module, "train", *arguments], check=False)
-    if done.returncode:
-        print(f"{folder.name} ended with {done.returncode}", flush=True)
-        return
-    facts = {"patch_cosine": patch_cosine(folder), "step_seconds": step_seconds(folder)}
-    write_atomically(folder / "done", json.dumps(facts) + "\n")
+    second = ["data=shapes2", "model=shapes2_tiny"] if world == "shapes2" else []
+    return [f"+exp/lab={world.removesuffix('2')}_{chosen}", *second]
+
+
+def prepare(world: str, jobs: int) -> None:
+    """Draw or check the data of a world once, before runs that would all draw them."""
+    drawn = [f"+data.make.workers={max(2, jobs)}"] if world.startswith("shapes") else []
+    cfg = compose("train", [*experiment(world, ORDINARY), *drawn, *search_path()])
+    make(cfg.data, "data")(tokenizer=None, transform=None).prepare()
+
+
+def in_parallel(missing: Sequence[Run], common: Sequence[str], jobs: int) -> Iterator[Run]:
+    """Runs as they end, well or not, so many at a time.
+
+    Each is a child forked by this process, which has imported everything and computed nothing.
+    """
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(missing), dict[Any, tuple[Any, Run, float]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            run = waiting.pop(0)
+            child = fork.Process(target=train, args=(run, common, jobs == 1))
+            child.start()
+            running[child.sentinel] = child, run, time.perf_counter()
+        for sentinel in wait(list(running)):
+            child, run, began = running.pop(sentinel)
+            child.join()
+            seconds = f"{time.perf_counter() - began:.0f} s"
+            what = f"done in {seconds}" if not child.exitcode else f"ended with {child.exitcode}"
+            print(f"{run.folder.name}: {what}, see {log_of(run)}", flush=True)
+            yield run
+
+
+def log_of(run: Run) -> Path:
+    """Everything a run prints."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def train(run: Run, common: Sequence[str], alone: bool) -> None:
+    """One training run, then how far its patches went. In a process of its own."""
+    with log_of(run).open("a") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    if run.recipe == TRUE_MASK:
+        setattr(GlobalLocal, "maps", true_maps)  # noqa: B010
+    sys.argv = ["gradeclip_ft", "train", *experiment(run.world, run.recipe), f"seed={run.seed}"]
+    sys.argv += [f"name={run.folder.name}", f"runs_dir={run.folder.parent}", "resume=auto", *common]
+    sys.argv += [f"evaluation.before={str(run.recipe == ORDINARY).lower()}"]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    facts = {"patch_cosine": patch_cosine(run.folder)}
+    if alone:
+        facts["step_seconds"] = step_seconds(run.folder)
+    write_atomically(run.folder / "done", json.dumps(facts) + "\n")
 
 
 @torch.no_grad()
@@ -214,7 +295,7 @@ def table_rows(
         if alpha == 1.0:
             cosines = [facts["patch_cosine"] for _, facts in members]
             row["patch cosine"] = f"{statistics.fmean(cosines):.3f}"
-        ordinary: Group = (ORDINARY, alpha)
+        ordinary: Group = (ordinary_beside(recipe), alpha)
         difference: Row = {"recipe": "- ordinary", "alpha": alpha}
         for metric in values[group][0]:
             each = [some[metric] for some in values[group]]
@@ -232,8 +313,14 @@ def table_rows(
             yield difference
 
 
+def ordinary_beside(recipe: str) -> str:
+    """Ordinary fine-tuning of the same length: rows of other lengths end in their steps."""
+    steps = recipe.rpartition("_")[2]
+    return f"{ORDINARY}_{steps}" if steps.isdigit() else ORDINARY
+
+
 def times(members: Sequence[tuple[Entry, dict[str, Any]]]) -> list[float]:
-    """Seconds of a step; remove them from `done` where the run shared its machine."""
+    """Seconds of a step, of runs that had the machine to themselves."""
     return [facts["step_seconds"] for _, facts in members if "step_seconds" in facts]
 
 
@@ -305,8 +392,4 @@ def true_maps(objective: GlobalLocal, step: Step) -> Tensor:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [TRUE_MASK]:
-        setattr(GlobalLocal, "maps", true_maps)  # noqa: B010
-        del sys.argv[1]
-        main()
     call(lab, sys.argv[1:])

@@ -1,6 +1,7 @@
 """The laboratory: masks for phrases, and the table of runs that are on disk."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,34 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
     assert (
         "| game | 1.0 | 2 | 1.50 | 0.900 | 70.0 ± 14.1 [" in (tmp_path / "recipes.md").read_text()
     )
+
+
+def test_a_run_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time: the third starts although the first failed, and each has its own process."""
+
+    def train(run: lab.Run, common: list[str], alone: bool) -> None:
+        if run.recipe == "clim":
+            raise SystemExit(3)
+        run.folder.write_text(f"{os.getpid()} {common} {alone}")
+
+    monkeypatch.setattr(lab, "train", train)
+    recipes = ["clim", "game", "focal"]
+    runs = [lab.Run("shapes", recipe, "0", tmp_path / recipe) for recipe in recipes]
+    ended = [run.recipe for run in lab.in_parallel(runs, ["trainer=cpu"], 2)]
+    assert sorted(ended) == sorted(recipes)
+    told = [(tmp_path / recipe).read_text().split(" ", 1) for recipe in ("game", "focal")]
+    assert len({str(os.getpid()), *(process for process, _ in told)}) == 3
+    assert {rest for _, rest in told} == {"['trainer=cpu'] False"}
+    printed = capfd.readouterr().out
+    assert "clim: ended with 3, see" in printed
+    assert "focal: done in" in printed
+
+
+def test_longer_rows_stand_beside_ordinary_fine_tuning_of_their_length() -> None:
+    assert lab.ordinary_beside("best_600") == "ordinary_600"
+    assert lab.ordinary_beside("game_crops") == "ordinary"
 
 
 def test_an_unknown_recipe_is_named_before_anything_is_trained() -> None:
