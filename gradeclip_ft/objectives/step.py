@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradeclip_ft.batch import CaptionBatch
@@ -17,6 +18,8 @@ from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.trace import Trace
 
 ROWS = 64  # phrases explained at a time: a method over layers keeps the attention of all of them
+StoredMaps: TypeAlias = Callable[[Explainer, CaptionBatch, Callable[[Tensor], Tensor]], Tensor]
+"""Maps by a method of all phrases of a batch, and a function that computes those of some rows."""
 
 
 class Teacher(nn.Module):
@@ -34,6 +37,7 @@ class Teacher(nn.Module):
         shared = {id(part): part for part in clip.model.parameters() if not part.requires_grad}
         # The adapters of a Clip hold functions of its own modules: the copy gets new ones.
         self.clip = Clip(copy.deepcopy(clip.model, shared)).requires_grad_(False).eval()
+        self.stored_maps: StoredMaps | None = None
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode."""
@@ -96,7 +100,7 @@ class Step:
         if name not in self._views:
             teacher = self._teachers[name]
             assert isinstance(teacher, Teacher)
-            self._views[name] = View(teacher.clip, self)
+            self._views[name] = View(teacher.clip, self, teacher.stored_maps)
         return self._views[name]
 
     @contextmanager
@@ -112,9 +116,10 @@ class Step:
 class View:
     """A batch seen by a teacher: without a graph, in single precision."""
 
-    def __init__(self, clip: Clip, step: Step) -> None:
+    def __init__(self, clip: Clip, step: Step, stored_maps: StoredMaps | None = None) -> None:
         self.clip = clip
         self._step = step
+        self._stored_maps = stored_maps
         scale = clip.log_scale.float().exp()
         self._pass = SharedPass(clip.image, step.batch.images, scale)
 
@@ -157,15 +162,19 @@ class View:
 
     def heat(self, explainer: Explainer) -> Float[Tensor, "P h w"]:
         """Maps of the phrases of the batch, by any method; negative values become 0."""
+        batch = self._step.batch
+        if not len(batch.owner):
+            return self.phrases.new_zeros((0, *self.dense.shape[1:3]))
+        if self._stored_maps is not None:
+            return self._stored_maps(explainer, batch, lambda rows: self._heat(explainer, rows))
+        return self._heat(explainer, torch.arange(len(batch.owner), device=batch.owner.device))
+
+    def _heat(self, explainer: Explainer, rows: Int[Tensor, " R"]) -> Float[Tensor, "R h w"]:
         phrases, owner = self.phrases, self._step.batch.owner
-        if not len(owner):
-            return phrases.new_zeros((0, *self.dense.shape[1:3]))
         with torch.enable_grad(), self._step.single_precision():
             parts = [
-                self._pass.heat(explainer, target, rows)
-                for target, rows in zip(
-                    torch.split(phrases, ROWS), torch.split(owner, ROWS), strict=True
-                )
+                self._pass.heat(explainer, phrases[part], owner[part])
+                for part in torch.split(rows.to(owner.device), ROWS)
             ]
         return torch.cat(parts).clamp(min=0)
 

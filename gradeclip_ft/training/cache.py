@@ -1,9 +1,9 @@
 """What frozen parts compute, kept on disk: a step then costs only what learns.
 
 With the first blocks and the text tower frozen, the tokens that enter the first block that learns
-and the embeddings of texts are the same at every visit and in every run. They are stored in single
-files by content (pixels, token ids) below a folder that is named by the frozen weights, so nothing
-else can be taken for them.
+and the embeddings of texts are the same at every visit and in every run. So are the maps of a start
+model, whatever learns. They are stored in single files by content (pixels, token ids) below a
+folder that is named by the weights behind them, so nothing else can be taken for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from gradeclip_ft.explain.base import RecordExplainer, TraceExplainer
+from gradeclip_ft.batch import CaptionBatch
+from gradeclip_ft.explain.base import Explainer, RecordExplainer, TraceExplainer, settings_of
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.trace import Pass
 from gradeclip_ft.training.optim import BLOCK
@@ -31,26 +32,35 @@ class FrozenCache:
     Args:
         clip: The model, with `requires_grad` set.
         folder: Grows by 4 bytes for every number of a token: 0.4 MB for an image of 257 tokens
-            with 384 channels.
+            with 384 channels; and for every cell of a map.
+        maps: Whether maps of this model, as it is now, will be asked for.
 
     Raises:
-        ValueError: No block of the image tower is frozen, or its patches learn.
+        ValueError: No block of the image tower is frozen, or its patches learn, and maps are not
+            asked for.
     """
 
-    def __init__(self, clip: Clip, folder: str | Path) -> None:
+    def __init__(self, clip: Clip, folder: str | Path, *, maps: bool = False) -> None:
         learning = {n for n, value in clip.model.named_parameters() if value.requires_grad}
         image = [name for name in learning if name.startswith("visual.")]
         blocks = [int(found[1]) for name in image if (found := BLOCK.search(name))]
         self._depth = clip.image.depth
         self.first = min(blocks, default=self._depth - 1)
-        if not self.first:
-            raise ValueError("a cache keeps what frozen blocks compute; set optim.image_blocks")
+        if not self.first and not maps:
+            raise ValueError(
+                "a cache keeps what frozen blocks compute, and maps of the start model; set "
+                "optim.image_blocks or objective.maps_from=start"
+            )
         self._texts = not any(not n.startswith(("visual.", "logit_")) for n in learning)
-        digest = hashlib.sha256()
+        frozen, whole = hashlib.sha256(), hashlib.sha256()
         for name, value in clip.model.state_dict().items():
+            content = name.encode() + value.cpu().numpy().tobytes()
+            whole.update(content)
             if name not in learning:
-                digest.update(name.encode() + value.cpu().numpy().tobytes())
-        self._folder = Path(folder) / digest.hexdigest()[:16]
+                frozen.update(content)
+        self._folder = Path(folder) / frozen.hexdigest()[:16]
+        self._start = Path(folder) / whole.hexdigest()[:16]
+        self._pad = clip.text.pad
         self._watched: tuple[int, torch.Size] | None = None
         self._keys: list[str] = []
         self._tokens: Tensor | None = None
@@ -76,41 +86,65 @@ class FrozenCache:
                 return found
             if self._tokens is None:
                 self._tokens = self._look_up(
-                    self._keys, lambda rows: found.rows(rows).run(found.tokens[rows], 0, self.first)
+                    [self._folder / key for key in self._keys],
+                    lambda rows: found.rows(rows).run(found.tokens[rows], 0, self.first),
                 ).to(x.device)
             return replace(found, tokens=self._tokens, layers=found.layers[self.first :])
 
         def encode_texts(ids: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-            keys = _keys(ids, pad=clip.text.pad)
-            return self._look_up(keys, lambda rows: encode(ids[rows])).to(ids.device)
+            names = [self._folder / key for key in _keys(ids, pad=self._pad)]
+            return self._look_up(names, lambda rows: encode(ids[rows])).to(ids.device)
 
-        clip.image = replace(clip.image, open=open_late)
+        if self.first:
+            clip.image = replace(clip.image, open=open_late)
         if self._texts:
             clip.text = replace(clip.text, library=encode_texts, encode_packed=None)
 
+    def maps(
+        self,
+        explainer: Explainer,
+        batch: CaptionBatch,
+        compute: Callable[[Int[Tensor, " R"]], Tensor],
+    ) -> Float[Tensor, "P h w"]:
+        """Maps of the start model for the phrases of the images of the step.
+
+        Args:
+            explainer: The method; its settings are part of the name.
+            batch: Of the step.
+            compute: Maps of some of its phrases.
+        """
+        method = f"{type(explainer).__name__} {settings_of(explainer)}"
+        folder = self._start / hashlib.sha256(method.encode()).hexdigest()[:16]
+        texts = _keys(batch.distinct, pad=self._pad)
+        pairs = zip(batch.owner.tolist(), batch.phrase.tolist(), strict=True)
+        names = [folder / f"{self._keys[image]}-{texts[text]}" for image, text in pairs]
+        return self._look_up(names, compute).to(batch.images.device)
+
     @torch.no_grad()
     def _look_up(
-        self, keys: Sequence[str], compute: Callable[[Int[Tensor, " R"]], Tensor]
+        self, names: Sequence[Path], compute: Callable[[Int[Tensor, " R"]], Tensor]
     ) -> Shaped[Tensor, "B ..."]:
-        """Rows by key; what is missing is computed at once and stored."""
-        found = {key: self._read(key) for key in dict.fromkeys(keys)}
-        missing = [key for key, value in found.items() if value is None]
+        """Rows by name; what is missing is computed at once and stored."""
+        found = {name: _read(name) for name in dict.fromkeys(names)}
+        missing = [name for name, value in found.items() if value is None]
         if missing:
-            rows = torch.tensor([keys.index(key) for key in missing])
-            for key, value in zip(missing, compute(rows).float().cpu(), strict=True):
-                found[key] = value
-                self._write(key, value)
-        return torch.stack([value for key in keys if (value := found[key]) is not None])
+            rows = torch.tensor([names.index(name) for name in missing])
+            for name, value in zip(missing, compute(rows).float().cpu(), strict=True):
+                found[name] = value
+                _write(name, value)
+        return torch.stack([value for name in names if (value := found[name]) is not None])
 
-    def _read(self, key: str) -> Tensor | None:
-        path = self._folder / f"{key}.npy"
-        return torch.from_numpy(np.load(path)) if path.exists() else None
 
-    def _write(self, key: str, value: Tensor) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._folder / f".{key}.{os.getpid()}.npy"
-        np.save(aside, value.numpy())
-        aside.replace(self._folder / f"{key}.npy")
+def _read(name: Path) -> Tensor | None:
+    path = name.with_suffix(".npy")
+    return torch.from_numpy(np.load(path)) if path.exists() else None
+
+
+def _write(name: Path, value: Tensor) -> None:
+    name.parent.mkdir(parents=True, exist_ok=True)
+    aside = name.with_name(f".{name.name}.{os.getpid()}.npy")
+    np.save(aside, value.numpy())
+    aside.replace(name.with_suffix(".npy"))
 
 
 def _keys(rows: Shaped[Tensor, "B ..."], pad: int | None = None) -> list[str]:

@@ -42,7 +42,8 @@ class FineTuneModule(pl.LightningModule):
             None.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Backend of `torch.compile` for the transformer blocks; None compiles nothing.
-        cache: Folder for what frozen blocks and a frozen text tower compute; see `FrozenCache`.
+        cache: Folder for what frozen blocks and a frozen text tower compute, and for maps of the
+            start model; see `FrozenCache`.
     """
 
     def __init__(
@@ -77,11 +78,15 @@ class FineTuneModule(pl.LightningModule):
         )
         if isinstance(objective, Composed):
             objective.begin(clip)
-        self._cache = None if cache is None else FrozenCache(clip, cache)
+        maps = getattr(objective, "maps_from", None) == "start"
+        self._cache = None if cache is None else FrozenCache(clip, cache, maps=maps)
         if self._cache is not None:
             self._cache.serve(clip)
+            teachers = getattr(objective, "teachers", {})
+            if maps:
+                teachers["start"].stored_maps = self._cache.maps
             if self._cache.serves(getattr(objective, "explainer", None)):
-                for teacher in getattr(objective, "teachers", {}).values():
+                for teacher in teachers.values():
                     self._cache.serve(teacher.clip)
         if grad_checkpointing:
             clip.set_grad_checkpointing()

@@ -11,6 +11,7 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.losses import AlignmentOptions
 from gradeclip_ft.objectives.crops import Crops
 from gradeclip_ft.objectives.global_local import GlobalLocal
+from gradeclip_ft.objectives.global_only import GlobalOnly
 from gradeclip_ft.objectives.keep import Keep
 from gradeclip_ft.training.module import FineTuneModule
 from gradeclip_ft.training.optim import adamw, warmup_cosine
@@ -29,7 +30,9 @@ def objective(explainer: Any) -> GlobalLocal:
     )
 
 
-def losses(explainer: Any, cache: str | None) -> tuple[list[float], dict[str, torch.Tensor], int]:
+def losses(
+    explainer: Any, cache: str | None, frozen: dict[str, Any] = FROZEN
+) -> tuple[list[float], dict[str, torch.Tensor], int]:
     """Six steps over three batches, and the passes through the first, frozen block."""
     clip, passes = small_clip(), []
     module = FineTuneModule(
@@ -38,7 +41,7 @@ def losses(explainer: Any, cache: str | None) -> tuple[list[float], dict[str, to
         optimizer=partial(adamw, lr=1e-2),
         schedule=partial(warmup_cosine, warmup=1, steps=6),
         cache=cache,
-        **FROZEN,
+        **frozen,
     )
     clip.model.visual.transformer.resblocks[0].register_forward_hook(
         lambda *call: passes.append(call[2])
@@ -73,6 +76,25 @@ def test_a_cached_run_is_the_plain_run(explainer: Any, tmp_path: Any) -> None:
     assert passes == 6
 
 
+def test_maps_of_the_start_model_are_stored_where_everything_learns(tmp_path: Any) -> None:
+    """The second run draws no map and is the plain run; another method has maps of its own."""
+    drawn: list[int] = []
+
+    class Counted(Game):
+        def from_record(self, *call: Any) -> torch.Tensor:
+            drawn.append(len(call[1]))
+            return super().from_record(*call)
+
+    plain, _, _ = losses(Counted(), None, {})
+    for visit in ("first", "again"):
+        drawn.clear()
+        stored, _, _ = losses(Counted(), str(tmp_path), {})
+        assert stored == pytest.approx(plain, rel=1e-5), visit
+        assert bool(drawn) == (visit == "first")
+    losses(Counted(layers="last"), str(tmp_path), {})
+    assert drawn
+
+
 def test_other_frozen_weights_have_files_of_their_own(tmp_path: Any) -> None:
     """A cache of another model would be a wrong number without a word."""
     losses(GradEclip(create_graph=False), str(tmp_path))
@@ -88,14 +110,14 @@ def test_other_frozen_weights_have_files_of_their_own(tmp_path: Any) -> None:
         **FROZEN,
     )
     module.training_step(make_batch(0), 0)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4  # frozen parts, and maps
 
 
 def test_a_cache_needs_something_that_is_frozen(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match=r"frozen blocks compute; set optim.image_blocks"):
+    with pytest.raises(ValueError, match=r"set optim.image_blocks or objective.maps_from=start"):
         FineTuneModule(
             small_clip(),
-            objective(GradEclip(create_graph=False)),
+            GlobalOnly(),
             optimizer=partial(adamw, lr=1e-2),
             schedule=partial(warmup_cosine, warmup=1, steps=6),
             cache=str(tmp_path),
