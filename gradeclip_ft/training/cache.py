@@ -3,7 +3,7 @@
 With the first blocks and the text tower frozen, the tokens that enter the first block that learns
 and the embeddings of texts are the same at every visit and in every run. So are the maps of a start
 model, whatever learns. They are stored in single files by content (pixels, token ids) below a
-folder that is named by the weights behind them, so nothing else can be taken for them.
+folder that is named by the weights they come from, so nothing else can be taken for them.
 """
 
 from __future__ import annotations
