@@ -53,7 +53,8 @@ class ZeroShotEvaluator:
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         images = self.data()
-        names, templates = self._names(images), self._templates(images)
+        names = names_of(images, self.class_names, self.name)
+        templates = templates_of(images, self.templates, self.name)
         meter = ClassMeanAccuracy(len(names), TOPK)
         batches = images.labelled(
             loaded.transform(train=False), batch_size=self.batch_size, workers=self.workers
@@ -82,21 +83,29 @@ class ZeroShotEvaluator:
             },
         )
 
-    def _names(self, images: ImageSet) -> list[str]:
-        if isinstance(self.class_names, str):
-            found = IMAGENET_NAMES if self.class_names == "imagenet" else images.classes
-        else:
-            found = self.class_names
-        if len(found) != len(images.classes):
-            raise ValueError(
-                f"{self.name}: {len(found)} class names for {len(images.classes)} classes of the "
-                "data; set class_names=data, or a list in the order of the labels"
-            )
-        return list(found)
 
-    def _templates(self, images: ImageSet) -> list[str]:
-        if self.templates == "imagenet":
-            return IMAGENET_TEMPLATES
-        if self.templates == "data" and not images.templates:
-            raise ValueError(f"{self.name}: the data bring no templates; set templates=imagenet")
-        return list(images.templates if self.templates == "data" else self.templates)
+def names_of(
+    images: ImageSet, wanted: Literal["imagenet", "data"] | Sequence[str], evaluator: str
+) -> list[str]:
+    """Class names: ImageNet's, those of the data, or a list; one for each class of the data."""
+    if isinstance(wanted, str):
+        found = IMAGENET_NAMES if wanted == "imagenet" else images.classes
+    else:
+        found = wanted
+    if len(found) != len(images.classes):
+        raise ValueError(
+            f"{evaluator}: {len(found)} class names for {len(images.classes)} classes of the "
+            "data; set class_names=data, or a list in the order of the labels"
+        )
+    return list(found)
+
+
+def templates_of(
+    images: ImageSet, wanted: Literal["imagenet", "data"] | Sequence[str], evaluator: str
+) -> list[str]:
+    """Templates: ImageNet's, those of the data, or a list."""
+    if wanted == "imagenet":
+        return IMAGENET_TEMPLATES
+    if wanted == "data" and not images.templates:
+        raise ValueError(f"{evaluator}: the data bring no templates; set templates=imagenet")
+    return list(images.templates if wanted == "data" else wanted)

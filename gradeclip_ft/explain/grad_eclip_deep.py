@@ -28,12 +28,14 @@ class GradEclipDeep:
         minmax_over: Tokens among which λ runs from 0 to 1: those that are explained (images), those
             that the query sees (texts; independent of the context's length), or all, hidden ones
             too, as in the authors' script for texts.
+        spatial: λ as in `GradEclip`, or 1 (the rows "w/o λ" of the paper).
     """
 
     depth: int | None = 8
     heads: Heads = "one"
     relu_at: Literal["layer", "sum"] = "layer"
     minmax_over: Literal["explained", "visible", "all"] = "explained"
+    spatial: Literal["minmax", "none"] = "minmax"
 
     def from_record(self, record: Record, target: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
@@ -49,10 +51,12 @@ class GradEclipDeep:
         for layer, gradient in zip(record.layers, weights, strict=True):
             weight = record.of_query(gradient)  # (P, C)
             value = torch.bmm(layer.v.detach(), weight.unsqueeze(2)).squeeze(2)
-            # λ: cosine of the query's q and every k, 0-1 normalised (eq. 20)
-            q = unit(record.of_query(layer.q.detach()))
-            similarity = torch.bmm(unit(layer.k.detach()), q.unsqueeze(2)).squeeze(2)
-            relevance = min_max(similarity, among) * value
+            relevance = value
+            if self.spatial == "minmax":
+                # λ: cosine of the query's q and every k, 0-1 normalised (eq. 20)
+                q = unit(record.of_query(layer.q.detach()))
+                similarity = torch.bmm(unit(layer.k.detach()), q.unsqueeze(2)).squeeze(2)
+                relevance = min_max(similarity, among) * value
             relevance = relevance.relu() if self.relu_at == "layer" else relevance
             total = relevance if total is None else total + relevance
         assert total is not None

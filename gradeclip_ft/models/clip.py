@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
@@ -35,6 +36,12 @@ from gradeclip_ft.text.prompts import fill
 # In the order of the sorted WordNet ids, which name the folders of the images.
 IMAGENET_NAMES: list[str] = IMAGENET_CLASSNAMES
 IMAGENET_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
+def imagenet_wnids() -> list[str]:
+    """WordNet ids of ImageNet's classes, in the order of `IMAGENET_NAMES`."""
+    names: list[str] = ImageNetInfo().label_names()  # type: ignore[no-untyped-call]
+    return names
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,24 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """Resize, crop, normalise."""
-        pixels, how = self._crop(self._resize(image.convert("RGB"))), self.preprocessing
-        planes = F.pil_to_tensor(pixels).contiguous()  # colours apart: three times faster below
-        tensor = F.to_dtype(planes, torch.float32, scale=True)
+        pixels = self._crop(self._resize(image.convert("RGB")))
+        # Colours apart: three times faster.
+        return self._normalized(F.pil_to_tensor(pixels).contiguous())
+
+    def of_bytes(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+        """The same of many pictures of one size, on their device, never for training.
+
+        Resizing is that of torch, whose bytes differ from PIL's by rounding.
+        """
+        before = (images.shape[2], images.shape[3])
+        resized = self._resized(before)
+        if resized != before:
+            mode = InterpolationMode(self.preprocessing.interpolation)
+            images = F.resize(images, list(resized), interpolation=mode, antialias=True)
+        return self._normalized(F.crop(images, *self._corner(resized), *self.size))
+
+    def _normalized(self, planes: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
+        how, tensor = self.preprocessing, F.to_dtype(planes, torch.float32, scale=True)
         result: Tensor = F.normalize(tensor, list(how.mean), list(how.std), inplace=True)
         return result
 
@@ -134,30 +156,29 @@ class ImageTransform:
 
     def placement(self, image: Image.Image) -> Placement:
         """Where the pixels of an image come from, without the random crop of training."""
-        photo, resized = (image.height, image.width), self._resized(image)
+        photo = (image.height, image.width)
+        resized = self._resized(photo)
         top, left = self._corner(resized)
         scale = (resized[0] / photo[0], resized[1] / photo[1])
         return Placement(photo, self.size, scale, (-top, -left))
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
+    def _resized(self, photo: tuple[int, int]) -> tuple[int, int]:
         """(height, width) before cropping and padding."""
         height, width = self.size
         resize = self.preprocessing.resize
         if resize == "shortest" and height == width:
             # The longer side is cut to whole pixels as torchvision's Resize does.
-            if image.width >= image.height:
-                width = height * image.width // image.height
+            if photo[1] >= photo[0]:
+                width = height * photo[1] // photo[0]
             else:
-                height = width * image.height // image.width
+                height = width * photo[0] // photo[1]
         elif resize != "squash":  # rounded as open_clip's ResizeKeepRatio does
-            ratio = (max if resize == "longest" else min)(
-                image.height / height, image.width / width
-            )
-            height, width = (max(1, round(s / ratio)) for s in (image.height, image.width))
+            ratio = (max if resize == "longest" else min)(photo[0] / height, photo[1] / width)
+            height, width = (max(1, round(s / ratio)) for s in photo)
         return height, width
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        height, width = self._resized(image)
+        height, width = self._resized((image.height, image.width))
         if (image.height, image.width) == (height, width):
             return image
         mode = InterpolationMode(self.preprocessing.interpolation)
