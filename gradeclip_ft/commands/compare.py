@@ -9,8 +9,8 @@ from typing import Literal
 
 from gradeclip_ft.results import table as tables
 from gradeclip_ft.results.collect import Steps, collect
+from gradeclip_ft.results.published import of_methods, published_quirks, published_sources
 from gradeclip_ft.results.published import published as papers
-from gradeclip_ft.results.published import published_sources
 
 Rows = Literal["weights", "methods"]
 
@@ -20,11 +20,12 @@ def compare(
     format: tables.Format = "text",
     steps: Steps = "ends",
     by: tuple[str, ...] = (),
-    rows: Rows = "weights",
+    rows: Rows | None = None,
     fields: tuple[str, ...] = (),
     metrics: tuple[str, ...] = tables.MAIN,
     published: tuple[str, ...] = (),
     interval: bool = False,
+    significance: bool = False,
     out: str | None = None,
 ) -> None:
     """Print results of runs side by side; rows whose protocol or data differ are marked.
@@ -37,12 +38,14 @@ def compare(
     steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
     by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
     rows=weights|methods       one row per set of weights; or one per method, where an evaluation
-                               has several: metrics=[*/pointing,*/energy]
+                               has several: metrics=[*/pointing,*/energy]. Tables of papers that
+                               list methods come with one per method
+    significance=true          with rows=methods: p of the two best methods of each column
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
-    published=[table7]         rows of the papers: table7, table8, table9, flickr30k_test,
-                               regions_1024, instances, follow_up; marked where
-                               protocol or data differ
+    published=[table7]         rows of the papers: table1 to table9, journal6, journal8, journal9,
+                               iclip, iclip_coco, flickr30k_test, regions_1024, instances,
+                               follow_up; marked where protocol or data differ
     interval=true              95 % intervals by bootstrap over images, and a row for the paired
                                difference of each row from the first; by= is left out
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
@@ -57,26 +60,44 @@ def compare(
             raise ValueError(f"fields={item}: write column=key, for example lr=optim.lr")
         asked[name] = key
     entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
-    table = tables.tabulate([*entries, *papers(published, entries)])
+    others = papers(published, entries)
+    rows = rows or ("methods" if of_methods(published) else "weights")
+    if significance and (rows == "weights" or by):
+        raise ValueError("significance=true compares methods; set rows=methods, and leave by= out")
+    table = tables.tabulate([*entries, *others])
     if interval:
         from gradeclip_ft.results.intervals import with_intervals
 
         table = with_intervals(table, entries)
-    table = replace(table, sources=(*table.sources, *published_sources(published)))
+    table = replace(
+        table,
+        sources=(*table.sources, *published_sources(published)),
+        notes=(*table.notes, *published_quirks(published)),
+    )
     shown = tables.select(tables.grouped(table, by) if by else table, metrics)
     if rows == "methods":
         shown = tables.by_method(shown, by or ("run",))
+    if significance:
+        from gradeclip_ft.results.significance import with_significance
+
+        shown = with_significance(shown, entries)
     print(tables.render(shown, format), end="")
     if out is None:
         return
     lists = {"by": by, "fields": fields, "metrics": metrics, "published": published}
-    words = {"steps": steps, "rows": rows, "interval": str(interval).lower()}
+    words = {
+        "steps": steps,
+        "rows": rows,
+        "interval": str(interval).lower(),
+        "significance": str(significance).lower(),
+    }
     given = [f"{name}={value}" for name, value in words.items()]
     given += [f"{name}=[{','.join(words)}]" for name, words in lists.items()]
     defaults = (
         "steps=ends",
         "rows=weights",
         "interval=false",
+        "significance=false",
         f"metrics=[{','.join(tables.MAIN)}]",
     )
     given = [word for word in given if word not in defaults and not word.endswith("=[]")]

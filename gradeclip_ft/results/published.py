@@ -55,6 +55,16 @@ def published_sources(names: Sequence[str]) -> list[str]:
     return [f"{name}: {_tables()[name]['source']}." for name in names]
 
 
+def published_quirks(names: Sequence[str]) -> list[str]:
+    """What a reader of the named tables must know, one line each."""
+    return [f"{name}: {quirk}" for name in names for quirk in _tables()[name].get("quirks", ())]
+
+
+def of_methods(names: Sequence[str]) -> bool:
+    """Whether a named table has methods as its rows; the metrics of its one entry say which."""
+    return any(_tables()[name].get("methods") for name in names)
+
+
 @cache
 def _tables() -> dict[str, Any]:
     tables: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))

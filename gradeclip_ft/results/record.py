@@ -25,8 +25,11 @@ from gradeclip_ft.results.masking import masked_texts
 
 logger = logging.getLogger(__name__)
 
-UNITS = {"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"}
-"""Metrics whose last part is one of these are not fractions."""
+UNITS = {
+    **{"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"},
+    **{"otd": "sides of the picture", "kld": "nats", "jsd": "nats"},
+}
+"""Metrics whose last part, or its last word, is one of these are not fractions."""
 
 # Packages that can change a number.
 PACKAGES = (
@@ -187,7 +190,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def unit_of(metric: str) -> str:
     """Unit of a metric's value as people read it: percent for fractions, else that of its name."""
-    return UNITS.get(metric.rpartition("/")[2], "%")
+    last = metric.rpartition("/")[2]
+    return UNITS.get(last) or UNITS.get(last.rpartition("_")[2], "%")
 
 
 def written(metric: str, value: float) -> str:
@@ -197,9 +201,7 @@ def written(metric: str, value: float) -> str:
     ('41.4', '6.2376')
     """
     unit = unit_of(metric)
-    return (
-        f"{100 * value:.1f}" if unit == "%" else f"{value:.4f}" if unit == "s" else f"{value:.2f}"
-    )
+    return f"{100 * value:.1f}" if unit == "%" else f"{value:.{2 if unit == 'x' else 4}f}"
 
 
 def as_text(numbers: Any) -> str:

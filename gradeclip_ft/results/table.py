@@ -253,7 +253,8 @@ def write_table(
         return [path]
     units = {unit_of(metric) for metric in shown.metrics}
     said = ["percent"] * ("%" in units)
-    said += ["seconds, and multiples of the time of encode_image"] * (units != {"%"})
+    said += ["seconds, and multiples of the time of encode_image"] * bool(units & {"s", "x"})
+    said += sorted(units - {"%", "s", "x"})
     lines = [f"# {path.name}", "", "Made by", "", f"    {command}", ""]
     lines += [f"Metrics in {'; '.join(said)}.", "", render(shown, "markdown")]
     lines += [f"- {line}" for line in (*table.sources, *notes)]
