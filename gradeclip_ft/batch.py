@@ -124,6 +124,7 @@ class RegionBatch(_Tensors):
         is_thing: Whether the class is countable (COCO panoptic `isthing`).
         owner: Row of `images` for every region.
         crops: Normalised pixels of each region alone; None unless asked for.
+        ignored: Pixels that do not count; None where all of them do.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -133,6 +134,7 @@ class RegionBatch(_Tensors):
     is_thing: Shaped[Tensor, " R"]
     owner: Int[Tensor, " R"]
     crops: Float[Tensor, "R 3 S S"] | None = None
+    ignored: Bool[Tensor, "B H W"] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -192,6 +193,25 @@ def recall(ranks: Int[Tensor, " Q"], topk: Sequence[int]) -> dict[int, float]:
     return {k: float((ranks < k).double().mean()) for k in topk}
 
 
+def average_precision(
+    score: Float[Tensor, "P N"], right: Bool[Tensor, "P N"]
+) -> Float[Tensor, " P"]:
+    """Average precision of every row, Σ (R_k - R_k-1) P_k over distinct scores.
+
+    Equal scores come together, as in scikit-learn's `average_precision_score`. A row without a
+    right item is NaN.
+    """
+    order = score.sort(descending=True)
+    hit = right.gather(1, order.indices)
+    place = torch.arange(score.shape[1], device=score.device)
+    precision = hit.double().cumsum(1) / (place + 1)
+    last = torch.ones_like(hit)
+    last[:, :-1] = order.values[:, 1:] != order.values[:, :-1]
+    # The end of the run of equal scores that an item is in.
+    end = place.expand_as(hit).masked_fill(~last, score.shape[1]).flip(1).cummin(1).values.flip(1)
+    return ((precision.gather(1, end) * hit).sum(1) / hit.sum(1)).float()
+
+
 TOLERANCE = 1e-6
 """Differences below this part of a map's size are rounding."""
 
@@ -235,9 +255,13 @@ def share_inside(heat: Float[Tensor, "P H W"], mask: Bool[Tensor, "P H W"]) -> F
     return share.to(heat.dtype)
 
 
-def chance(mask: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
-    """Share of the picture that is object: the expected score of a random pixel."""
-    return mask.float().mean((1, 2))
+def chance(
+    mask: Bool[Tensor, "P H W"], counted: Bool[Tensor, "P H W"] | None = None
+) -> Float[Tensor, " P"]:
+    """Share of the pixels that count that is object: the expected score of a random pixel."""
+    if counted is None:
+        return mask.float().mean((1, 2))
+    return (mask & counted).sum((1, 2)) / counted.sum((1, 2))
 
 
 def is_constant(heat: Float[Tensor, "P H W"]) -> Bool[Tensor, " P"]:
@@ -250,3 +274,73 @@ def is_constant(heat: Float[Tensor, "P H W"]) -> Bool[Tensor, " P"]:
         raise ValueError("a heat map is not finite; check that the weights are those of a good run")
     size = heat.abs().amax((1, 2))
     return heat.amax((1, 2)) - heat.amin((1, 2)) <= TOLERANCE * size
+
+
+Threshold = float | Literal["mean", "otsu"]
+
+
+def scaled(
+    heat: Float[Tensor, "P H W"], counted: Bool[Tensor, "P H W"] | None = None
+) -> Float[Tensor, "P H W"]:
+    """Maps between their minimum (0) and maximum (1) over the pixels that count; constant ones 0.
+
+    Pixels that do not count are 0.
+    """
+    constant = is_constant(heat).view(-1, 1, 1)
+    among = torch.ones_like(heat, dtype=torch.bool) if counted is None else counted
+    low = heat.masked_fill(~among, torch.inf).amin((1, 2), keepdim=True)
+    high = heat.masked_fill(~among, -torch.inf).amax((1, 2), keepdim=True)
+    values = (heat - low) / (high - low).masked_fill(constant | (high <= low), 1.0)
+    return values.masked_fill(constant | ~among, 0.0)
+
+
+def confusion(
+    heat: Float[Tensor, "P H W"],
+    mask: Bool[Tensor, "P H W"],
+    counted: Bool[Tensor, "P H W"],
+    threshold: Threshold = 0.5,
+) -> Int[Tensor, "P 4"]:
+    """Pixels above a threshold on the object and outside, then those below it, of `scaled` maps.
+
+    `mean` is the mean of each map, `otsu` the threshold that separates its values best (Otsu, 1979,
+    256 bins).
+    """
+    if threshold == "mean":
+        total = counted.sum((1, 2)).clamp(min=1)
+        limit = ((heat * counted).sum((1, 2)) / total).view(-1, 1, 1)
+    elif threshold == "otsu":
+        limit = _otsu(heat, counted).view(-1, 1, 1)
+    else:
+        limit = heat.new_full((1, 1, 1), float(threshold))
+    above = (heat > limit) & counted
+    below, outside = counted & ~above, counted & ~mask
+    inside = counted & mask
+    groups = (above & inside, above & outside, below & inside, below & outside)
+    return torch.stack([group.sum((1, 2)) for group in groups], 1)
+
+
+def _otsu(heat: Float[Tensor, "P H W"], counted: Bool[Tensor, "P H W"]) -> Float[Tensor, " P"]:
+    bins = 256
+    place = (heat * (bins - 1)).round().long().flatten(1)
+    histogram = heat.new_zeros(len(heat), bins, dtype=torch.float64)
+    histogram.scatter_add_(1, place, counted.flatten(1).double())
+    level = torch.arange(bins, device=heat.device, dtype=torch.float64)
+    below, moment = histogram.cumsum(1), (histogram * level).cumsum(1)
+    above, rest = below[:, -1:] - below, moment[:, -1:] - moment
+    distance = moment / below.clamp(min=1) - rest / above.clamp(min=1)
+    return ((below * above * distance.square()).argmax(1).float() + 0.5) / (bins - 1)
+
+
+def overlap(pixels: Int[Tensor, "P 4"]) -> dict[str, Float[Tensor, " P"]]:
+    """Precision, recall, accuracy and intersection over union from `confusion`; 0 for 0 / 0."""
+    hit, wrong, missed, clear = pixels.double().unbind(1)
+
+    def share(part: Tensor, whole: Tensor) -> Tensor:
+        return (part / whole.clamp(min=1)).float()
+
+    return {
+        "pixel_precision": share(hit, hit + wrong),
+        "pixel_recall": share(hit, hit + missed),
+        "pixel_accuracy": share(hit + clear, hit + wrong + missed + clear),
+        "iou": share(hit, hit + wrong + missed),
+    }

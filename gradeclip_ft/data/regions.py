@@ -52,6 +52,15 @@ def letterbox_image(
     return square
 
 
+def normalized(
+    square: Image.Image, mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "3 S S"]:
+    """Pixels of a picture, normalised by channel."""
+    planes = F.to_dtype(F.pil_to_tensor(square), torch.float32, scale=True)
+    pixels: Tensor = F.normalize(planes, list(mean), list(std))
+    return pixels
+
+
 def letterbox_boxes(
     boxes: Float[Tensor, "R 4"], *, height: int, width: int, squash: bool = False
 ) -> Float[Tensor, "R 4"]:
@@ -116,6 +125,7 @@ class RegionSample:
     labels: Int[Tensor, " R"]
     is_thing: Bool[Tensor, " R"]
     crops: Float[Tensor, "R 3 S S"] | None = None
+    ignored: Bool[Tensor, "H W"] | None = None
 
 
 CROP_SCALE = 1.5
@@ -228,9 +238,7 @@ class RegionImages(Dataset[RegionSample]):
         )
 
     def _pixels(self, square: Image.Image) -> Float[Tensor, "3 S S"]:
-        planes = F.to_dtype(F.pil_to_tensor(square), torch.float32, scale=True)
-        pixels: Tensor = F.normalize(planes, list(self.mean), list(self.std))
-        return pixels
+        return normalized(square, self.mean, self.std)
 
     def _crops(
         self, image: Image.Image, boxes: Float[Tensor, "R 4"], is_thing: Bool[Tensor, " R"]
@@ -266,6 +274,7 @@ def join_regions(samples: Sequence[RegionSample]) -> RegionBatch:
     counts = torch.tensor([len(sample.labels) for sample in samples])
     masks = [sample.masks for sample in samples if sample.masks is not None]
     crops = [sample.crops for sample in samples if sample.crops is not None]
+    ignored = [sample.ignored for sample in samples if sample.ignored is not None]
     return RegionBatch(
         images=torch.stack([sample.image for sample in samples]),
         boxes=torch.cat([sample.boxes for sample in samples]),
@@ -274,6 +283,7 @@ def join_regions(samples: Sequence[RegionSample]) -> RegionBatch:
         is_thing=torch.cat([sample.is_thing for sample in samples]),
         owner=torch.arange(len(samples)).repeat_interleave(counts),
         crops=torch.cat(crops) if crops else None,
+        ignored=torch.stack(ignored) if ignored else None,
     )
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.files import Source
+from gradeclip_ft.data.label_maps import LabelMapImages
 from gradeclip_ft.data.regions import RegionImages
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
@@ -28,28 +29,38 @@ from gradeclip_ft.evaluators.regions import square_side
 from gradeclip_ft.explain.base import Explainer, explain_image, settings_of, shared_pass
 from gradeclip_ft.explain.driver import Supported, heat_maps
 from gradeclip_ft.metrics import (
+    Threshold,
+    average_precision,
     chance,
+    confusion,
     energy_pointing_game,
     is_constant,
     label_ranks,
+    overlap,
     pointing_game,
+    scaled,
     share_inside,
 )
-from gradeclip_ft.models.clip import ImageTextModel, LoadedClip
+from gradeclip_ft.models.clip import (
+    IMAGENET_NAMES,
+    ImageTextModel,
+    LoadedClip,
+    imagenet_wnids,
+)
 from gradeclip_ft.ops.heatmap import pool_heatmap, to_pixels
 from gradeclip_ft.ops.similarity import unit
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, hash_json
 from gradeclip_ft.text.prompts import phrase_prompt
 
 PIXELS = 1  # masks are asked for at pixels: a grid with cells of one
-CONSTANT = "/constant"
+CONSTANT, PIXEL_COUNTS = "/constant", "/pixels"
 REFERENCE = "encode_image"
 SEED = 0
 
 
 @dataclass(frozen=True)
 class LocalisationEvaluator:
-    """Pointing game of several methods, by peak and by energy, and what chance gives.
+    """Pointing game of several methods, overlap with masks (Table 4), and what chance gives.
 
     `inside` and `pooled` say before training whether a method's maps can serve it: how much of what
     a step would pool lies on the object, and what it names; beside them a uniform map (`chance`)
@@ -60,14 +71,20 @@ class LocalisationEvaluator:
         methods: Names of those to measure; None for all.
         image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the class name.
+        threshold: Of the map between 0 and 1, for what counts pixels: a number, the `mean` of the
+            map, or Otsu's.
+        two_class: Also average precision of object and background together, as Chefer et al.'s
+            program counts it.
     """
 
     name: str
-    data: Source[RegionImages]
+    data: Source[RegionImages] | Source[LabelMapImages]
     explainers: Mapping[str, Explainer]
     methods: Sequence[str] | None = None
     image_size: int | None = None
     prompt: str = "a photo of a {}"
+    threshold: Threshold = 0.5
+    two_class: bool = False
     batch_size: int = 8
     workers: int = 0
 
@@ -86,6 +103,9 @@ class LocalisationEvaluator:
             "energy": "share of the map, shifted to a minimum of 0, on the mask",
             "inside": "share of the map above 0, as a training step pools by it, on the mask",
             "pooled": "share of phrases that are top-1 of all classes for F_d pooled by the map",
+            "threshold": self.threshold,
+            "ap": "of the pixels of the object among all, mean over phrases",
+            "iou": "of the object, mean over phrases; iou_set of object and background by counts",
             "methods": settings(chosen(self.explainers, self.methods)),
             **self.data.protocol,
         }
@@ -101,25 +121,34 @@ class LocalisationEvaluator:
         regions = self.data(image_size=side, patch=PIXELS, mean=loaded.mean, std=loaded.std)
         batches = regions.batches(self.batch_size, self.workers)
         found: dict[str, list[Tensor]] = {}
-        empty = 0
+        empty = bare = 0
+        occurring: set[int] = set()
         with evaluating(loaded.clip):
             supported = Supported(chosen(self.explainers, self.methods), loaded)
             classes = encode_classes(
-                loaded, regions.classes, [self.prompt], track, self.name, say=phrase_prompt
+                loaded,
+                class_names(regions.classes),
+                [self.prompt],
+                track,
+                self.name,
+                say=phrase_prompt,
             )
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 phrases = phrases_of(batch)
                 empty += phrases.empty
-                for key, values in _scores(supported, loaded, batch, phrases, classes).items():
+                bare += len(batch.images) - len(torch.unique(phrases.owner))
+                occurring.update(phrases.labels.tolist())
+                if not len(phrases.owner):
+                    continue
+                scores = _scores(self, supported, loaded, batch, phrases, classes)
+                for key, values in scores.items():
                     found.setdefault(key, []).append(values.cpu())
+        if not found:
+            raise ValueError(f"{self.name}: no picture has a pixel of a class; check the masks")
         scores = {key: torch.cat(values).double() for key, values in found.items()}
         count = len(scores["chance/pointing"])
         return Measured(
-            metrics={
-                key: float(values.mean())
-                for key, values in scores.items()
-                if not key.endswith(CONSTANT)
-            },
+            metrics=means(scores),
             protocol={
                 **self.protocol,
                 "image_size": side,
@@ -129,6 +158,9 @@ class LocalisationEvaluator:
             details={
                 "phrases": count,
                 "empty_masks": empty,
+                "images_without_phrases": bare,
+                "masks_of_all_pixels": int((scores["chance/pointing"] >= 1).sum()),
+                "classes_without_images": len(regions.classes) - len(occurring),
                 "constant_maps": {
                     key.removesuffix(CONSTANT): int(values.sum())
                     for key, values in scores.items()
@@ -144,6 +176,25 @@ class LocalisationEvaluator:
         )
 
 
+def class_names(classes: Sequence[str]) -> list[str]:
+    """Names to say: ImageNet's for WordNet ids, others as they are."""
+    by_wnid = dict(zip(imagenet_wnids(), IMAGENET_NAMES, strict=True))
+    return [by_wnid.get(name, name) for name in classes]
+
+
+def means(scores: Mapping[str, Float[Tensor, "P ..."]]) -> dict[str, float]:
+    """Metrics over all phrases; `iou_set` adds up pixels first (object and background alike)."""
+    metrics = {}
+    for key, values in scores.items():
+        if key.endswith(PIXEL_COUNTS):
+            hit, wrong, missed, clear = values.sum(0).tolist()
+            shares = [part / max(1, part + wrong + missed) for part in (hit, clear)]
+            metrics[key.removesuffix(PIXEL_COUNTS) + "/iou_set"] = sum(shares) / 2
+        elif not key.endswith(CONSTANT):
+            metrics[key] = float(values.mean())
+    return metrics
+
+
 @dataclass(frozen=True)
 class Phrases:
     """Classes of a batch's pictures.
@@ -153,6 +204,7 @@ class Phrases:
         labels: Class of each phrase.
         masks: Every object of that class in that picture.
         objects: Every object of that picture, of whatever class.
+        counted: Pixels that count.
         empty: Classes left out, because no pixel of their objects was left at this size.
     """
 
@@ -160,6 +212,7 @@ class Phrases:
     labels: Int[Tensor, " P"]
     masks: Bool[Tensor, "P H W"]
     objects: Bool[Tensor, "P H W"]
+    counted: Bool[Tensor, "P H W"]
     empty: int
 
 
@@ -177,12 +230,16 @@ def phrases_of(batch: RegionBatch) -> Phrases:
     empty = batch.masks.new_zeros(1, *batch.masks.shape[1:])
     masks = empty.repeat(len(pairs), 1, 1).index_add_(0, row, batch.masks) > 0
     objects = empty.repeat(len(batch.images), 1, 1).index_add_(0, batch.owner, batch.masks) > 0
+    ignored = batch.ignored
+    if ignored is None:
+        ignored = torch.zeros_like(objects)
     kept = masks.flatten(1).any(1)
     owner, labels = pairs[kept].T
-    return Phrases(owner, labels, masks[kept], objects[owner], int((~kept).sum()))
+    return Phrases(owner, labels, masks[kept], objects[owner], ~ignored[owner], int((~kept).sum()))
 
 
 def _scores(
+    evaluator: LocalisationEvaluator,
     supported: Supported,
     loaded: LoadedClip,
     batch: RegionBatch,
@@ -191,13 +248,16 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Values of every phrase by metric."""
     device, _ = placement(loaded.clip)
-    masks, objects, owner = (x.to(device) for x in (phrases.masks, phrases.objects, phrases.owner))
+    masks, objects, counted, owner = (
+        each.to(device) for each in (phrases.masks, phrases.objects, phrases.counted, phrases.owner)
+    )
     target = classes[phrases.labels.to(device)]
     with shared_pass(loaded.clip, loaded.clip.image, batch.images.to(device)) as shared:
         maps = heat_maps(supported, shared, target, owner)
         dense = shared.trace.dense() if loaded.clip.image.unexplained is None else None
-    found = {f"chance/{key}": chance(masks) for key in ("pointing", "energy", "inside")}
-    found["chance/any_object"] = chance(objects)
+    keys = ("pointing", "energy", "inside", "pixel_precision", "ap")
+    found = {f"chance/{key}": chance(masks, counted) for key in keys}
+    found["chance/any_object"] = chance(objects, counted)
     labels = phrases.labels.to(device)
     if dense is not None:  # what a uniform map and a perfect one would pool
         true = adaptive_avg_pool2d(masks.float(), (dense.shape[1], dense.shape[2]))
@@ -205,13 +265,23 @@ def _scores(
             found[f"{name}/pooled"] = _named(dense, grid, owner, labels, classes)
     for name, grid in maps.items():
         heat = to_pixels(grid.float(), (masks.shape[1], masks.shape[2]))
-        found[f"{name}/inside"] = share_inside(heat, masks)
+        found[f"{name}{CONSTANT}"] = is_constant(heat).float()
+        found[f"{name}/inside"] = share_inside(heat * counted, masks)
         if dense is not None:
             found[f"{name}/pooled"] = _named(dense, grid.float(), owner, labels, classes)
+        heat = scaled(heat, counted)  # 0 where pixels do not count
         found[f"{name}/pointing"] = pointing_game(heat, masks)
         found[f"{name}/energy"] = energy_pointing_game(heat, masks)
         found[f"{name}/any_object"] = pointing_game(heat, objects)
-        found[f"{name}{CONSTANT}"] = is_constant(heat).float()
+        pixels = confusion(heat, masks, counted, evaluator.threshold)
+        found |= {f"{name}/{key}": values for key, values in overlap(pixels).items()}
+        found[f"{name}{PIXEL_COUNTS}"] = pixels
+        score, right = heat.masked_fill(~counted, -1).flatten(1), masks.flatten(1)
+        found[f"{name}/ap"] = average_precision(score, right)
+        if evaluator.two_class:
+            clear = (1 - heat).masked_fill(~counted, -1).flatten(1)
+            both = torch.cat([(counted & ~masks).flatten(1), right], 1)
+            found[f"{name}/ap_two_class"] = average_precision(torch.cat([clear, score], 1), both)
     return found
 
 

@@ -1,13 +1,19 @@
 """Pointing games on maps made by hand."""
 
+import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import binary_average_precision
 
 from gradeclip_ft.metrics import (
+    average_precision,
     chance,
+    confusion,
     energy_pointing_game,
     is_constant,
+    overlap,
     pointing_game,
+    scaled,
     share_inside,
 )
 
@@ -96,3 +102,66 @@ def test_broken_maps_are_refused() -> None:
 def test_share_of_what_is_pooled(values: list[list[float]], share: float) -> None:
     """Computed by hand: the positive part on the object over the positive part."""
     assert share_inside(one(values), MASK).item() == pytest.approx(share)
+
+
+def test_average_precision_is_that_of_torchmetrics_also_with_ties() -> None:
+    """Coarse scores: most of them are equal to others. A constant map scores chance."""
+    random = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 7, (5, 90), generator=random) / 7
+    right = torch.rand(5, 90, generator=random) < 0.3
+    expected = [
+        binary_average_precision(one, two.long()).item()
+        for one, two in zip(score, right, strict=True)
+    ]
+    assert average_precision(score, right).tolist() == pytest.approx(expected, abs=1e-6)
+    flat = average_precision(torch.zeros(5, 90), right)
+    assert flat.tolist() == pytest.approx(right.float().mean(1).tolist())
+
+
+def test_a_map_equal_to_the_mask_is_perfect_and_its_inverse_is_not() -> None:
+    """Void pixels do not count, whatever they hold."""
+    counted = torch.ones_like(MASK)
+    counted[0, 1, 2] = False
+    for heat, sign in ((MASK.float(), 1), (1 - MASK.float(), 0)):
+        heat[0, 1, 2] = 99.0
+        values = scaled(heat, counted)
+        found = overlap(confusion(values, MASK, counted))
+        assert {name: value.item() for name, value in found.items()} == dict.fromkeys(found, sign)
+        precision = average_precision(values.masked_fill(~counted, -1).flatten(1), MASK.flatten(1))
+        assert precision.item() == (1.0 if sign else pytest.approx((1 / 4 + 2 / 5) / 2, abs=0.2))
+        assert (
+            pointing_game(values, MASK).item() == energy_pointing_game(values, MASK).item() == sign
+        )
+
+
+@pytest.mark.parametrize("threshold", [0.5, "mean", "otsu"])
+def test_pixels_are_counted_as_in_a_loop(threshold: float | str) -> None:
+    random = torch.Generator().manual_seed(1)
+    heat = scaled(torch.randint(0, 256, (4, 9, 7), generator=random).float() ** 2)
+    mask, counted = (torch.rand(4, 9, 7, generator=random) < share for share in (0.3, 0.9))
+    found = overlap(confusion(heat, mask, counted, threshold))
+    for p in range(4):
+        pixels = [
+            (float(heat[p, y, x]), bool(mask[p, y, x]))
+            for y in range(9) for x in range(7) if counted[p, y, x]
+        ]  # fmt: skip
+        values = np.array([value for value, _ in pixels])
+        limit = {"mean": values.mean(), "otsu": best_split(values)}.get(threshold, 0.5)
+        hit = sum(value > limit and right for value, right in pixels)
+        above, inside = (values > limit).sum(), sum(right for _, right in pixels)
+        assert found["pixel_precision"][p].item() == pytest.approx(hit / above)
+        assert found["pixel_recall"][p].item() == pytest.approx(hit / inside)
+        assert found["iou"][p].item() == pytest.approx(hit / (above + inside - hit))
+        clear = len(pixels) - above - inside + hit
+        assert found["pixel_accuracy"][p].item() == pytest.approx((hit + clear) / len(pixels))
+
+
+def best_split(values: np.ndarray) -> float:
+    """Of 255 levels the one after which two groups differ most, by their variance."""
+    levels = np.rint(values * 255)
+
+    def between(level: int) -> float:
+        low, high = levels[levels <= level], levels[levels > level]
+        return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(high) else 0.0
+
+    return (max(range(255), key=between) + 0.5) / 255
