@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from gradeclip_ft.results.record import Result
 
 
-TABLES = ("by_class", "most_confused", "samples")  # too long for a terminal
+TABLES = (  # too long to print
+    *("by_class", "most_confused", "samples"),
+    *("areas", "curves", "images", "ratings", "regressions"),
+)
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -27,7 +30,8 @@ def evaluate(cfg: DictConfig) -> None:
     With run= weights, model and evaluators are those of the run, and the results go to its folder
     evaluations/; evaluators named on the command line are measured instead, with the paths that the
     run has for them. Without run=, the model of model= is measured as it is, and the results go to
-    evaluations/<model>. An existing result is kept, unless again=true.
+    evaluations/<model>. An existing result is kept, unless again=true. page=true also writes a page
+    for every evaluation of methods, with curves and bars, and with pictures where it has some.
 
     python -m gradeclip_ft evaluate run=shapes
     python -m gradeclip_ft evaluate run=shapes evaluator=[coco_regions_224,coco_retrieval]
@@ -86,6 +90,13 @@ def evaluate(cfg: DictConfig) -> None:
         done=tell,
     )
     _print(results)
+    for result, evaluator in zip(results, evaluators.values(), strict=True) if cfg.page else ():
+        from gradeclip_ft.report.evaluation import evaluation_page
+        from gradeclip_ft.report.page import write_page
+
+        cases = evaluator.cases(loaded, result.details) if hasattr(evaluator, "cases") else ()
+        path = result_path(folder, result.evaluator, result.step, result.alpha)
+        print(write_page(evaluation_page(result, cases), path.with_suffix(".html")))
 
 
 def _of_run(cfg: DictConfig, had: DictConfig) -> DictConfig:

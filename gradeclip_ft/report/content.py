@@ -21,19 +21,25 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves of one quantity over training steps.
+    """Curves of one quantity over training steps or another one, or a bar per method.
 
     Attributes:
         title: The quantity, with its unit.
-        series: Points (step, value) per method.
+        series: Points (step, value) per method; bars show the value of the only one.
         percent: Whether values are fractions, to be shown in per cent.
         markers: Whether single points are marked (few measurements, not a dense curve).
+        x: What the points are over.
+        errors: Per method the half height of a band around each point, or of the line on a bar.
+        bars: Whether bars are drawn.
     """
 
     title: str
     series: Mapping[str, Sequence[Point]]
     percent: bool = False
     markers: bool = False
+    x: str = "training step"
+    errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    bars: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class Page:
         first: Method that is shown large at first; None for the last.
         table: Results: a label and an optional `note` per row, methods as columns of fractions.
         contrast: Two methods; a last column of the table shows the second minus the first.
-        charts: Curves.
+        charts: Curves and bars.
+        heading: Of the charts.
         cases: Pictures.
         facts: Footer: heading, then what it lists (settings, versions, hashes).
     """
@@ -104,5 +111,6 @@ class Page:
     table: Table | None = None
     contrast: tuple[str, str] | None = None
     charts: Sequence[Chart] = ()
+    heading: str = "How training went"
     cases: Sequence[Case] = ()
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

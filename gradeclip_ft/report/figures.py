@@ -93,22 +93,10 @@ def curves_svg(chart: Chart, methods: Sequence[str], most: int = 150) -> str | N
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, points in chart.series.items():
-        if (curve := thin(points, most)).size:
-            hue = HUES[list(methods).index(name) % len(HUES)]
-            axes.plot(*curve.T, color=hue, marker="o" if chart.markers else "", clip_on=False)
-    if not axes.lines:
+    if chart.bars:
+        _draw_bars(axes, chart, methods)
+    elif not _draw_curves(axes, chart, methods, most):
         return None
-    low, high = axes.dataLim.intervaly
-    if chart.percent or low < 0.5 * high:
-        axes.set_ylim(bottom=min(low, 0.0))
-    axes.margins(x=0)
-    axes.set_xlim(left=0)
-    axes.ticklabel_format(useOffset=False)
-    if chart.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("training step", color=SOFT)
-    axes.grid(axis="y", color=LINE, clip_on=False)
     axes.tick_params(color=SOFT, labelcolor=SOFT)
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set_color(SOFT)
@@ -122,6 +110,52 @@ def curves_svg(chart: Chart, methods: Sequence[str], most: int = 150) -> str | N
     svg = re.sub(r'<defs>\s*<style.*?</defs>| xmlns(:xlink)?="[^"]*"', "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", svg)
     return re.sub("|".join(VARIABLES), lambda found: f"var(--{VARIABLES[found[0]]})", svg)
+
+
+def _hue(name: str, methods: Sequence[str]) -> tuple[str, str]:
+    """Colour and style of a method's line; there are fewer colours than methods may be."""
+    place = list(methods).index(name)
+    return HUES[place % len(HUES)], ("-", "--", ":")[place // len(HUES) % 3]
+
+
+def _draw_curves(axes: Axes, chart: Chart, methods: Sequence[str], most: int) -> bool:
+    """Draw all series; False where none has a finite point."""
+    for name, points in chart.series.items():
+        if (curve := thin(points, most)).size:
+            hue, style = _hue(name, methods)
+            marker = "o" if chart.markers else ""
+            axes.plot(*curve.T, color=hue, ls=style, marker=marker, clip_on=False)
+            if name in chart.errors:
+                x, y = np.array(points).T
+                error = np.array(chart.errors[name])
+                axes.fill_between(x, y - error, y + error, color=hue, alpha=0.18, lw=0)
+    if not axes.lines:
+        return False
+    low, high = axes.dataLim.intervaly
+    if chart.percent or low < 0.5 * high:
+        axes.set_ylim(bottom=min(low, 0.0))
+    axes.margins(x=0)
+    axes.set_xlim(left=0)
+    axes.ticklabel_format(useOffset=False)
+    if chart.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(chart.x, color=SOFT)
+    axes.grid(axis="y", color=LINE, clip_on=False)
+    return True
+
+
+def _draw_bars(axes: Axes, chart: Chart, methods: Sequence[str]) -> None:
+    """A bar for each method, the first at the top."""
+    names = list(chart.series)
+    values = [chart.series[name][0][1] for name in names]
+    errors = [chart.errors[name][0] if name in chart.errors else 0.0 for name in names]
+    hues = [_hue(name, methods)[0] for name in names]
+    axes.barh(names, values, xerr=errors, color=hues, ecolor=SOFT, height=0.7)
+    axes.invert_yaxis()
+    if chart.percent:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="x", color=LINE)
+    axes.set_axisbelow(True)
 
 
 def thin(points: Sequence[Point], most: int) -> Float[np.ndarray, "K 2"]:
