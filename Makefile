@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m gradeclip_ft
 
-.PHONY: demo test harden results methods detector speed clean
+.PHONY: demo test harden results methods tables detector speed clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo_ordinary runs/demo_gradeclip
@@ -27,6 +27,20 @@ methods: runs/demo_gradeclip/weights.safetensors
 	$(RUN) evaluate model=shapes_tiny evaluator=shapes_pointing out=runs/demo_gradeclip/evaluations
 	$(RUN) evaluate run=demo_gradeclip evaluator=shapes_pointing
 	$(RUN) compare runs/demo_gradeclip rows=methods 'metrics=[*/pointing,*/energy,*/any_object]' out=results/shapes_methods
+
+# results/tables_*: the papers' tables of methods in the shapes world, before and after fine-tuning, and their ablations.
+SWEEP := evaluator=shapes_faithfulness methods@evaluator.shapes_faithfulness.explainers
+tables: runs/demo_gradeclip/weights.safetensors
+	for table in faithfulness words pointing class_maps attributes; do \
+	    $(RUN) evaluate model=shapes_tiny evaluator=shapes_$$table out=runs/tables/$$table && \
+	    $(RUN) evaluate run=demo_gradeclip evaluator=shapes_$$table out=runs/tables/$$table page=true || exit 1; done
+	for sweep in lambda heads depth; do \
+	    $(RUN) evaluate run=demo_gradeclip $(SWEEP)=$$sweep out=runs/tables/$$sweep page=true || exit 1; done
+	for table in faithfulness words lambda heads depth; do \
+	    $(RUN) compare runs/tables/$$table rows=methods significance=true 'metrics=[*@1]' out=results/tables_$$table || exit 1; done
+	$(RUN) compare runs/tables/pointing rows=methods significance=true 'metrics=[*/pointing,*/energy,*/pixel_precision,*/ap,*/iou]' out=results/tables_localisation
+	$(RUN) compare runs/tables/class_maps rows=methods 'metrics=[*/m*]' out=results/tables_class_maps
+	$(RUN) compare runs/tables/attributes rows=methods 'metrics=[*_cosine]' out=results/tables_attributes
 
 runs/demo_gradeclip/weights.safetensors: | $(VENV)/installed
 	$(RUN) train +exp=shapes name=demo_gradeclip trainer.log_every=5 evaluation.every=50
