@@ -38,12 +38,17 @@ from gradeclip_ft.data.captions import (
 )
 from gradeclip_ft.data.coco import read_captions
 from gradeclip_ft.data.make_shards import add_phrases, write_shard
+from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.data.shards import Skips, read_shard
 from gradeclip_ft.evaluators.base import evaluating
+from gradeclip_ft.evaluators.faithfulness import FaithfulnessEvaluator
 from gradeclip_ft.evaluators.regions import RegionEvaluator
-from gradeclip_ft.explain.base import explain_image
+from gradeclip_ft.explain.base import Explainer, explain_image
+from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.explain.maskclip import MaskClip
+from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.models.clip import class_embeddings
 from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.results.record import commit, versions
@@ -290,6 +295,49 @@ def evaluate(
     publish(f"evaluate, {model}, cpu", rows, notes, out)
 
 
+def faithfulness(
+    *,
+    captions: Path = PHOTOS / "annotations" / "captions_val2017.json",
+    images: Path = PHOTOS / "images",
+    model: str = "ViT-B-32",
+    photos: int = 16,
+    rounds: int = 3,
+    out: Path | None = None,
+) -> None:
+    """Deletion and insertion of four last-layer methods, beside the passes over the changed photos.
+
+    The forward reads as many pixels from memory as the evaluation changes: 10 photos of each kind
+    for a method, and each photo untouched.
+    """
+    torch.set_num_threads(1)
+    loaded, size = load_clip(model, "random"), 60
+    methods: dict[str, Explainer] = {
+        "grad_eclip": GradEclip(),
+        "raw_attention": RawAttention(),
+        "grad_cam": GradCam(),
+        "maskclip": MaskClip(),
+    }
+    data = CaptionFile(str(captions), str(images), split="photos", limit=photos)
+    changed = FaithfulnessEvaluator(
+        "bench", data, methods, "cosine", include_zero=False, batch_size=size
+    )
+    count = photos * (1 + len(methods) * 20)
+    pixels = torch.randn(size, 3, *loaded.image_size)
+
+    def forward() -> None:
+        with evaluating(loaded.clip):
+            for start in range(0, count, size):
+                loaded.clip.image.encode(pixels[: min(size, count - start)])
+
+    names = ("forward over the changed photos", "evaluation")
+    turns = in_turns(dict(zip(names, (forward, partial(changed, loaded)), strict=True)), rounds)
+    notes = [
+        f"{photos} photos, {count} changed ones; medians over {rounds} rounds in turns after one "
+        "of warm-up. The evaluation also reads the photos and encodes them and their captions once."
+    ]
+    publish(f"faithfulness, {model}, cpu", turns.rows(), notes, out)
+
+
 def loader(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None) -> None:
     """One worker's work without the worker: decode, crop, captions, phrases, tokens, batches."""
     torch.set_num_threads(1)
@@ -441,7 +489,7 @@ def startup(*, rounds: int = 7, out: Path | None = None) -> None:
 
 ACTIONS = {
     action.__name__: action
-    for action in (step, scaling, memory, explain, evaluate, loader, phrases, startup)
+    for action in (step, scaling, memory, explain, evaluate, faithfulness, loader, phrases, startup)
 }
 
 

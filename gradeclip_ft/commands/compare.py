@@ -12,7 +12,7 @@ from gradeclip_ft.results.collect import Steps, collect
 from gradeclip_ft.results.published import of_methods, published_quirks, published_sources
 from gradeclip_ft.results.published import published as papers
 
-Rows = Literal["weights", "methods"]
+Rows = Literal["auto", "weights", "methods"]
 
 
 def compare(
@@ -20,7 +20,7 @@ def compare(
     format: tables.Format = "text",
     steps: Steps = "ends",
     by: tuple[str, ...] = (),
-    rows: Rows | None = None,
+    rows: Rows = "auto",
     fields: tuple[str, ...] = (),
     metrics: tuple[str, ...] = tables.MAIN,
     published: tuple[str, ...] = (),
@@ -37,9 +37,9 @@ def compare(
     format=text|markdown|csv   csv holds fractions, the others percent
     steps=ends|last|all        step 0 and the last one, the last one, or every evaluated step
     by=[map,heads]             mean ± sample deviation over the rows that agree in these columns
-    rows=weights|methods       one row per set of weights; or one per method, where an evaluation
-                               has several: metrics=[*/pointing,*/energy]. Tables of papers that
-                               list methods come with one per method
+    rows=auto|weights|methods  one row per set of weights; or one per method, where an evaluation
+                               has several: metrics=[*/pointing,*/energy]; auto: per method
+                               where a table of a paper is
     significance=true          with rows=methods: p of the two best methods of each column
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
@@ -61,7 +61,8 @@ def compare(
         asked[name] = key
     entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
     others = papers(published, entries)
-    rows = rows or ("methods" if of_methods(published) else "weights")
+    if rows == "auto":
+        rows = "methods" if of_methods(published) else "weights"
     if significance and (rows == "weights" or by):
         raise ValueError("significance=true compares methods; set rows=methods, and leave by= out")
     table = tables.tabulate([*entries, *others])

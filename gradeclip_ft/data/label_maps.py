@@ -88,7 +88,7 @@ class LabelMapImages(Dataset[RegionSample]):
             )
         side = self.image_size
         height, width = letterbox_size(image.height, image.width, side)
-        # A class is no quantity, so the nearest number counts.
+        # Numbers of classes have no mean, so the nearest one counts.
         content = Image.fromarray(numbers.numpy().astype(np.int32)).resize(
             (width, height), Image.Resampling.NEAREST
         )

@@ -41,9 +41,9 @@ class TextFaithfulnessEvaluator:
     """Areas of deletion and insertion curves over the words of captions, by recall@1.
 
     At each step all captions of an image are changed, those of other images stay: text to image
-    asks for the image by its changed caption, image to text for one of its changed captions. Marks
-    of punctuation are no words: they stay in deletion and do not enter in insertion. Deletion
-    leaves one word; a caption that has no more words keeps its last state.
+    asks for the image by its changed caption, image to text for one of its changed captions. Only
+    what has a letter or a digit is a word: other marks stay in deletion and do not enter in
+    insertion. Deletion leaves one word; a caption that has no more words keeps its last state.
 
     Attributes:
         explainers: Methods by name, for texts.
@@ -327,7 +327,7 @@ def shortened(words: Words, values: Sequence[float], kind: str, steps: int) -> l
 
 
 def _words(words: Words) -> list[int]:
-    """Places of what is no mark of punctuation."""
+    """Places of what has a letter or a digit."""
     return [n for n, word in enumerate(words.words) if any(letter.isalnum() for letter in word)]
 
 

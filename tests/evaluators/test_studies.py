@@ -57,7 +57,8 @@ def test_distances_have_their_closed_forms() -> None:
 
 def test_coloured_shapes_are_described_by_name_and_box(tmp_path: Path) -> None:
     """Also the whole evaluation: a map equal to the mask is not needed to be finite and counted."""
-    make_shapes(str(tmp_path), train=10, val=12, choose=0)
+    tmp_path = tmp_path / "world"
+    make_shapes(tmp_path, train=10, val=12, choose=0, seed=0)
     regions = CocoRegions(
         str(tmp_path / "annotations" / "instances_val.json"),
         str(tmp_path / "images_val"),
@@ -104,7 +105,7 @@ def test_clevrs_scenes_are_read_with_discs_or_label_maps(tmp_path: Path) -> None
     sample = discs.pictures[0]
     assert sample.masks is not None
     area = sample.masks.sum((1, 2)).tolist()
-    assert area == pytest.approx([np.pi * 35**2, np.pi * 17.5**2], rel=0.01)
+    assert area == pytest.approx([np.pi * 35**2, np.pi * 17.5**2], rel=0.02)
     assert sample.masks[0, 160, 120] == 1
     assert [one["location"] for one in discs.attributes[0]] == ["left", "right"]
     assert discs.attributes[0][0]["material"] == "metal"
