@@ -255,13 +255,9 @@ class FaithfulnessEvaluator:
         device, _ = placement(loaded.clip)
         transform = loaded.transform()
         methods = list(supported.methods)
-        maps = [
-            {name: one.seen.placement.on_photo(one.heat[name]) for name in methods}
-            for one in explained
-        ]
 
         def changed() -> Iterator[Tensor]:
-            for number, photo, heat in zip(numbers, photos, maps, strict=True):
+            for number, photo, one in zip(numbers, photos, explained, strict=True):
                 planes = F.pil_to_tensor(photo).to(device)
                 random = torch.Generator().manual_seed((self.seed << 32) + number)
                 noise = torch.randint(0, 256, planes.shape, generator=random, dtype=torch.uint8)
@@ -271,11 +267,11 @@ class FaithfulnessEvaluator:
                 ]
                 yield transform.of_bytes(planes.unsqueeze(0))
                 for name in methods:
-                    for one in heat[name].to(device):
-                        yield transform.of_bytes(perturb(planes, noise.to(device), one, counts))
+                    for heat in one.seen.placement.on_photo(one.heat[name].to(device)):
+                        yield transform.of_bytes(perturb(planes, noise.to(device), heat, counts))
 
         embeddings = encoded(loaded, changed(), self.batch_size)
-        for number, rows, heat in zip(numbers, answers, maps, strict=True):
+        for number, rows, one in zip(numbers, answers, explained, strict=True):
             start = next(embeddings)
             record: dict[str, Any] = {
                 "start": [_plain(judge.score(start, number, row)) for row in rows],
@@ -288,7 +284,7 @@ class FaithfulnessEvaluator:
                     _plain(judge.score(each, number, row))
                     for row, each in zip(rows, found, strict=True)
                 ]
-                record["constant"][name] = int(is_constant(heat[name].nan_to_num()).sum())
+                record["constant"][name] = int(is_constant(one.heat[name]).sum())
             yield record
 
     def _columns(
