@@ -67,6 +67,7 @@ class CaptionBatch(_Tensors):
         identity: Hash of each distinct phrase string, the same on every process.
         phrase: Row of `distinct` for every phrase.
         owner: Row of `images` for every phrase.
+        most: Phrases of one image at most; None where unknown.
         packed: `captions`, then `distinct`, packed; None where the text tower needs them apart.
         keys: Sample keys, for messages.
         skipped: Samples dropped since the previous batch of the same worker, by cause.
@@ -78,6 +79,7 @@ class CaptionBatch(_Tensors):
     identity: Int[Tensor, " U"]
     phrase: Int[Tensor, " P"]
     owner: Int[Tensor, " P"]
+    most: int | None = None
     packed: PackedTexts | None = None
     keys: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)

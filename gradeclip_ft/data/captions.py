@@ -461,6 +461,7 @@ def collate(
         identity=torch.tensor([stable_hash(text) for text in row], dtype=torch.long),
         phrase=torch.tensor(phrase, dtype=torch.long),
         owner=torch.arange(len(samples)).repeat_interleave(counts),
+        most=int(counts.max()),
         packed=tokenizer.pack(captions, distinct),
         keys=tuple(sample.key for sample in samples),
         skipped=skipped,

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradeclip_ft.models.trace import Heads, Scale, Trace
 from gradeclip_ft.ops.attention import row_weights
 from gradeclip_ft.ops.heatmap import min_max, owned_products
-from gradeclip_ft.ops.similarity import cosine
+from gradeclip_ft.ops.similarity import unit
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GradEclip:
             q, k, v, weight = (x.chunk(trace.heads, -1)[self.head] for x in (q, k, v, weight))
         # Eq. 19 for all phrases of all images at once: row p takes the values of its own image, and
         # λ, which no phrase changes, is computed once per image.
-        value = owned_products(v, weight, owner)  # (P, N)
+        value = owned_products(v, weight, owner, most=trace.most)  # (P, N)
         relevance = self._spatial_weight(trace, q, k)[owner] * value
         # The class token has the largest λ of all, its own; it is not a place in the picture.
         relevance = relevance.masked_fill(~trace.explained[owner], 0.0)
@@ -89,9 +89,12 @@ class GradEclip:
             q, k = trace.project(q), trace.project(k)
         if self.similarity == "product":
             return min_max(torch.einsum("bc,bnc->bn", q, k), trace.explained)
-        batch, tokens, width = k.shape
-        flat = cosine(q.unsqueeze(1).expand_as(k).reshape(-1, width), k.reshape(-1, width))
-        return min_max(flat.view(batch, tokens), trace.explained)
+        # The cosine, with lengths divided out of the sums (B, N): unit vectors, of the query for
+        # every key too, would be three more (B, N, C), all kept for the backward pass. Not a matrix
+        # product: its rounding depends on the row, and equal keys must have equal cosines.
+        product = (unit(q).unsqueeze(1) * k.float()).sum(-1)
+        length = k.float().norm(dim=-1).clamp(min=1e-12)  # as `unit` has it
+        return min_max(product / length, trace.explained)
 
 
 def channel_weight(

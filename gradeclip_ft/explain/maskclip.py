@@ -33,5 +33,5 @@ class MaskClip:
     ) -> Float[Tensor, "P N"]:
         """Relevance of every token for each target."""
         features = unit(trace.rows(self.dense))  # (B, N, D)
-        relevance = owned_products(features, target, owner)
+        relevance = owned_products(features, target, owner, most=trace.most)
         return relevance.masked_fill(~trace.explained[owner], 0.0).relu()

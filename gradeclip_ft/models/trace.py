@@ -67,6 +67,8 @@ class Trace:
         layer: The last layer itself, for what `attend` and `finish` do not give.
         head: Rows after the last layer to embeddings.
         score: What is explained, from embedding and target; the cosine S of eq. 1 for a CLIP.
+        most: Targets of one input at most, where known; otherwise they are counted, and the host
+            waits for the device.
     """
 
     tokens: Float[Tensor, "B N W"]
@@ -86,6 +88,7 @@ class Trace:
     layer: Layer
     head: Rows
     score: Score = cosine
+    most: int | None = None
 
     @property
     def query_tokens(self) -> Float[Tensor, "B W"]:

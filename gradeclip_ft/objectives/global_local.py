@@ -92,7 +92,11 @@ class GlobalLocal(Composed):
         dense = step.dense  # (B, h, w, D)
         with step.single_precision():
             regions = pool_heatmap(
-                dense, self._shaped(heat), batch.owner, normalize_tokens=self.normalize_tokens
+                dense,
+                self._shaped(heat),
+                batch.owner,
+                normalize_tokens=self.normalize_tokens,
+                most=batch.most,
             )
             # Without gradient: a weight that learns could make all maps 0 to be rid of the loss.
             highest = heat.detach().amax((1, 2))  # (P)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -68,7 +69,7 @@ class Step:
     @cached_property
     def trace(self) -> Trace:
         """Last layer of the image tower."""
-        return self.clip.image.trace(self.batch.images)
+        return replace(self.clip.image.trace(self.batch.images), most=self.batch.most)
 
     @cached_property
     def embedding(self) -> Float[Tensor, "B D"]:

@@ -79,14 +79,25 @@ def at_points(
 
 
 def owned_products(
-    rows: Float[Tensor, "B N C"], vectors: Float[Tensor, "P C"], owner: Int[Tensor, " P"]
+    rows: Float[Tensor, "B N C"],
+    vectors: Float[Tensor, "P C"],
+    owner: Int[Tensor, " P"],
+    *,
+    most: int | None = None,
 ) -> Float[Tensor, "P N"]:
-    """Every row of an image times the vectors of its phrases, whose image is `owner`."""
-    if len(rows) == 1:  # any number of phrases without a copy (N, C) for each
+    """Every row of an image times the vectors of its phrases, whose image is `owner`.
+
+    Args:
+        rows: Of B images.
+        vectors: One per phrase.
+        owner: Image row of each phrase.
+        most: Phrases of one image at most; None to count them, for which the host waits.
+    """
+    if len(rows) == 1:
         return vectors @ rows[0].T
-    # A table padded to the most phrases of an image would need no copies either. Its size depends
-    # on the data, and to read it would make the device wait in every step.
-    return torch.bmm(rows[owner], vectors.unsqueeze(2)).squeeze(2)
+    place, most = _places(owner, len(rows), most)
+    padded = _padded(vectors, place, len(rows), most)  # (B, M, C)
+    return (padded @ rows.transpose(1, 2)).flatten(0, 1)[place]
 
 
 def pool_heatmap(
@@ -95,6 +106,7 @@ def pool_heatmap(
     owner: Int[Tensor, " P"],
     *,
     normalize_tokens: bool = True,
+    most: int | None = None,
 ) -> Float[Tensor, "P D"]:
     """Region embedding F_r = Σ_i H_i · F_d,i of each phrase (Grad-ECLIP, 5), not normalised.
 
@@ -105,12 +117,47 @@ def pool_heatmap(
         heat: Heat maps, non-negative; their scale cancels in a cosine.
         owner: Image row of each phrase.
         normalize_tokens: Bring every token of F_d to length 1 first, as CLIPSelf does.
+        most: As in `owned_products`.
     """
     tokens = (unit(dense) if normalize_tokens else dense.float()).flatten(1, 2)  # (B, n, D)
-    weights = heat.flatten(1).to(tokens.dtype)  # (P, n)
+    return _weighted_sums(tokens, heat.flatten(1).to(tokens.dtype), owner, most)
+
+
+def _weighted_sums(
+    tokens: Float[Tensor, "B n D"],
+    weights: Float[Tensor, "P n"],
+    owner: Int[Tensor, " P"],
+    most: int | None = None,
+) -> Float[Tensor, "P D"]:
+    """Sum of the tokens of an image by the weights of each of its phrases."""
     if len(tokens) == 1:
         return weights @ tokens[0]
-    return torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1)  # (P, 1, n) x (P, n, D)
+    place, most = _places(owner, len(tokens), most)
+    return (_padded(weights, place, len(tokens), most) @ tokens).flatten(0, 1)[place]
+
+
+def _places(owner: Int[Tensor, " P"], images: int, most: int | None) -> tuple[Tensor, int]:
+    """Place of every phrase in a flattened table of B images and M phrases each, and M.
+
+    With the phrases of an image side by side, one product per image serves all of them. The other
+    way, a copy of the image for each of its phrases, takes P instead of B times its memory.
+    """
+    order = owner.argsort(stable=True)
+    counts = torch.zeros(images, dtype=owner.dtype, device=owner.device)
+    counts = counts.scatter_add(0, owner, torch.ones_like(owner))
+    if most is None:
+        most = int(counts.max())
+    before = counts.cumsum(0) - counts  # phrases of the images above
+    number = torch.arange(len(owner), device=owner.device) - before[owner[order]]
+    return owner * most + torch.empty_like(owner).scatter_(0, order, number), most
+
+
+def _padded(
+    values: Float[Tensor, "P K"], place: Int[Tensor, " P"], images: int, most: int
+) -> Float[Tensor, "B M K"]:
+    """One row of values per phrase as a table, 0 where an image has fewer phrases."""
+    table = values.new_zeros((images * most, values.shape[1]))
+    return table.index_copy(0, place, values).view(images, most, values.shape[1])
 
 
 def pool_boxes(
@@ -149,4 +196,4 @@ def pool_masks(
     tokens = unit(dense).flatten(1, 2)  # (B, n, D)
     weights = masks.flatten(1).to(tokens.dtype)  # (R, n)
     weights = weights / (weights.sum(1, keepdim=True) + 1e-12)
-    return unit(torch.bmm(weights.unsqueeze(1), tokens[owner]).squeeze(1))
+    return unit(_weighted_sums(tokens, weights, owner))

@@ -5,6 +5,7 @@ Full-size models on torch's meta device: shapes and counts without numbers.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,10 +84,10 @@ def native(loaded: LoadedClip, batch: CaptionBatch) -> tuple[int, int]:
 
 def image_part(clip: Clip, batch: CaptionBatch) -> None:
     """Everything of the local loss but texts: embedding, maps, dense features, regions."""
-    trace = clip.image.trace(batch.images)
+    trace = replace(clip.image.trace(batch.images), most=batch.most)
     phrases = torch.empty(len(batch.phrase), trace.embedding.shape[1], device="meta")
     heat = heat_from_trace(GradEclip(create_graph=True), trace, phrases, batch.owner)
-    pool_heatmap(trace.dense(), heat, batch.owner)
+    pool_heatmap(trace.dense(), heat, batch.owner, most=batch.most)
 
 
 def test_maps_and_regions_add_two_percent_to_the_image_tower(

@@ -40,6 +40,38 @@ def test_heatmap_pooling_is_the_weighted_sum_of_tokens(
         torch.testing.assert_close(got[row], expected)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_phrases_varying_by_image_equal_a_copy_of_the_image_for_each(known: bool) -> None:
+    """Values and gradients; an image without phrases, one with most, owners out of order."""
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.tensor([4, 0, 2, 0, 4, 4, 2, 4, 0, 5])
+    dense = torch.randn(6, 3, 4, 5, generator=generator).requires_grad_()
+    heat = torch.rand(10, 3, 4, generator=generator).requires_grad_()
+    vectors = torch.randn(10, 5, generator=generator).requires_grad_()
+    rows, most = dense.flatten(1, 2), 4 if known else None
+    got = (
+        pool_heatmap(dense, heat, owner, normalize_tokens=False, most=most),
+        owned_products(rows, vectors, owner, most=most),
+    )
+    expected = (
+        torch.einsum("pn,pnd->pd", heat.flatten(1), rows[owner]),
+        torch.einsum("pnd,pd->pn", rows[owner], vectors),
+    )
+    torch.testing.assert_close(got, expected)
+    inputs = (dense, heat, vectors)
+    gradients = [
+        torch.autograd.grad(sum(found.sin().sum() for found in pair), inputs)
+        for pair in (got, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_phrase_at_all_pools_to_no_row(dense: torch.Tensor) -> None:
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert pool_heatmap(dense, torch.zeros(0, 3, 4), nothing, most=0).shape == (0, 5)
+    assert owned_products(dense.flatten(1, 2), torch.zeros(0, 5), nothing).shape == (0, 12)
+
+
 def test_a_map_of_zeros_pools_to_zeros(dense: torch.Tensor) -> None:
     assert pool_heatmap(dense, torch.zeros(3, 3, 4), OWNER).eq(0).all()
 
