@@ -22,8 +22,11 @@ BatchType = TypeVar("BatchType", bound="_Tensors")
 class _Tensors:
     """Moves every tensor field; everything else stays."""
 
-    def to(self: BatchType, device: torch.device | str, non_blocking: bool = False) -> BatchType:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self: BatchType, device: torch.device | str) -> BatchType:
+        # Lightning asks for a transfer that does not wait for tensors alone. One that waits makes
+        # the host wait for all that the GPU still has to do, in every step.
+        ahead = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=ahead))
 
     def pin_memory(self: BatchType) -> BatchType:
         return self._map(Tensor.pin_memory)

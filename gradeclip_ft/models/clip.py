@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -299,10 +299,10 @@ class Clip(nn.Module):
         self.model.set_grad_checkpointing(enable)
 
     def compile_blocks(self, backend: str) -> None:
-        """Compile the transformer blocks, all but what is explained, at their first use.
+        """Compile the transformer blocks and the parts of the explained layer, at their first use.
 
-        Maps stay outside: the gradient inside a step goes through the last layer alone, and that is
-        taken apart, not called.
+        Maps stay outside: compiled graphs have no second derivative, and the gradient inside a step
+        is differentiated again.
 
         Raises:
             UnsupportedTowerError: The model has no such blocks.
@@ -314,6 +314,7 @@ class Clip(nn.Module):
             )
         for block in blocks:
             block.compile(backend=backend)
+        self.image = replace(self.image, compiled=backend)
 
 
 @dataclass(frozen=True)
