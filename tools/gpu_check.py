@@ -4,8 +4,8 @@ Each part writes its answer into `out`.json as soon as it has one, so that an in
 on where it was; `out`.md is the same as tables. On a CPU (`device=cpu`) every part runs at reduced
 size, to prove the script and nothing about speed.
 
-    python -m tools.gpu_check                        # all parts, 5 minutes on an H100
-    python -m tools.gpu_check parts=exactness,step   # some of them, made again
+    python -m tools.gpu_check                          # all parts, 8 minutes on an H100
+    python -m tools.gpu_check parts=compiled,profile   # some of them, made again
     python -m tools.gpu_check device=cpu out=/tmp/check
 
 A machine without a network needs these wheels beside torch, torchvision and lightning:
@@ -26,12 +26,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradeclip_ft.batch import CaptionBatch
@@ -57,6 +59,7 @@ from tools.measure import (
 # Dense bf16 peak in FLOP/s, by a part of the device's name (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 CC3M = 2_905_954  # samples of one epoch
+WAYS = [OPEN_CLIP, ORDINARY, GRAD_ECLIP]
 Row = dict[str, Any]
 
 
@@ -209,38 +212,136 @@ def step_rows(name: str, size: int, device: str, **options: bool) -> list[Row]:
     loaded = load(name)
     if options.get("grad_checkpointing"):
         loaded.require_clip("trained").set_grad_checkpointing()
-    if options.get("compile"):
-        loaded.require_clip("trained").compile_blocks("inductor")
     steps = Steps(loaded, device, fused=options.get("fused", False))
     every = steps.variants(written_pairs(loaded, size), 3)
-    names = [OPEN_CLIP, GRAD_ECLIP] if options else [OPEN_CLIP, ORDINARY, GRAD_ECLIP]
-    turns = in_device_turns({way: every[way] for way in names}, device, 8)
-    rows = []
-    for way, seconds in ((way, turns.median(way)) for way in names):
+    names = [OPEN_CLIP, GRAD_ECLIP] if options else WAYS
+    return timed({way: every[way] for way in names}, name, size, device, **options)
+
+
+def timed(
+    ways: dict[str, Callable[[], None]],
+    name: str,
+    size: int,
+    device: str,
+    rounds: int = 8,
+    **options: bool,
+) -> list[Row]:
+    """Rows of steps in turns; memory before operations are counted, which runs another way."""
+    turns = in_device_turns(ways, device, rounds)
+    rows: list[Row] = []
+    for way, run in ways.items():
+        seconds = turns.median(way)
         row: Row = {"model": name, "batch": size, "way": way, **options}
         row |= {"images/s": round(size / seconds), "of open_clip": turns.against(way, OPEN_CLIP)[0]}
         row["hours for CC3M"] = CC3M * seconds / size / 3600
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            every[way]()
+            run()
             row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            with FlopCounterMode(display=False) as counter:
-                every[way]()
-            rate, card = counter.get_total_flops() / seconds, torch.cuda.get_device_name()
-            peak = next((value for part, value in PEAKS.items() if part in card), math.nan)
-            row |= {"TFLOP/s": round(rate / 1e12), "utilisation": rate / peak}
         rows.append(row)
+    for row, (way, run) in zip(rows, ways.items(), strict=True):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        rate = counter.get_total_flops() / turns.median(way)
+        card = torch.cuda.get_device_name() if device == "cuda" else ""
+        peak = next((value for part, value in PEAKS.items() if part in card), math.nan)
+        row |= {"TFLOP/s": round(rate / 1e12), "utilisation": rate / peak}
     return rows
 
 
 def variants(device: str) -> list[Row]:
-    """The same step with a fused optimiser, recomputed activations, and compiled blocks."""
+    """The same step with a fused optimiser, and with recomputed activations."""
     name, size = ("EVA02-B-16", 256) if device == "cuda" else ("ViT-B-32", 2)
     rows = step_rows(name, size, device, fused=True)
-    rows += step_rows(name, size, device, grad_checkpointing=True)
-    if device == "cuda":  # about half a minute of compilation
-        rows += step_rows(name, size, device, compile=True, fused=True)
+    return rows + step_rows(name, size, device, grad_checkpointing=True)
+
+
+@cache
+def both_steps(
+    name: str, size: int, device: str
+) -> tuple[list[Row], dict[str, Callable[[], None]], list[Row]]:
+    """Rows of eager steps, compiled steps that have run, and their rows."""
+    loaded = load(name)
+    steps = Steps(loaded, device, fused=True)
+    every = steps.variants(written_pairs(loaded, size), 3)
+    ways = {way: every[way] for way in WAYS}
+    eager = timed(ways, name, size, device, 5, compiled=False)
+    steps.clip.compile_blocks("inductor" if device == "cuda" else "aot_eager")
+    graphs: Any = torch._dynamo.utils.counters
+    graphs.clear()
+    start = time.perf_counter()
+    for run in ways.values():
+        run()
+    seconds, count = time.perf_counter() - start, graphs["stats"]["unique_graphs"]
+    rows = timed(ways, name, size, device, compiled=True)
+    for row, before in zip(rows, eager, strict=True):
+        row |= {"of eager": before["images/s"] / row["images/s"]}
+    rows[0] |= {"seconds of compiling": round(seconds), "graphs": count}
+    rows[0]["later graphs"] = graphs["stats"]["unique_graphs"] - count
+    rows[0]["breaks"] = sum(graphs["graph_break"].values())
+    return eager, ways, rows
+
+
+def compiled(device: str) -> list[Row]:
+    """Steps with fused AdamW, plain and with compiled blocks, against open_clip's of each kind."""
+    rows = []
+    for name in ("ViT-B-16", "EVA02-B-16") if device == "cuda" else ("ViT-B-32",):
+        eager, _, after = both_steps(name, 256 if device == "cuda" else 2, device)
+        rows += [*eager, *after]
     return rows
+
+
+def profile(device: str) -> list[Row]:
+    """Where a compiled step's time on the device goes: shares by kind, and its top 15 kernels."""
+    name, size = ("ViT-B-16", 256) if device == "cuda" else ("ViT-B-32", 2)
+    _, ways, _ = both_steps(name, size, device)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    rows: list[Row] = []
+    for way in (OPEN_CLIP, GRAD_ECLIP):
+        with torch.profiler.profile(activities=kinds) as profiler:
+            start = time.perf_counter()
+            ways[way]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            wall = 1000 * (time.perf_counter() - start)
+        found = {}
+        for event in profiler.key_averages():
+            on_device = event.device_type.name == "CUDA"
+            used = event.self_device_time_total if on_device else event.self_cpu_time_total
+            if on_device == (device == "cuda") and used:
+                found[event.key] = (used / 1000, event.count)
+        total = sum(each for each, _ in found.values())
+        shares: dict[str, float] = {}
+        for key, (each, _) in found.items():
+            shares[kernel_kind(key)] = shares.get(kernel_kind(key), 0) + each
+        row: Row = {"model": name, "way": way}
+        rows.append(row | {"what": "wall, with the profiler", "ms": wall})
+        rows.append(row | {"what": "kernels", "ms": total, "share": 1.0})
+        ranked = sorted(shares.items(), key=lambda pair: -pair[1])
+        rows += [row | {"what": what, "ms": ms, "share": ms / total} for what, ms in ranked]
+        for key, (ms, calls) in sorted(found.items(), key=lambda pair: -pair[1][0])[:15]:
+            known = {"what": f"`{key[:90]}`".replace("|", "/"), "calls": calls}
+            rows.append(row | known | {"ms": ms, "share": ms / total})
+    return rows
+
+
+KINDS = {  # by what is in the name of a kernel of cuBLAS, cuDNN, FlashAttention, Inductor or ATen
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "::mm", "::bmm", "cublas"),
+    "convolution": ("conv", "wgrad", "dgrad", "im2col"),
+    "optimiser": ("multi_tensor", "adam", "foreach"),
+    "copies": ("memcpy", "memset"),
+    "sorting and indexing": ("sort", "index", "scatter", "gather", "embedding"),
+}
+
+
+def kernel_kind(name: str) -> str:
+    """What a kernel does; all that is left works element by element or sums."""
+    lower = name.lower()
+    if lower.startswith("triton_"):  # Inductor names what it fused, products among it
+        return "compiled elementwise"
+    fitting = (kind for kind, parts in KINDS.items() if any(part in lower for part in parts))
+    return next(fitting, "other elementwise")
 
 
 def throughput(device: str) -> list[Row]:
@@ -342,7 +443,7 @@ PARTS: dict[str, Callable[[str], list[Row]]] = {
     part.__name__: part
     for part in (
         *(environment, exactness, training, synchronisation, step),
-        *(variants, throughput, loading, loop),
+        *(variants, compiled, profile, throughput, loading, loop),
     )
 }
 
