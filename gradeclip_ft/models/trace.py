@@ -324,9 +324,7 @@ class Pass:
         )
 
 
-def _attend(
-    layer: Layer, tokens: Tensor, query: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(layer: Layer, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     # Only the query row needs a q: (B, C) instead of (B, N, C). With `finish` on one row as
     # well, k and v are what remains of the block: a sixth of its matrix products.
     return layer.attend(tokens, lambda y: query_rows(y, query))
