@@ -107,7 +107,7 @@ def lab(
     # In single precision on a GPU too: a table may have rows of both.
     common = [*overrides, f"trainer={trainer}", "trainer.precision=32-true", "trainer.threads=1"]
     for world in dict.fromkeys(run.world for run in missing):
-        prepare(world, jobs)
+        prepare(world, common, jobs)
     runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run.group for run in missing]
     for run in in_parallel(missing, common, jobs):
@@ -132,10 +132,10 @@ def experiment(world: str, recipe: str) -> list[str]:
     return [f"+exp/lab={world.removesuffix('2')}_{chosen}", *second]
 
 
-def prepare(world: str, jobs: int) -> None:
+def prepare(world: str, common: Sequence[str], jobs: int) -> None:
     """Draw or check the data of a world once, before runs that would all draw them."""
     drawn = [f"+data.make.workers={max(2, jobs)}"] if world.startswith("shapes") else []
-    cfg = compose("train", [*experiment(world, ORDINARY), *drawn, *search_path()])
+    cfg = compose("train", [*experiment(world, ORDINARY), *common, *drawn, *search_path()])
     make(cfg.data, "data")(tokenizer=None, transform=None).prepare()
 
 
@@ -212,10 +212,13 @@ def step_seconds(folder: Path) -> float:
 
     Other programs on the machine can only add to it.
     """
-    lines = read_lines(folder / METRICS_JSONL)
-    every = int(read_config(folder).trainer.log_every)
-    waited = [float(line["seconds"] - line["data_seconds"]) for line in lines if "seconds" in line]
-    return min(waited) / every
+    lines = [line for line in read_lines(folder / METRICS_JSONL) if "seconds" in line]
+    starts = [0, *(line["step"] for line in lines)]
+    fastest: float = min(
+        (line["seconds"] - line["data_seconds"]) / (line["step"] - start)
+        for start, line in zip(starts, lines, strict=False)
+    )
+    return fastest
 
 
 def write(runs_dir: Path, out: Path) -> None:

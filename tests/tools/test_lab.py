@@ -93,6 +93,17 @@ def test_longer_rows_stand_beside_ordinary_fine_tuning_of_their_length() -> None
     assert lab.ordinary_beside("game_crops") == "ordinary"
 
 
+def test_a_step_takes_as_long_as_in_the_fastest_window_without_its_data(tmp_path: Path) -> None:
+    """Windows of 10 and 5 steps, with a line of an evaluation between them."""
+    lines = [
+        {"step": 10, "seconds": 9.0, "data_seconds": 1.0},
+        {"step": 10, "boxes/top1": 0.5},
+        {"step": 15, "seconds": 3.0, "data_seconds": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lab.step_seconds(tmp_path) == pytest.approx(0.5)
+
+
 def test_an_unknown_recipe_is_named_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"no recipe gmae; there are .*ordinary"):
         lab.lab(rows=("gmae",), worlds=("shapes",))
