@@ -55,6 +55,7 @@ class Training:
     module: FineTuneModule | DetectorModule
     evaluate: Evaluate
     trainer: pl.Trainer
+    room: str  # what it keeps on disk, in words
 
 
 def build(
@@ -68,15 +69,16 @@ def build(
     import torch
 
     from gradeclip_ft.training.callbacks import Evaluate
+    from gradeclip_ft.training.checkpoints import require_room
     from gradeclip_ft.training.data_module import CaptionDataModule
 
-    require_evaluator(cfg)
     torch.manual_seed(cfg.seed)  # for weights that are not loaded but drawn
     loaded = build_clip(cfg)
     objective = make(cfg.objective, "objective")
     source = build_data(cfg, loaded)
     data = CaptionDataModule(source, seed=cfg.seed, on_prepared=on_prepared)
     module = build_module(cfg, loaded, objective, source)
+    room = require_room(folder, module, cfg.trainer)
     evaluate = Evaluate(
         build_evaluators(cfg),
         loaded,
@@ -88,7 +90,7 @@ def build(
     )
     loggers = make(cfg.logger, "logger")(folder, recorded(cfg))
     trainer = make(cfg.trainer, "trainer")(folder, loggers, [evaluate])
-    return Training(data, module, evaluate, trainer)
+    return Training(data, module, evaluate, trainer, room)
 
 
 def settle(cfg: DictConfig) -> None:
@@ -111,22 +113,57 @@ def settle(cfg: DictConfig) -> None:
         cfg.evaluation.every = max(1, round(every * trainer.max_steps))
 
 
+def require(cfg: DictConfig, folder: Path) -> None:
+    """Refuse, before the model is built, what would end the run later; `doctor` asks the same.
+
+    Raises:
+        ConfigurationError: Naming what to change.
+        ValueError: The same, from the part that it is about.
+        FileNotFoundError: No weights where `init_from` says.
+    """
+    require_evaluators(cfg)
+    make(cfg.trainer, "trainer")(folder, [], [])
+    require_schedule(cfg)
+    require_model(cfg)
+
+
+def require_schedule(cfg: DictConfig) -> None:
+    """Refuse a learning-rate schedule that does not fit the number of steps, on an idle parameter.
+
+    Raises:
+        ValueError: The warm-up is as long as the training.
+    """
+    import torch
+
+    make(cfg.optim.schedule, "schedule")(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+
+def require_model(cfg: DictConfig) -> None:
+    """Refuse a model that cannot be trained, and weights that are not there.
+
+    Raises:
+        ValueError: The model has no text tower.
+        FileNotFoundError: `init_from` names no weights.
+    """
+    if str(cfg.model.get("_target_")).endswith(".load_classifier"):
+        raise ValueError(
+            f"{cfg.model.name} is a classifier, expected a model of images and texts; `explain` "
+            "alone takes classifiers"
+        )
+    if (start := cfg.get("init_from")) is not None:
+        resolve_weights(start, cfg.runs_dir)
+
+
 def build_clip(cfg: DictConfig) -> LoadedClip:
     """The model, from its own weights or from those of `init_from`.
 
     Raises:
         ValueError: It has no text tower.
     """
+    require_model(cfg)
     start = cfg.get("init_from")
     weights = {} if start is None else {"weights": str(resolve_weights(start, cfg.runs_dir))}
-    from gradeclip_ft.models.clip import LoadedClip
-
-    loaded = make(cfg.model, "model", **weights)
-    if not isinstance(loaded, LoadedClip):
-        raise ValueError(
-            f"{loaded.name} is a classifier, expected a model of images and texts; `explain` alone "
-            "takes classifiers"
-        )
+    loaded: LoadedClip = make(cfg.model, "model", **weights)
     return loaded
 
 
@@ -220,13 +257,19 @@ def build_explainers(names: Sequence[str]) -> dict[str, Explainer]:
     return {str(name): make(node, "explainer") for name, node in cfg.explainer.items()}
 
 
-def require_evaluator(cfg: DictConfig) -> None:
-    """Refuse `evaluation.best` of an evaluator that does not run.
+def require_evaluators(cfg: DictConfig) -> None:
+    """Refuse two evaluators of one name, and what `evaluation` says of one that does not run.
 
     Raises:
         ConfigurationError: Naming the closest one.
+        ValueError: Two have one name, or a number of `evaluation` makes no sense.
     """
-    best, names = cfg.evaluation.best, list(cfg.get("evaluator") or {})
+    from gradeclip_ft.evaluators.base import require_names
+    from gradeclip_ft.training.callbacks import require_evaluation
+
+    names = require_names(build_evaluators(cfg))
+    require_evaluation(cfg.evaluation.every, cfg.evaluation.alphas)
+    best = cfg.evaluation.best
     if best is None:
         return
     name, _, metric = str(best).partition("/")

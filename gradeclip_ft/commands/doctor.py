@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -23,27 +22,33 @@ if TYPE_CHECKING:
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 Finding = tuple[str, str]  # one of these, and a text
-GIGABYTE = 1e9
 
 
 def doctor(cfg: DictConfig) -> int:
     """Say whether a run could start here, without starting it.
 
-    Takes the overrides of `train`: versions, name, device, trainer, model, optimiser, disk space,
-    tagger, training data (one small batch is read) and evaluation data. Nothing is written, no data
-    are made and no weights are fetched; a missing tagger is fetched, as `train` would. The exit
-    code is 1 if there is a problem.
+    Takes the overrides of `train`, and asks what `train` asks: versions, name, device, trainer,
+    schedule, model, disk space, tagger, training data (one small batch is read) and evaluation
+    data. Nothing is written, no data are made and no weights are fetched, but files of weights are
+    read; a missing tagger is fetched, as `train` would. The exit code is 1 if there is a problem.
 
     python -m gradeclip_ft doctor                           the shapes world
     python -m gradeclip_ft doctor +exp=cc3m_vitb16            an experiment
     """
+    from gradeclip_ft.commands.build import UNSET
+    from gradeclip_ft.training.trainer import silence_libraries
+
+    silence_libraries()
     problems = 0
-    checks = (packages, length, run_folder, device, evaluation_data, trainer)
-    for check in (*checks, model, tagger, training_data):
+    checks = (packages, run_folder, device, length, evaluation_data, trainer, model, tagger)
+    for check in (*checks, training_data):
+        if cfg.trainer.max_steps == UNSET and check in NEED_LENGTH:
+            continue  # the data cannot be read, which `length` has said
         for kind, text in _findings(check, cfg):
             problems += kind == PROBLEM
             print(f"{kind:<9}{check.__name__.replace('_', ' '):<17}{text}")
-    print(f"{problems} problems" if problems else "this run could start")
+    counted = f"{problems} problem{'s' if problems > 1 else ''}"
+    print(counted if problems else "this run could start")
     return 1 if problems else 0
 
 
@@ -98,8 +103,6 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
     elif wanted in ("gpu", "cuda"):
         names = {torch.cuda.get_device_name(place) for place in range(count)}
         yield OK, f"{count} of {found} GPUs: {', '.join(sorted(names))}"
-        if str(cfg.trainer.precision).startswith("bf16") and not torch.cuda.is_bf16_supported():
-            yield PROBLEM, "the GPU has no bf16; set trainer.precision=16-mixed"
     else:
         yield OK, f"{wanted}, {count} process{'es' if count > 1 else ''}"
     cores, workers = os.cpu_count() or 1, count * int(cfg.data.get("workers", 0))
@@ -108,9 +111,9 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
 
 def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
     """Files of the evaluators, and the one whose best weights are kept."""
-    from gradeclip_ft.commands.build import build_evaluators, require_evaluator
+    from gradeclip_ft.commands.build import build_evaluators, require_evaluators
 
-    require_evaluator(cfg)
+    require_evaluators(cfg)
     for key, evaluator in build_evaluators(cfg).items():
         if OmegaConf.select(cfg, f"evaluator.{key}.data.make") is not None:
             yield OK, f"{key}: its data are made when training starts"
@@ -124,42 +127,41 @@ def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
 
 
 def trainer(cfg: DictConfig) -> Iterator[Finding]:
-    """Whether Lightning takes the settings on this machine."""
-    from gradeclip_ft.commands.build import make
+    """Whether Lightning takes the settings on this machine, and the schedule fits the steps."""
+    from gradeclip_ft.commands.build import make, require_schedule
 
     make(cfg.trainer, "trainer")(runs.run_dir(cfg.name, cfg.runs_dir), [], [])
+    require_schedule(cfg)
     yield OK, f"{cfg.trainer.max_steps} steps, precision {cfg.trainer.precision}"
 
 
 def model(cfg: DictConfig) -> Iterator[Finding]:
-    """Structure of the model, what trains it, and disk space; its weights are not read."""
-    from gradeclip_ft.commands.build import build_module, make
+    """Structure of the model, its weights where they are here, what trains it, and disk space."""
+    from gradeclip_ft.commands.build import UNSET, build_clip, build_module, make, require_model
     from gradeclip_ft.models.clip import image_sentence, text_sentence
     from gradeclip_ft.models.load import check_activation
+    from gradeclip_ft.training.checkpoints import require_room
 
-    loaded = structure(cfg.model)
+    require_model(cfg)
+    weights = str(cfg.model.weights)
+    here = cfg.init_from is not None or Path(weights).suffix or Path(weights).exists()
+    published = cfg.model.weights is not None and not here
+    if published and weights != "random":
+        check_activation(str(cfg.model.name), weights)
+        yield NOTE, f"weights {weights}; published ones are fetched at the first use"
+    loaded = structure(cfg.model) if published else build_clip(cfg)
     yield OK, f"image tower: {image_sentence(loaded)}"
     yield OK, f"text tower: {text_sentence(loaded)}"
     objective = make(cfg.objective, "objective")
-    build_module(cfg, loaded, objective, source=None).configure_optimizers()
+    module = build_module(cfg, loaded, objective, source=None)
+    if cfg.trainer.max_steps != UNSET:
+        module.configure_optimizers()
     size = sum(parameter.numel() for parameter in loaded.clip.parameters())
     height, width = loaded.image_size
     yield OK, f"{loaded.name}, {size / 1e6:.1f} M parameters, {height} x {width} pixels"
     if cfg.init_from is not None:
         yield OK, f"weights from {runs.resolve_weights(cfg.init_from, cfg.runs_dir)}"
-    elif cfg.model.weights is not None:
-        weights = Path(str(cfg.model.weights))
-        if weights.suffix and not weights.is_file():
-            yield PROBLEM, f"no weights file {weights}; give another model.weights"
-        elif not weights.suffix and str(weights) != "random":
-            check_activation(str(cfg.model.name), str(weights))
-            yield NOTE, f"weights {weights}; published ones are fetched at the first use"
-    # Weights and two moments in fp32, twice while one file replaces the other, and the export.
-    needed = size * 4 * (2 * 3 + 1)
-    folder = _existing(Path(cfg.runs_dir))
-    free = shutil.disk_usage(folder).free
-    text = f"{needed / GIGABYTE:.1f} GB for checkpoints, {free / GIGABYTE:.1f} GB free in {folder}"
-    yield OK if free > needed else PROBLEM, text
+    yield OK, require_room(runs.run_dir(cfg.name, cfg.runs_dir), module, cfg.trainer)
 
 
 def tagger(cfg: DictConfig) -> Iterator[Finding]:
@@ -240,6 +242,9 @@ def structure(settings: DictConfig) -> LoadedClip:
         return build_clip(OmegaConf.create({"model": {**settings, "weights": "random"}}))
     finally:
         logging.disable(logging.NOTSET)
+
+
+NEED_LENGTH = (evaluation_data, trainer, training_data)
 
 
 def _findings(

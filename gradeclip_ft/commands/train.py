@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from gradeclip_ft.commands import runs
-from gradeclip_ft.commands.build import settle
+from gradeclip_ft.commands.build import build, require, settle
 from gradeclip_ft.commands.cli import (
     INTERRUPTED,
     lost_contact,
@@ -44,11 +44,13 @@ def train(cfg: DictConfig) -> None:
     settle(cfg)
     folder = runs.run_dir(cfg.name, cfg.runs_dir)
     rank = process_rank()
-    with _claimed(folder, cfg, rank) as checkpoint:
-        from gradeclip_ft.commands.build import build
-        from gradeclip_ft.training.trainer import silence_libraries
+    if rank == 0:
+        runs.would_begin_or_continue(folder, cfg, resume=cfg.resume)  # the quickest answer first
+    from gradeclip_ft.training.trainer import silence_libraries
 
-        silence_libraries()
+    silence_libraries()
+    require(cfg, folder)
+    with _claimed(folder, cfg, rank) as checkpoint:
         stay_with_parent()
 
         def on_prepared(facts: dict[str, Any]) -> None:
@@ -57,6 +59,8 @@ def train(cfg: DictConfig) -> None:
 
         command = f"python -m gradeclip_ft {shlex.join(sys.argv[1:])}"
         job = build(cfg, folder, command=command, on_prepared=on_prepared)
+        if rank == 0:
+            print(f"{cfg.trainer.max_steps} steps; {job.room}")
         _fit(job, checkpoint, rank)
         if rank == 0:
             _finish(job, cfg, folder)

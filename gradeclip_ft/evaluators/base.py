@@ -88,9 +88,7 @@ def run_all(
         record: What a result file holds of protocol, data and weights, without what is not shared.
         done: Called after each evaluator with its result and whether it was measured now.
     """
-    names = [evaluator.name for evaluator in evaluators.values()]
-    if len(set(names)) < len(names):
-        raise ValueError(f"evaluators need different names, got {', '.join(sorted(names))}")
+    require_names(evaluators)
     weights: dict[str, Json] = {"name": loaded.name, "hash": loaded.weights_hash}
     if loaded.activation_unknown:
         weights["activation"] = "unknown"
@@ -128,6 +126,21 @@ def run_all(
         done(result, fresh)
         results.append(result)
     return results
+
+
+def require_names(evaluators: Mapping[str, Evaluator]) -> list[str]:
+    """Names of their result files.
+
+    Raises:
+        ValueError: Two have the same.
+    """
+    names = [evaluator.name for evaluator in evaluators.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"evaluators need different names, got {', '.join(sorted(names))}; set "
+            "evaluator.KEY.name= of one of them"
+        )
+    return names
 
 
 @contextmanager

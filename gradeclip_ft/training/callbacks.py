@@ -302,6 +302,18 @@ class NonFiniteGuard(pl.Callback):
         self._left_out = int(state_dict["left_out"])
 
 
+def require_evaluation(every: int | None, alphas: Sequence[float]) -> None:
+    """Refuse now what would end the run at its first or after its last step.
+
+    Raises:
+        ValueError: `every` is below 1, or a share outside of 0 to 1.
+    """
+    if every is not None and every < 1:
+        raise ValueError(f"evaluation.every is {every}; give 1 step or more, or null")
+    for alpha in alphas:
+        mix({}, {}, alpha)
+
+
 @dataclass(eq=False)
 class Evaluate(pl.Callback):
     """Runs evaluators before the first step, every `every` steps and after the last one.
@@ -340,13 +352,10 @@ class Evaluate(pl.Callback):
     evaluated: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"evaluation.every is {self.every}; give 1 step or more, or null")
+        require_evaluation(self.every, self.alphas)
         self.before |= self.best is not None
         self._wait = patient_barrier(PATIENCE)
         self._alphas = [alpha for alpha in self.alphas if alpha != 1.0]
-        for alpha in self._alphas:
-            mix({}, {}, alpha)  # refuses a wrong share now, not after the last step
         state = self.loaded.clip.model.state_dict() if self._alphas else {}
         self._start = {key: value.clone() for key, value in state.items()}
 

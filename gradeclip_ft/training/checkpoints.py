@@ -6,7 +6,7 @@ import errno
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,61 @@ logger = logging.getLogger(__name__)
 
 class SaveError(RuntimeError):
     """A checkpoint cannot be written; those on disk are untouched."""
+
+
+def sizes(module: pl.LightningModule) -> tuple[int, int]:
+    """Bytes of one checkpoint, with AdamW's two moments of what learns, and of the weights."""
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    assert isinstance(module, FineTuneModule | DetectorModule)
+    learning = size(parameter for parameter in module.parameters() if parameter.requires_grad)
+    weights = size(module.clip.model.state_dict().values())
+    return size(module.state_dict().values()) + 2 * learning, weights
+
+
+def require_room(folder: Path, module: pl.LightningModule, settings: Mapping[str, Any]) -> str:
+    """What the run will keep on disk, in words.
+
+    Args:
+        folder: Of the run; it need not exist.
+        module: What is trained.
+        settings: `keep` and `on_save_error` of the trainer.
+
+    Raises:
+        ValueError: There is not room for it all, and a checkpoint that cannot be written ends the
+            run.
+    """
+    checkpoint, weights = sizes(module)
+    keep, there = settings["keep"], folder.absolute()
+    while not there.is_dir():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    # Each file is complete beside the one that it replaces before that goes.
+    own = (folder / CHECKPOINT, folder / WEIGHTS, *older_checkpoints(folder))
+    present = sum(path.stat().st_size for path in own if path.is_file())
+    needed = (keep + 1) * checkpoint + 2 * weights
+    kept = "1 checkpoint" if keep == 1 else f"{keep} checkpoints"
+    text = (
+        f"{kept} of {in_words(checkpoint)} and weights of {in_words(weights)} in {folder}, "
+        f"{in_words(needed)} while they are written; {in_words(free)} free"
+    )
+    if needed > free + present and settings["on_save_error"] == "stop":
+        raise ValueError(
+            f"no room on the disk: {text}. Make room, choose another runs_dir=, or set "
+            "trainer.keep=1"
+        )
+    return text
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them.
+
+    >>> in_words(1_830_000_000), in_words(7_400_000)
+    ('1.8 GB', '7.4 MB')
+    """
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -53,8 +54,8 @@ def make_trainer(
     means.
 
     Raises:
-        ValueError: A number of steps is below 1, the precision is not offered, or Lightning cannot
-            serve the request on this machine.
+        ValueError: A number of steps is below 1, the precision is not offered or not possible on
+            the device, or Lightning cannot serve the request on this machine.
     """
     if max_steps < 1 or (stop_at is not None and stop_at < 1):
         raise ValueError(
@@ -106,10 +107,29 @@ def make_trainer(
     if taken := sorted(arguments.keys() & (extra or {}).keys()):
         raise ValueError(f"trainer.extra holds {', '.join(taken)}, which the trainer sets itself")
     try:
-        return pl.Trainer(**arguments, **(extra or {}))
+        trainer = pl.Trainer(**arguments, **(extra or {}))
     except MisconfigurationException as error:
         asked = f"{accelerator=!s} {devices=!s} {strategy=!s}"
         raise ValueError(f"{asked}: {error} trainer=cpu works on every machine") from error
+    _require_precision(precision, trainer)
+    return trainer
+
+
+def _require_precision(precision: str, trainer: pl.Trainer) -> None:
+    """Refuse a number type that the device has not: Lightning takes another, or emulates it."""
+    if trainer.precision != precision:
+        raise ValueError(
+            f"trainer.precision={precision} needs a GPU, and Lightning would take "
+            f"{trainer.precision} on this device; set trainer.precision=32-true, or "
+            "bf16-mixed where the processor is fast at it"
+        )
+    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    emulated = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16-mixed" and emulated:
+        raise ValueError(
+            f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; set "
+            "trainer.precision=16-mixed"
+        )
 
 
 def silence_libraries() -> None:

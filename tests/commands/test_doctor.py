@@ -1,11 +1,14 @@
 """doctor says whether a run could start, and finds what would stop it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from gradeclip_ft.__main__ import COMMANDS
 from gradeclip_ft.commands import doctor as module
 from gradeclip_ft.commands import runs
+from gradeclip_ft.commands.cli import run
 from gradeclip_ft.commands.config import compose
 from gradeclip_ft.data.shapes import make_shapes
 
@@ -61,7 +64,7 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("trainer.accelerator=gpu trainer.devices=99", "device", "99 GPUs wanted"),
         ("model.image_size=65", "model", "65 is not a multiple of the patch size 8"),
         ("model.name=shapes_tinny", "model", "did you mean shapes_tiny"),
-        ("model.weights=none.safetensors", "model", "no weights file none.safetensors"),
+        ("model.weights=none.safetensors", "model", "file none.safetensors does not exist"),
         (
             "model=open_clip model.name=ViT-B-32 model.weights=openai data.make=null",
             "model",
@@ -72,8 +75,15 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
         ("name=a/b", "run folder", "not a valid run name"),
         ("evaluation.best=shapes_regoins/boxes/top1", "evaluation data", "mean shapes_regions?"),
         ("evaluation.best=shapes_regions", "evaluation data", "write shapes_regions/METRIC"),
+        ("evaluation.alphas=[1.5]", "evaluation data", "alpha=1.5 is outside of 0 to 1"),
+        (
+            "evaluator.shapes_retrieval.name=shapes_regions",
+            "evaluation data",
+            "evaluators need different names",
+        ),
+        ("trainer.precision=16-mixed", "trainer", "16-mixed needs a GPU"),
         ("trainer.stop_at=0", "trainer", "training needs 1 step"),
-        ("optim.schedule.warmup=4", "model", "the warm-up takes 4 of 4 steps"),
+        ("optim.schedule.warmup=4", "trainer", "the warm-up takes 4 of 4 steps"),
         ("optim.image_blocks=9", "model", "image_blocks is 9 of"),
         ("data.shards=elsewhere/train", "training data", "is not in data/shapes_smoke"),
     ],
@@ -87,6 +97,63 @@ def test_what_would_stop_the_run_is_found(
     assert words in lines[check]
     assert "problem" in lines[check]
     assert "ok" in lines["packages"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.best=shapes_regoins/boxes/top1",
+        "evaluation.alphas=[1.5]",
+        "evaluator.shapes_retrieval.name=shapes_regions",
+        "init_from=nothing",
+        "model=classifier",
+        "optim.schedule.warmup=4",
+        "trainer.accelerator=gpu",
+        "trainer.precision=16-mixed",
+        "trainer.keep=0",
+    ],
+)
+def test_train_refuses_the_same_before_it_builds_the_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    """Would catch a check of `doctor` that `train` makes after minutes, or not at all."""
+    _, lines = report(capsys, override)
+    monkeypatch.setattr("gradeclip_ft.models.load.load_clip", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["gradeclip_ft"])
+    assert run(COMMANDS, ["train", "+exp=smoke", override]) in (1, 2)
+    told = capsys.readouterr().err.removeprefix("error: ").splitlines()[0]
+    assert told
+    assert any(told in line for line in lines.values()), told
+
+
+def test_train_and_doctor_ask_for_room_for_every_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three checkpoints and two files of weights are on the disk while the last one is written."""
+    weights, checkpoint = 2_462_220, 7_454_383  # of a run; the names and checksums are 1 % of it
+    needed = 3 * checkpoint + 2 * weights
+    for free, fits in ((1.05 * needed, True), (0.95 * needed, False)):
+        usage = shutil._ntuple_diskusage(10**12, 10**12, int(free))  # type: ignore[attr-defined]
+        monkeypatch.setattr("shutil.disk_usage", lambda path, usage=usage: usage)
+        _, lines = report(capsys)
+        assert ("no room on the disk" not in lines["model"]) == fits
+        assert "2 checkpoints of 7.4 MB and weights of 2.5 MB in runs/a" in lines["model"]
+    monkeypatch.setattr("sys.argv", ["gradeclip_ft"])
+    assert run(COMMANDS, ["train", "+exp=smoke"]) == 1
+    assert "no room on the disk: 2 checkpoints" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_read_is_said_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing that follows from it is a problem of its own."""
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    words = ("data=photos", "data.table=t.csv", "data.images=.", "model=shapes_tiny")
+    code = module.doctor(compose("train", ["name=a", *words]))
+    shown = capsys.readouterr().out
+    assert code == 1
+    assert shown.splitlines()[-1] == "1 problem"
+    assert shown.count("t.csv begins with") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(

@@ -153,7 +153,8 @@ def test_a_job_that_is_refused_leaves_the_folder_of_the_other(train, home, monke
     """Two jobs of one name start at once: the second sees no folder, and then finds one."""
 
     def late(folder: Path, *args: object, **options: object) -> str:
-        (folder / "config.yaml").write_text("of the other")
+        if folder.is_dir():  # at the second look, when the folder is claimed
+            (folder / "config.yaml").write_text("of the other")
         return "begins"
 
     monkeypatch.setattr(runs, "would_begin_or_continue", late)
