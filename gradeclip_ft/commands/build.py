@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from gradeclip_ft.commands.cli import progress_bar
 from gradeclip_ft.commands.config import (
     NODE_KEYS,
     ConfigurationError,
@@ -86,6 +87,7 @@ def build(
         run=folder.name,
         command=command,
         record=as_written(cfg),
+        track=progress_bar,
         **cfg.evaluation,
     )
     loggers = make(cfg.logger, "logger")(folder, recorded(cfg))

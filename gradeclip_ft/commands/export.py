@@ -110,10 +110,11 @@ def _start_weights(start: DictConfig) -> str:
 
 
 def _folder(cfg: DictConfig, target: str) -> Path:
-    """A folder per format: none replaces another."""
-    if cfg.out is not None:
-        return Path(cfg.out) if len(cfg.to) == 1 else Path(cfg.out) / target
+    """A folder per format, so that none replaces another: NAME for open_clip, else NAME-FORMAT."""
     kind = "" if target == "openclip" else f"-{target}"
+    if cfg.out is not None:
+        base = Path(cfg.out)
+        return base if len(cfg.to) == 1 else base.with_name(f"{base.name}{kind}")
     share = "" if cfg.alpha == 1.0 else f"-alpha{cfg.alpha:g}"
     half = "-half" if cfg.half else ""
     source = Path(cfg.run or cfg.weights).name.removesuffix(".safetensors").removesuffix(".pt")

@@ -117,6 +117,7 @@ def _claimed(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Path | None]:
 
 def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
     """Evaluate what an interruption left out, and tell the user what came out."""
+    from gradeclip_ft.export.openclip import by_name
     from gradeclip_ft.results.table import metrics_table, render
     from gradeclip_ft.training.detector import DetectorModule
 
@@ -129,9 +130,14 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
         print(render(metrics_table({"before": before, "after": after})), end="")
     if step < cfg.trainer.max_steps:
         print(f"stopped after step {step} of {cfg.trainer.max_steps}; continue with resume=auto")
-    detects = isinstance(job.module, DetectorModule)
-    use = "for evaluate and detect" if detects else "loads in open_clip as it is"
-    print(f"{folder / runs.WEIGHTS}  {use}")
+    weights, loaded = folder / runs.WEIGHTS, job.evaluate.loaded
+    if isinstance(job.module, DetectorModule):
+        use = "for evaluate and detect"
+    elif call := by_name(loaded, weights):
+        use = f"for {call}, or export run={folder.name} for its pixels and tokens too"
+    else:
+        use = f"for evaluate, explain and report; export run={folder.name} writes it for open_clip"
+    print(f"{weights}  {use}")
 
 
 def _metrics(folder: Path, step: int) -> Mapping[str, float]:

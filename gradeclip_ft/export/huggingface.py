@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradeclip_ft.export.job import (
+    VOCABULARY,
     Job,
     Written,
     read_tensors,
@@ -80,9 +81,23 @@ def write_huggingface(job: Job, stage: Path) -> Written:
         f"{TRANSFORMERS}: renamed back, all {len(job.state)} tensors bit-equal",
         _load_in_transformers(job, stage),
     )
+    return Written(checks, f"{written.usage}\n\n{_usage(job, (stage / VOCABULARY).is_file())}")
+
+
+def _usage(job: Job, has_tokens: bool) -> str:
+    """Lines from a photo and two texts to their similarities, where there is a tokenizer."""
     call = f'model = CLIPModel.from_pretrained("{job.folder}")'
-    usage = f"{written.usage}\n\n{code('from transformers import CLIPModel', call)}"
-    return Written(checks, usage)
+    if not has_tokens:
+        return code("from transformers import CLIPModel", call)
+    return code(
+        "from PIL import Image",
+        "from transformers import CLIPModel, CLIPProcessor",
+        call,
+        f'processor = CLIPProcessor.from_pretrained("{job.folder}")',
+        'given = {"images": Image.open("photo.jpg"), "text": ["a dog", "a cat"], "padding": True}',
+        'found = model(**processor(**given, return_tensors="pt"))',
+        "print(found.image_embeds @ found.text_embeds.T)",
+    )
 
 
 def _preprocessor(job: Job) -> dict[str, Any]:

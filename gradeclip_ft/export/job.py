@@ -21,6 +21,7 @@ from gradeclip_ft.models.load import open_clip_config
 from gradeclip_ft.results.record import Json
 
 TRUNK, TEXT = "timm_trunk", "text"
+VOCABULARY = "vocab.json"  # of transformers
 START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers spells them
 
 
@@ -166,7 +167,7 @@ def write_clip_tokenizer(loaded: LoadedClip, folder: Path) -> None:
     tokens[START], tokens[END] = tokens.pop(start), tokens.pop(end)
     ordered = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     merges = "\n".join(" ".join(pair) for pair in ordered)
-    write_json(tokens, folder / "vocab.json")
+    write_json(tokens, folder / VOCABULARY)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(special, folder / "special_tokens_map.json")

@@ -10,10 +10,15 @@ from contextlib import chdir, nullcontext
 from pathlib import Path
 
 import open_clip
+import torch
 from torch import nn
 
 from gradeclip_ft.export.job import Job, Written, read_tensors, save_state, write_description
-from gradeclip_ft.export.verify import check_embeddings, check_tensors
+from gradeclip_ft.export.verify import TEXTS, check_embeddings, check_tensors
+from gradeclip_ft.models.architecture import pair
+from gradeclip_ft.models.clip import ImageTransform, LoadedClip
+from gradeclip_ft.models.load import same_pixels
+from gradeclip_ft.models.trace import Foreign
 
 FORMS = ("safetensors", "pt")
 
@@ -39,26 +44,69 @@ def write_openclip(job: Job, stage: Path) -> Written:
     save_state(job.state, file, job.facts)
     check_tensors(job.state, read_tensors(file), file.name)
     checks = [f"{file.name}: {len(job.state)} tensors read back bit-equal"]
-    calls = []
+    usage: list[str] = []
     if registered:
         height, width = job.inputs.pixels.shape[2:]
         again = open_file(loaded.name, file, (height, width))
         difference = check_embeddings(loaded, again, job.inputs, half=job.half)
-        calls.append(
-            f'open_clip.create_model("{loaded.name}", pretrained="{job.folder / file.name}")'
-        )
+        usage = [f"model = {by_name(loaded, job.folder / file.name)}"]
         checks.append(f"open_clip by name: loads again, embeddings equal to {difference:.0e}")
     if job.form == "safetensors":
         # open_clip takes parts that the description names relative to the working directory.
         with chdir(stage) if parts else nullcontext():
-            again = open_folder(Path() if parts else stage)
-        difference = check_embeddings(loaded, again, job.inputs, half=job.half)
-        place, where = (".", f"  # from inside {job.folder}") if parts else (job.folder, "")
-        calls.append(f'open_clip.create_model_and_transforms("local-dir:{place}"){where}')
+            place = Path() if parts else stage
+            again, preprocess = open_folder(place)
+            difference = check_embeddings(loaded, again, job.inputs, half=job.half)
+            ours = ImageTransform(pair(job.inputs.pixels.shape[2:]), loaded.preprocessing)
+            pixels = same_pixels(ours, preprocess)
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{place}")
+            tokens = torch.equal(tokenizer(list(TEXTS)), job.inputs.tokens)
         checks.append(
             f"open_clip from the folder: loads again, embeddings equal to {difference:.0e}"
         )
-    return Written(tuple(checks), code("import open_clip", *calls))
+        for what, equal in {"pixels of a photo": pixels, "tokens of a text": tokens}.items():
+            checks.append(f"open_clip's {what}: {'equal' if equal else 'others than ours'}")
+        usage = _usage("." if parts else str(job.folder), str(job.folder), pixels, tokens)
+    return Written(tuple(checks), code("import open_clip", *usage))
+
+
+def by_name(loaded: LoadedClip, file: Path) -> str | None:
+    """How open_clip loads a file of weights without a folder; None where it cannot.
+
+    Its pixels are then those of the name, which need not be those that training began with.
+    """
+    if not loaded.architecture.registered:
+        return None
+    own = pair(open_clip.get_model_config(loaded.name)["vision_cfg"].get("image_size", 224))
+    size = "" if loaded.image_size == own else f", force_image_size={loaded.image_size}"
+    return f'open_clip.create_model("{loaded.name}", pretrained="{file}"{size})'
+
+
+def _usage(place: str, folder: str, pixels: bool, tokens: bool) -> list[str]:
+    """Lines from a photo and two texts to their similarities; what open_clip makes otherwise, ours.
+
+    Args:
+        place: Of the folder, for open_clip.
+        folder: The same, for us.
+        pixels: Whether open_clip makes the pixels that the model was trained on.
+        tokens: The same for tokens.
+    """
+    inside = f"  # from inside {folder}" if place == "." else ""
+    ours = f'gradeclip_ft.load("{folder}")'
+    return [
+        *([] if pixels and tokens else ["import gradeclip_ft"]),
+        "from PIL import Image",
+        f'folder = "local-dir:{place}"{inside}',
+        "model, _, preprocess = open_clip.create_model_and_transforms(folder)",
+        *([] if pixels else [f"preprocess = {ours}.transform()  # open_clip's differ"]),
+        "tokenizer = open_clip.get_tokenizer(folder)"
+        if tokens
+        else f"tokenizer = {ours}.tokenizer  # open_clip has none for it",
+        "model.eval()",
+        'image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)',
+        'texts = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)',
+        "print(image @ texts.T)",
+    ]
 
 
 def open_file(name: str, file: Path, image_size: tuple[int, int]) -> nn.Module:
@@ -69,10 +117,10 @@ def open_file(name: str, file: Path, image_size: tuple[int, int]) -> nn.Module:
     return model.eval()
 
 
-def open_folder(folder: Path) -> nn.Module:
-    """A folder with architecture and weights, by `open_clip.create_model`."""
-    model: nn.Module = open_clip.create_model(f"local-dir:{folder}")
-    return model.eval()
+def open_folder(folder: Path) -> tuple[nn.Module, Foreign]:
+    """A folder with architecture and weights, by open_clip, and what makes its pixels."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), preprocess
 
 
 def code(*lines: str) -> str:

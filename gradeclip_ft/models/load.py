@@ -14,7 +14,6 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from torch import Tensor
 
 from gradeclip_ft.models.architecture import (
     ASSETS,
@@ -170,7 +169,7 @@ def _transform_of(preprocess: Foreign) -> ImageTransform:
             resize="squash" if crop is None else "longest" if whole else "shortest",
         )
         ours = ImageTransform(pair((crop or resize).size), how)
-        if all(_agree(ours(image), preprocess(image)) for image in _probes()):
+        if same_pixels(ours, preprocess):
             return ours
     raise ValueError(
         f"preprocess ({type(preprocess).__name__}) is not what open_clip's "
@@ -179,14 +178,14 @@ def _transform_of(preprocess: Foreign) -> ImageTransform:
     )
 
 
-def _probes() -> list[Image.Image]:
-    """Noise that is wide, and noise that is high."""
+def same_pixels(ours: ImageTransform, theirs: Foreign) -> bool:
+    """Whether two transforms make the same of noise that is wide, and of noise that is high."""
     noise = np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8)
-    return [Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())]
-
-
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-3)
+    for image in map(Image.fromarray, (noise, noise.transpose(1, 0, 2).copy())):
+        one, other = ours(image), theirs(image)
+        if one.shape != other.shape or not torch.allclose(one, other, atol=1e-3):
+            return False
+    return True
 
 
 def _own_weights(architecture: Architecture) -> str | Path:

@@ -171,7 +171,7 @@ def prepare_tagger(kind: TaggerKind, *, fetch: bool = True) -> str:
         return "nltk"
     if kind == "nltk":
         raise LookupError(problem)
-    _warn_fallback(problem)
+    _warn_fallback()
     return load_tagger("textblob").name
 
 
@@ -270,8 +270,9 @@ def _fetch() -> str | None:
 
 
 @cache
-def _warn_fallback(problem: str) -> None:
+def _warn_fallback() -> None:
     logger.warning(
-        "phrases come from TextBlob's packaged lexicon, a weaker tagger than the paper's: %s",
-        problem,
+        "phrases come from TextBlob's lexicon, a weaker tagger than the paper's NLTK, whose data "
+        "are missing; fetch them with: python -m nltk.downloader %s",
+        PACKAGE,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradeclip_ft.batch import TrainBatch
-from gradeclip_ft.evaluators.base import Evaluator, run_all
+from gradeclip_ft.evaluators.base import Evaluator, Item, Track, run_all, untracked
 from gradeclip_ft.export.export import mix, mixed
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
@@ -37,6 +38,7 @@ from gradeclip_ft.training.loggers import FileLogger
 DUMP = "non_finite.jsonl"
 PATIENCE = timedelta(days=1)  # other processes wait this long while the first one evaluates
 SHOWN = ("loss", "global", "local", "samples_per_second")
+MUCH = 10  # times the global loss, from which on the local one leaves it little to say
 INTERRUPTED = 143  # exit code of a program that ended on SIGTERM
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class MetricsRecorder(pl.Callback):
 
     Args:
         every: Steps between two records.
-        lines: Whether to print a line of text for each record.
+        lines: Whether to print a line of text for each record, with the epoch and the time left.
 
     Attributes:
         latest: Metrics of the last recorded step.
@@ -85,6 +87,8 @@ class MetricsRecorder(pl.Callback):
         self._waited = 0.0
         self._begun = 0.0
         self._rate = 0.0
+        self._first: tuple[float, int] | None = None  # time and step at the first batch
+        self._hinted = False
 
     def note(self, **values: Tensor | float) -> None:
         """Values of the current step that another callback knows; the same on all processes."""
@@ -105,9 +109,10 @@ class MetricsRecorder(pl.Callback):
             if isinstance(receiver, FileLogger):
                 receiver.forget_after(trainer.global_step)
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._begun = time.perf_counter()
+        self._first = self._first or (self._begun, trainer.global_step)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -134,6 +139,22 @@ class MetricsRecorder(pl.Callback):
         step = trainer.global_step
         if step % self._every == 0 or step == trainer.max_steps:
             self._record(trainer, outputs["metrics"], outputs["loss"])
+            self._hint(trainer, pl_module)
+
+    def _hint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once: that one of the two losses leaves the other one little to say."""
+        objective = getattr(pl_module, "objective", None)
+        whole = self.latest.get("global", 0.0) * getattr(objective, "global_weight", 1.0)
+        local = self.latest.get("local", 0.0) * getattr(objective, "local_weight", 1.0)
+        if self._hinted or not trainer.is_global_zero or not local >= MUCH * whole > 0:
+            return
+        self._hinted = True
+        logger.info(
+            "the local loss is %.3g, %.0f times the global one: it is a sum over the phrases of a "
+            "batch, as in the paper; where retrieval suffers, objective.alignment.reduction=mean "
+            "makes it their mean, and objective.local_weight= weighs it",
+            *(local, local / whole),
+        )
 
     def _record(self, trainer: pl.Trainer, parts: Mapping[str, Any], loss: Tensor) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -161,7 +182,16 @@ class MetricsRecorder(pl.Callback):
             shown = {name: self.latest[name] for name in SHOWN if name in self.latest}
             speed = f"{shown.pop('samples_per_second'):.0f} samples/s"
             losses = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {losses}  {speed}", flush=True)
+            step = f"step {trainer.global_step}/{trainer.max_steps}"
+            where = "  ".join(filter(None, (step, epoch_of(trainer))))
+            print(f"{where}  {losses}  {speed}  {self._left(trainer)} left", flush=True)
+
+    def _left(self, trainer: pl.Trainer) -> str:
+        """Time to the last step, at the pace since the first one, evaluations included."""
+        assert self._first is not None
+        begun, at = self._first
+        pace = (time.perf_counter() - begun) / max(trainer.global_step - at, 1)
+        return str(timedelta(seconds=round(pace * (trainer.max_steps - trainer.global_step))))
 
     def state_dict(self) -> dict[str, Any]:
         """Samples skipped in all finished steps; part of the checkpoint.
@@ -181,6 +211,16 @@ def log(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     for receiver in trainer.loggers:
         with tolerating_full_disk(trainer, "metrics"):
             receiver.log_metrics(dict(metrics), step=trainer.global_step)
+
+
+def epoch_of(trainer: pl.Trainer) -> str:
+    """The pass over the data that the last step belongs to; empty where it cannot be told."""
+    data = getattr(trainer, "datamodule", None)
+    steps = data.steps_per_epoch if isinstance(data, CaptionDataModule) else 0.0
+    if not steps:
+        return ""
+    epoch = math.ceil(max(trainer.global_step, 1) / steps - 1e-9)
+    return f"epoch {epoch}/{math.ceil(trainer.max_steps / steps - 1e-9)}"
 
 
 class NonFiniteError(RuntimeError):
@@ -335,6 +375,7 @@ class Evaluate(pl.Callback):
             rest being the weights before training (Wortsman et al., "Robust fine-tuning").
         command: Command line for the results.
         record: What the results hold of protocol, data and weights.
+        track: Shows progress where the bar of the training does not.
         evaluated: Step of the last evaluation; None before the first.
     """
 
@@ -349,6 +390,7 @@ class Evaluate(pl.Callback):
     alphas: Sequence[float] = ()
     command: str | None = None
     record: Callable[[Any], Any] = masked_texts
+    track: Track = untracked
     evaluated: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -385,7 +427,7 @@ class Evaluate(pl.Callback):
 
     def measure(self, trainer: pl.Trainer) -> None:
         """Evaluate the model in this process; results and loggers get the numbers."""
-        step = trainer.global_step
+        step, bar = trainer.global_step, trainer.progress_bar_callback
         evaluate = partial(
             run_all,
             self.evaluators,
@@ -395,6 +437,7 @@ class Evaluate(pl.Callback):
             step=step,
             command=self.command,
             record=self.record,
+            track=bar.track if isinstance(bar, Bar) and bar.lives else self.track,
         )
         results = evaluate()
         for alpha in self._alphas if step >= trainer.max_steps else ():
@@ -426,7 +469,7 @@ class Evaluate(pl.Callback):
 
 
 class Bar(RichProgressBar):
-    """Lightning's bar with the losses and samples per second of the last recorded step."""
+    """Lightning's bar with epoch, losses and samples per second of the last recorded step."""
 
     def __init__(self, recorder: MetricsRecorder) -> None:
         super().__init__(refresh_rate=10)
@@ -437,8 +480,29 @@ class Bar(RichProgressBar):
         latest = self._recorder.latest
         return {name: latest[name] for name in SHOWN if name in latest}
 
+    @property
+    def lives(self) -> bool:
+        """Whether it is on the screen."""
+        return self.progress is not None and not self._progress_stopped
+
+    def track(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        """The same items, with a bar of their own below that of the training."""
+        assert self.progress is not None
+        task = self._add_task(total, what)
+        for item in items:
+            yield item
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Move on, and name the epoch."""
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            epoch = self._get_train_description(0)
+            self.progress.update(self.train_progress_bar_id, description=epoch)
+
     def _get_train_description(self, current_epoch: int) -> str:
-        return "training"  # to Lightning the run is one epoch
+        return epoch_of(self.trainer) or "training"  # to Lightning the run is one epoch
 
 
 class StopOnSignal(pl.Callback):

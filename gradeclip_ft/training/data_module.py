@@ -86,7 +86,7 @@ class RunLoader(Iterable[TrainBatch]):
         return self.total
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        epoch, start = divmod(self.position() - self.begun, self._batches_per_epoch)
+        epoch, start = divmod(self.position() - self.begun, self.batches_per_epoch)
         while True:
             batches = 0
             asked = time.perf_counter()
@@ -95,20 +95,21 @@ class RunLoader(Iterable[TrainBatch]):
                 batches += 1
                 yield batch
                 asked = time.perf_counter()
-            if batches != self._batches_per_epoch - start:
+            if batches != self.batches_per_epoch - start:
                 raise RuntimeError(
                     f"epoch {epoch} gave {batches} batches from batch {start} on, expected "
-                    f"{self._batches_per_epoch - start}; check the shards with `data verify`"
+                    f"{self.batches_per_epoch - start}; check the shards with `data verify`"
                 )
             epoch, start = epoch + 1, 0
 
     @cached_property
-    def _batches_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
+        """Of this process."""
         return len(self.open_epoch(0, 0, 0))
 
     def state_dict(self) -> dict[str, int]:
         """What fixes the order of the batches; part of the checkpoint."""
-        per_epoch = self._batches_per_epoch
+        per_epoch = self.batches_per_epoch
         return {**self.identity, "batches_per_epoch": per_epoch, "begun": self.begun}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -202,6 +203,13 @@ class CaptionDataModule(pl.LightningDataModule):
             resampled=source.resampled,
         )
         return self._loader
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps of one pass over the data; 0 before the loader is made."""
+        if self._loader is None or self.trainer is None:
+            return 0.0
+        return self._loader.batches_per_epoch / self.trainer.accumulate_grad_batches
 
     @property
     def seconds_waited(self) -> float:

@@ -54,7 +54,8 @@ def test_every_format_gets_its_own_folder(export, tmp_path, capsys) -> None:
     assert export("run=mine") == 0
     assert export("run=mine", "to=[huggingface,class_embed]", "half=true", "alpha=0.5") == 0
     assert export("run=mine", "to=[openclip,class_embed]", "out=there") == 0
-    assert sorted(path.name for path in Path("there").iterdir()) == ["class_embed", "openclip"]
+    assert [path.name for path in sorted(Path().glob("there*"))] == ["there", "there-class_embed"]
+    assert Path("there/open_clip_config.json").is_file()
     folders = sorted(path.name for path in (tmp_path / "exports").iterdir())
     assert folders == ["mine", *(f"mine-alpha0.5-half-{k}" for k in ("class_embed", "huggingface"))]
     assert "open_clip from the folder: loads again" in capsys.readouterr().out

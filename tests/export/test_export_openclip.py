@@ -1,12 +1,14 @@
 """What we write, open_clip loads, and it is the same model."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,6 +24,8 @@ from gradeclip_ft.export.verify import (
 )
 from gradeclip_ft.models.load import load_clip
 from tests.export.small import ORIGIN, names_in
+
+TWO = ["a dog", "a cat"]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
@@ -68,7 +72,7 @@ def test_half_precision_is_the_rounded_state_and_close(vit, tmp_path) -> None:
     stored = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     state = vit.clip.model.state_dict()
     assert all(torch.equal(stored[key], value.half()) for key, value in state.items())
-    difference = largest_difference(vit, open_folder(tmp_path / "out"), Inputs.of(vit))
+    difference = largest_difference(vit, open_folder(tmp_path / "out")[0], Inputs.of(vit))
     assert 0 < difference < HALF_TOLERANCE
 
 
@@ -100,11 +104,11 @@ def test_other_weights_in_the_file_are_noticed(vit, tmp_path, monkeypatch) -> No
 def test_a_library_that_computes_something_else_is_noticed(vit, tmp_path, monkeypatch) -> None:
     """Equal tensors in a differently built model: only embeddings tell."""
 
-    def other(folder: Path) -> torch.nn.Module:
-        model = open_folder(folder)
+    def other(folder: Path) -> tuple:
+        model, preprocess = open_folder(folder)
         with torch.no_grad():
             model.ln_final.bias.add_(0.1)
-        return model
+        return model, preprocess
 
     monkeypatch.setattr("gradeclip_ft.export.openclip.open_folder", other)
     with pytest.raises(ExportError, match="they differ by"):
@@ -119,6 +123,28 @@ def test_photos_of_a_folder_are_what_is_compared(vit, tmp_path) -> None:
     assert torch.equal(shown.pixels, Inputs.of(vit).pixels)
     with pytest.raises(FileNotFoundError, match="no photo in pixels="):
         Inputs.of(vit, tmp_path / "none")
+
+
+@pytest.mark.parametrize("which", ["vit", "packaged"])
+@pytest.mark.parametrize("target", ["openclip", "huggingface"])
+def test_the_lines_that_are_printed_give_our_similarities(
+    request, tmp_path, monkeypatch, capsys, which, target
+) -> None:
+    """Would catch lines for a tokenizer that open_clip has not, or for other pixels than ours."""
+    loaded = request.getfixturevalue(which)
+    monkeypatch.chdir(tmp_path)
+    photo = Image.effect_noise((61, 97), 90).convert("RGB")
+    photo.save("photo.jpg", quality=95)
+    written = write_export(loaded, target, Path("out"), ORIGIN)
+    ours = loaded.encode_images([Image.open("photo.jpg")]) @ loaded.encode_texts(TWO).T
+    blocks = [
+        b for b in re.findall(r"```python\n(.*?)```", written.usage, re.DOTALL) if "print" in b
+    ]
+    assert len(blocks) == (2 if (target, which) == ("huggingface", "vit") else 1)
+    for block in blocks:
+        exec(block, {})
+        shown = [float(number) for number in re.findall(r"-?\d\.\d+", capsys.readouterr().out)]
+        assert shown == pytest.approx(ours[0].tolist(), abs=1e-3), block
 
 
 def test_a_single_file_of_an_unregistered_architecture_is_refused(packaged, tmp_path) -> None:
