@@ -171,7 +171,10 @@ def prepare_tagger(kind: TaggerKind, *, fetch: bool = True) -> str:
         return "nltk"
     if kind == "nltk":
         raise LookupError(problem)
-    _warn_fallback()
+    missing = (
+        f"its data are not here and cannot be fetched; run python -m nltk.downloader {PACKAGE}"
+    )
+    _warn_fallback(problem if _present() else missing)
     return load_tagger("textblob").name
 
 
@@ -270,9 +273,7 @@ def _fetch() -> str | None:
 
 
 @cache
-def _warn_fallback() -> None:
+def _warn_fallback(reason: str) -> None:
     logger.warning(
-        "phrases come from TextBlob's lexicon, a weaker tagger than the paper's NLTK, whose data "
-        "are missing; fetch them with: python -m nltk.downloader %s",
-        PACKAGE,
+        "phrases come from TextBlob's lexicon, a weaker tagger than the paper's NLTK: %s", reason
     )

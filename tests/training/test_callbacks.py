@@ -1,5 +1,7 @@
 """Evaluation around training, and counters."""
 
+import re
+from copy import copy
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -8,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gradeclip_ft.evaluators.base import Track, untracked
+from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.architecture import Architecture
 from gradeclip_ft.models.clip import LoadedClip, Preprocessing
 from gradeclip_ft.models.tokenizer import Tokenizer, WordTokenizer
+from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.results.record import Measured, read
-from gradeclip_ft.training.callbacks import Evaluate
+from gradeclip_ft.training.callbacks import Bar, Evaluate
 from gradeclip_ft.training.checkpoints import keep_best
 from gradeclip_ft.training.run_files import step_of
 
@@ -26,12 +31,16 @@ class Watch:
         self.protocol: dict = {}
         self.prepared = 0
         self.modes: list[bool] = []
+        self.bars: list[list] = []  # what the training's bar shows meanwhile
         self.dies = False  # at the second evaluation
 
     def prepare(self) -> None:
         self.prepared += 1
 
-    def __call__(self, loaded: LoadedClip, **_: object) -> Measured:
+    def __call__(self, loaded: LoadedClip, track: Track = untracked) -> Measured:
+        for _ in track(range(1), "watching", 1):
+            if isinstance(bar := getattr(track, "__self__", None), Bar):
+                self.bars.append([copy(task) for task in bar.progress.tasks])
         if self.dies and self.modes:
             raise RuntimeError("the node is gone")
         self.modes.append(any(module.training for module in loaded.clip.modules()))
@@ -163,6 +172,26 @@ def test_every_so_many_steps_are_recorded_and_shown_and_the_last(small_run, caps
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == ["step 3/8", "step 6/8", "step 8/8"]
     assert "samples/s" in shown[0]
+    assert [line.split("  ")[1] for line in shown] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all(re.search(r"  \d:\d\d:\d\d left$", line) for line in shown)
+    assert shown[-1].endswith("0:00:00 left")
+
+
+@pytest.mark.parametrize(("weight", "hinted"), [(1.0, False), (1000.0, True)])
+def test_a_local_loss_that_drowns_the_global_one_is_said_once(
+    small_run, caplog, weight, hinted
+) -> None:
+    """Would catch a hint for a loss whose weight makes it small, or one at every step."""
+    objective = GlobalLocal(GradEclip(create_graph=True), local_weight=weight)
+    run = small_run()
+    with caplog.at_level("INFO"):
+        run.train(max_steps=3, objective=objective)
+    hints = [r.getMessage() for r in caplog.records if "times the global one" in r.getMessage()]
+    ratio = weight * run.lines[0]["local"] / run.lines[0]["global"]
+    assert (ratio >= 10) == hinted
+    assert len(hints) == hinted
+    assert all(f"{ratio:.0f} times the global one" in hint for hint in hints)
+    assert all("objective.alignment.reduction=mean" in hint for hint in hints)
 
 
 def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch) -> None:
@@ -201,3 +230,26 @@ def test_the_bar_shows_losses_where_there_is_a_terminal(small_run, capsys, monke
     bar = trainer.progress_bar_callback
     shown = bar.get_metrics(trainer, trainer.lightning_module)
     assert list(shown) == ["loss", "global", "local", "samples_per_second"]
+    assert bar.train_progress_bar.description.endswith("epoch 1/1")
+
+
+def test_an_evaluation_has_a_bar_of_its_own_while_the_training_has_one(
+    small_run, evaluation, monkeypatch
+) -> None:
+    """Two bars that do not know of each other would draw over each other."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    plain: list[str] = []
+
+    def track(items, what, total):
+        plain.append(what)
+        return items
+
+    clip, watch, callback, _ = evaluation(every=2, track=track)
+    trainer = small_run().train(max_steps=4, clip=clip, callbacks=(callback,))
+    below = [[task.description.split("]")[-1] for task in tasks] for tasks in watch.bars]
+    at_2, at_4 = ([f"epoch {epoch}/2", "watching"] for epoch in (1, 2))
+    assert below == [["watching"], at_2, at_4]
+    assert plain == []
+    callback.measure(trainer)  # when the training and its bar are gone
+    assert plain == ["watching"]
+    assert len(trainer.progress_bar_callback.progress.tasks) == 1
