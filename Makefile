@@ -31,11 +31,12 @@ methods: runs/demo_gradeclip/weights.safetensors
 # results/tables_*: the papers' tables of methods in the shapes world, before and after fine-tuning, and their ablations.
 SWEEP := evaluator=shapes_faithfulness methods@evaluator.shapes_faithfulness.explainers
 tables: runs/demo_gradeclip/weights.safetensors
-	for table in faithfulness words pointing class_maps attributes; do \
-	    $(RUN) evaluate model=shapes_tiny evaluator=shapes_$$table out=runs/tables/$$table && \
-	    $(RUN) evaluate run=demo_gradeclip evaluator=shapes_$$table out=runs/tables/$$table page=true || exit 1; done
-	for sweep in lambda heads depth; do \
-	    $(RUN) evaluate run=demo_gradeclip $(SWEEP)=$$sweep out=runs/tables/$$sweep page=true || exit 1; done
+	for table in faithfulness words class_maps attributes 'pointing evaluator.shapes_pointing.data.limit=100'; do \
+	    where=runs/tables/$${table%% *}; \
+	    $(RUN) evaluate model=shapes_tiny evaluator=shapes_$$table out=$$where && \
+	    $(RUN) evaluate run=demo_gradeclip evaluator=shapes_$$table out=$$where page=true || exit 1; done
+	for sweep in lambda heads 'depth evaluator.shapes_faithfulness.methods=[depth_1,depth_2,depth_3]'; do \
+	    $(RUN) evaluate run=demo_gradeclip $(SWEEP)=$$sweep out=runs/tables/$${sweep%% *} page=true || exit 1; done
 	for table in faithfulness words lambda heads depth; do \
 	    $(RUN) compare runs/tables/$$table rows=methods significance=true 'metrics=[*@1]' out=results/tables_$$table || exit 1; done
 	$(RUN) compare runs/tables/pointing rows=methods significance=true 'metrics=[*/pointing,*/energy,*/pixel_precision,*/ap,*/iou]' out=results/tables_localisation

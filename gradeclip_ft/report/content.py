@@ -96,6 +96,7 @@ class Page:
         kind: What the methods are: models, explainers.
         first: Method that is shown large at first; None for the last.
         table: Results: a label and an optional `note` per row, methods as columns of fractions.
+        deltas: Whether the table shows each value's difference from the first method's.
         contrast: Two methods; a last column of the table shows the second minus the first.
         charts: Curves and bars.
         heading: Of the charts.
@@ -109,6 +110,7 @@ class Page:
     kind: str = "Method"
     first: str | None = None
     table: Table | None = None
+    deltas: bool = True
     contrast: tuple[str, str] | None = None
     charts: Sequence[Chart] = ()
     heading: str = "How training went"
