@@ -43,7 +43,9 @@ def study(
     """Write the two pages of a study."""
     loaded = build_clip(compose("evaluate", [f"model={model}"]))
     method = make(
-        compose("explain", ["images=[]", f"explainer={explainer}"]).explainer[explainer],
+        compose("explain", ["images=x", f"+explainer@explainer.{explainer}={explainer}"]).explainer[
+            explainer
+        ],
         "explainer",
     )
     pairs = CaptionFile(str(captions), str(images), split="study")()
