@@ -51,7 +51,11 @@ from gradeclip_ft.results.record import write_atomically
 from gradeclip_ft.results.table import DEVIATION, HIGH, LOW, Row, Table, render
 from gradeclip_ft.training.run_files import METRICS_JSONL, WEIGHTS, read_lines
 
-ORDINARY, TRUE_MASK = "ordinary", "true_mask"
+ORDINARY = "ordinary"
+TRUE_MASKS = {
+    "true_mask": "game",
+    "true_mask_600": "game_600",
+}  # rows, and whose settings they take
 PICTURES = 16  # of the evaluation, whose patches are compared with those of the start model
 COLUMNS = (
     *("boxes/top1", "boxes/top5", "boxes/rest_top1", "boxes/mrr", "boxes/micro_top1"),
@@ -121,13 +125,13 @@ def recipes(world: str) -> list[str]:
     """Of a world, ordinary fine-tuning first; the second shapes world has those of the first."""
     prefix = f"{world.removesuffix('2')}_"
     found = [name.removeprefix(prefix) for name in options("exp/lab") if name.startswith(prefix)]
-    own = [TRUE_MASK] if world.startswith("shapes") else []
+    own = TRUE_MASKS if world.startswith("shapes") else ()
     return [ORDINARY, *(name for name in found if name != ORDINARY), *own]
 
 
 def experiment(world: str, recipe: str) -> list[str]:
     """Overrides of `train` that choose world and recipe."""
-    chosen = "game" if recipe == TRUE_MASK else recipe
+    chosen = TRUE_MASKS.get(recipe, recipe)
     second = ["data=shapes2", "model=shapes2_tiny"] if world == "shapes2" else []
     return [f"+exp/lab={world.removesuffix('2')}_{chosen}", *second]
 
@@ -171,7 +175,7 @@ def train(run: Run, common: Sequence[str], alone: bool) -> None:
     with log_of(run).open("a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    if run.recipe == TRUE_MASK:
+    if run.recipe in TRUE_MASKS:
         setattr(GlobalLocal, "maps", true_maps)  # noqa: B010
     sys.argv = ["gradeclip_ft", "train", *experiment(run.world, run.recipe), f"seed={run.seed}"]
     sys.argv += [f"name={run.folder.name}", f"runs_dir={run.folder.parent}", "resume=auto", *common]
