@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gradeclip_ft.ops.similarity import unit
@@ -127,18 +127,66 @@ class ClassMeanAccuracy:
 
     def most_confused(self, names: Sequence[str], limit: int = 20) -> list[dict[str, str | int]]:
         """Pairs of true class and class that came first instead, with their number."""
-        mistakes = self.confusion.clone().fill_diagonal_(0).flatten()
-        most = mistakes.sort(descending=True, stable=True)
-        pairs = zip(most.values[:limit].tolist(), most.indices.tolist(), strict=False)
-        return [
-            {
-                "is": names[place // len(names)],
-                "taken for": names[place % len(names)],
-                "samples": count,
-            }
-            for count, place in pairs
-            if count
-        ]
+        return most_confused(self.confusion, names, limit, "samples")
+
+
+def most_confused(
+    confusion: Int[Tensor, "K K"], names: Sequence[str], limit: int, unit_name: str
+) -> list[dict[str, str | int]]:
+    """Pairs of true class and class that came instead, with their number, the most first."""
+    mistakes = confusion.clone().fill_diagonal_(0).flatten()
+    most = mistakes.sort(descending=True, stable=True)
+    pairs = zip(most.values[:limit].tolist(), most.indices.tolist(), strict=False)
+    return [
+        {
+            "is": names[place // len(names)],
+            "taken for": names[place % len(names)],
+            unit_name: count,
+        }
+        for count, place in pairs
+        if count
+    ]
+
+
+class SegmentationMatrix:
+    """Pixels by true and by predicted class, over a whole set.
+
+    Matrices of parts, of several processes too, add up to that of the whole. A mean over images
+    (torchmetrics' segmentation.MeanIoU) is another number.
+
+    Attributes:
+        pixels: (true class, predicted class).
+    """
+
+    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
+        self.pixels = torch.zeros(classes, classes, dtype=torch.long, device=device)
+
+    def update(self, truth: Shaped[Tensor, "H W"], predicted: Int[Tensor, "H W"]) -> None:
+        """Count one image; true labels beyond the classes are ignored."""
+        classes = len(self.pixels)
+        counted = truth < classes
+        pairs = truth[counted].long() * classes + predicted[counted]
+        self.pixels += pairs.bincount(minlength=classes**2).view(classes, classes)
+
+    @property
+    def by_class(self) -> Float[Tensor, "3 K"]:
+        """Intersection over union, share of true pixels found, and true pixels, of every class.
+
+        NaN for the first two where a class is neither true nor predicted anywhere, or never true.
+        """
+        table = self.pixels.double()
+        right, true, said = table.diagonal(), table.sum(1), table.sum(0)
+        return torch.stack([right / (true + said - right), right / true, true])
+
+    def mean(self) -> dict[str, float]:
+        """Means mIoU and mAcc over the classes that have a value, and aAcc over all pixels.
+
+        A class that is predicted and never true counts as 0 in mIoU, as in mmseg.
+        """
+        overlap, found, true = self.by_class
+        right = self.pixels.diagonal().sum() / true.sum()
+        means = [values.nanmean() for values in (overlap, found)]
+        return dict(zip(("mIoU", "mAcc", "aAcc"), map(float, [*means, right]), strict=True))
 
 
 def first_hits(

@@ -29,7 +29,12 @@ VERSION_BASE = "1.3"  # of Hydra
 # Beside the yaml: what may be built, under which keys, from which arguments (tools/write_targets).
 TARGETS = "targets.json"
 # Keys that hold nodes of a group with another name.
-KINDS = {"explainers": "explainer", "words": "explainer", "terms": "term"}
+KINDS = {
+    "explainers": "explainer",
+    "words": "explainer",
+    "terms": "term",
+    "segmenters": "segmenter",
+}
 NODE_KEYS = ("_target_", "_partial_")
 
 Node = Mapping[str, Any]

@@ -71,7 +71,7 @@ def run_all(
     record: Callable[[Any], Any] = masked_texts,
     done: Callable[[Result, bool], None] = lambda result, fresh: None,
 ) -> list[Result]:
-    """Run evaluators on one model and write one JSON each.
+    """Run evaluators on one model and write one JSON each, and the page of those that have one.
 
     Args:
         evaluators: By any key; the result takes the evaluator's own name.
@@ -120,6 +120,8 @@ def run_all(
                 details=record(measured.details),
             )
             result.write(folder)
+            if measured.page is not None:
+                measured.page(path.with_suffix(".html"))
         else:
             wanted = record({"precision": None, **evaluator.protocol, **settings})
             result = _same(path, wanted, weights)

@@ -52,12 +52,14 @@ class Measured:
         protocol: Every choice that changes the numbers except data and weights.
         data: Fingerprint: files, counts, hash.
         details: Observations beside the metrics: ties, empty masks.
+        page: Writes a page of pictures to a path, where there is something to see.
     """
 
     metrics: Mapping[str, float]
     protocol: Mapping[str, Json]
     data: Mapping[str, Any]
     details: Mapping[str, Json] = field(default_factory=dict)
+    page: Callable[[Path], Path] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ Row = dict[str, Json]
 ORDER = ("boxes", "thing_masks", "stuff_masks", "image_retrieval", "text_retrieval")
 """Metrics that begin so are the first columns, in this order."""
 
-MAIN = ("*boxes/top*", "*_masks/top*", "*recall@1", "*/AP50")
+MAIN = ("*boxes/top*", "*_masks/top*", "*recall@1", "*/AP50", "*/mIoU")
 """Metrics that a table shows unless others are asked for; `stuff_boxes` is left out too."""
 
 DEVIATION, LOW, HIGH = " sd", " low", " high"

@@ -38,6 +38,13 @@ MEDIUM = (
 )
 VILD = (*(f"{scene} in the scene." for scene in SCENE), *PHOTO, *OBJECT, *QUALITY, *MEDIUM)
 
+TCL = (
+    *("itap of a {}.", "a bad photo of a {}.", "a origami {}.", "a photo of the large {}."),
+    *("a {} in a video game.", "art of the {}.", "a photo of the small {}."),
+    *("a photo of many {}.", "a photo of {}s."),
+)
+"""The nine sentences of TCL (Cha et al., 2023), which TIPS measures segmentation with."""
+
 
 def fill(template: str, name: str) -> str:
     """A class name in a template, by the rules of ViLD.

@@ -28,7 +28,7 @@ EXPERIMENTS = sorted(
 LEAVES = [
     (group, option)
     for group in groups()
-    if group.split("/")[0] not in ("exp", "methods")
+    if group.split("/")[0] not in ("exp", "methods", "classes", "segmenter")
     for option in options(group)
 ]
 # Methods that explain but cannot weigh a training step.
