@@ -64,7 +64,7 @@ class CaptionBatch(_Tensors):
     """Images with captions and the phrases found in them.
 
     Attributes:
-        images: Normalised pixels.
+        images: Pixels: normalised, or colours of 8 bits, which the training step normalises.
         captions: Token ids of one caption per image.
         distinct: Token ids of each different phrase of the batch, once, in its prompt.
         identity: Hash of each distinct phrase string, the same on every process.
@@ -76,7 +76,7 @@ class CaptionBatch(_Tensors):
         skipped: Samples dropped since the previous batch of the same worker, by cause.
     """
 
-    images: Float[Tensor, "B 3 H W"]
+    images: Shaped[Tensor, "B 3 H W"]
     captions: Int[Tensor, "B L"]
     distinct: Int[Tensor, "U K"]
     identity: Int[Tensor, " U"]

@@ -51,7 +51,12 @@ class ImageError(ValueError):
 
 
 def read_image(
-    source: Source, *, name: object = None, exif: bool = True, most_pixels: int = MOST_PIXELS
+    source: Source,
+    *,
+    name: object = None,
+    exif: bool = True,
+    most_pixels: int = MOST_PIXELS,
+    draft: int | None = None,
 ) -> Image.Image:
     """RGB pixels as a viewer shows them: upright, transparent parts white, 16 bits scaled to 8.
 
@@ -61,12 +66,16 @@ def read_image(
         exif: Turn the picture as its EXIF says. COCO's boxes and masks are about the pixels as
             stored, so readers of its annotations say False.
         most_pixels: More are refused before anything is decoded.
+        draft: Decode a JPEG at a half, quarter or eighth of its size where both sides keep at least
+            so many pixels. Others are decoded in full, as all are without it.
 
     Raises:
         FileNotFoundError: No such file.
         ImageError: It is not a complete image of an accepted format, or it is too large.
     """
     with _opened(source, name, most_pixels) as image:
+        if draft is not None:
+            image.draft(None, (draft, draft))
         image.load()
         return _rgb(ImageOps.exif_transpose(image) if exif and _is_turned(image) else image)
 

@@ -64,6 +64,19 @@ def test_pictures_are_turned_as_their_exif_says(photo: Image.Image, orientation:
     assert peculiarity(encoded(photo, "jpeg")) == []
 
 
+def test_a_draft_is_the_picture_at_half_its_size(photo: Image.Image) -> None:
+    """Never below the pixels asked for, turned as the picture is, and of JPEGs alone."""
+    smooth = photo.resize((8, 6)).resize((512, 384), Image.Resampling.BICUBIC)
+    jpeg = turned(smooth, 6)
+    whole, draft = read_image(jpeg), read_image(jpeg, draft=192)
+    assert read_image(jpeg, draft=193).size == whole.size == (384, 512)
+    assert read_image(encoded(smooth, "png"), draft=150).size == (512, 384)
+    assert draft.size == (192, 256)
+    expected = np.asarray(whole.resize(draft.size, Image.Resampling.BOX), dtype=float)
+    # half a picture from half of every block's frequencies; rounding and chroma differ
+    assert np.abs(np.asarray(draft, dtype=float) - expected).mean() < 2
+
+
 def test_damaged_exif_does_not_cost_the_picture(photo: Image.Image) -> None:
     content = turned(photo).replace(b"Exif\0\0MM\0*", b"Exif\0\0XX\0\xff")
     assert read_image(content).size == (96, 64)

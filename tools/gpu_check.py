@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -215,7 +215,7 @@ def step_rows(name: str, size: int, device: str, **options: bool) -> list[Row]:
     steps = Steps(loaded, device, fused=options.get("fused", False))
     every = steps.variants(written_pairs(loaded, size), 3)
     names = [OPEN_CLIP, GRAD_ECLIP] if options else WAYS
-    return timed({way: every[way] for way in names}, name, size, device, **options)
+    return timed({way: every[way] for way in names}, name, size, device, None, **options)
 
 
 def timed(
@@ -223,11 +223,14 @@ def timed(
     name: str,
     size: int,
     device: str,
-    rounds: int = 8,
+    operations: Mapping[str, float] | None = None,
     **options: bool,
 ) -> list[Row]:
-    """Rows of steps in turns; memory before operations are counted, which runs another way."""
-    turns = in_device_turns(ways, device, rounds)
+    """Rows of steps in turns; operations are counted if they are not given.
+
+    Counting comes last: after it, compiled blocks run plainly for the rest of the process.
+    """
+    turns = in_device_turns(ways, device, 8)
     rows: list[Row] = []
     for way, run in ways.items():
         seconds = turns.median(way)
@@ -235,18 +238,27 @@ def timed(
         row |= {"images/s": round(size / seconds), "of open_clip": turns.against(way, OPEN_CLIP)[0]}
         row["hours for CC3M"] = CC3M * seconds / size / 3600
         if device == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
             run()
+            row["launching"] = (time.perf_counter() - start) / seconds
             row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         rows.append(row)
-    for row, (way, run) in zip(rows, ways.items(), strict=True):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        rate = counter.get_total_flops() / turns.median(way)
+    operations = operations or {way: counted(run) for way, run in ways.items()}
+    for row, way in zip(rows, ways, strict=True):
+        rate = operations[way] / turns.median(way)
         card = torch.cuda.get_device_name() if device == "cuda" else ""
         peak = next((value for part, value in PEAKS.items() if part in card), math.nan)
         row |= {"TFLOP/s": round(rate / 1e12), "utilisation": rate / peak}
     return rows
+
+
+def counted(run: Callable[[], None]) -> int:
+    """Operations of a step's matrix products and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def variants(device: str) -> list[Row]:
@@ -265,7 +277,8 @@ def both_steps(
     steps = Steps(loaded, device, fused=True)
     every = steps.variants(written_pairs(loaded, size), 3)
     ways = {way: every[way] for way in WAYS}
-    eager = timed(ways, name, size, device, 5, compiled=False)
+    operations = {way: counted(run) for way, run in ways.items()}
+    eager = timed(ways, name, size, device, operations, compiled=False)
     steps.clip.compile_blocks("inductor" if device == "cuda" else "aot_eager")
     graphs: Any = torch._dynamo.utils.counters
     graphs.clear()
@@ -273,7 +286,7 @@ def both_steps(
     for run in ways.values():
         run()
     seconds, count = time.perf_counter() - start, graphs["stats"]["unique_graphs"]
-    rows = timed(ways, name, size, device, compiled=True)
+    rows = timed(ways, name, size, device, operations, compiled=True)
     for row, before in zip(rows, eager, strict=True):
         row |= {"of eager": before["images/s"] / row["images/s"]}
     rows[0] |= {"seconds of compiling": round(seconds), "graphs": count}

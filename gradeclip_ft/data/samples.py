@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from PIL import Image
@@ -105,14 +106,14 @@ def caption_lines(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def image_of(raw: RawSample) -> Image.Image:
-    """The decoded image in RGB.
+def image_of(raw: RawSample, draft: int | None = None) -> Image.Image:
+    """The decoded image in RGB; `draft` as in `read_image`.
 
     Raises:
         BadSampleError: "missing_image", "broken_image", or "extreme_image": more pixels than 64
             million, or one side more than 20 times the other.
     """
-    image = _decoded(raw, read_image)
+    image = _decoded(raw, partial(read_image, draft=draft))
     _require_sane(*image.size)
     return image
 

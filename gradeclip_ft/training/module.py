@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.models.clip import Clip, Preprocessing
 from gradeclip_ft.objectives.base import Composed, Objective
 from gradeclip_ft.training.cache import FrozenCache
 from gradeclip_ft.training.optim import freeze
@@ -35,6 +36,7 @@ class FineTuneModule(pl.LightningModule):
         optimizer: Named parameters to optimiser.
         schedule: Optimiser to learning-rate schedule, advanced once per step.
         seed: Start of the random numbers that steps draw.
+        preprocessing: Of the model, for batches whose pixels are colours of 8 bits.
         train_image: Whether the image tower learns.
         train_text: Whether the text tower learns.
         train_temperature: Whether the temperature learns.
@@ -54,6 +56,7 @@ class FineTuneModule(pl.LightningModule):
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
         schedule: Callable[[Optimizer], LRScheduler],
         seed: int = 0,
+        preprocessing: Preprocessing | None = None,
         train_image: bool = True,
         train_text: bool = True,
         train_temperature: bool = True,
@@ -67,6 +70,7 @@ class FineTuneModule(pl.LightningModule):
         self.clip = clip
         self.objective = objective
         self.seed = seed
+        self._preprocessing = preprocessing or Preprocessing()
         self._optimizer = optimizer
         self._schedule = schedule
         freeze(
@@ -95,6 +99,8 @@ class FineTuneModule(pl.LightningModule):
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
         """Total loss of the objective, its parts, and the make-up of the batch."""
+        if batch.images.dtype == torch.uint8:  # a quarter as long on the way to the device
+            batch = replace(batch, images=self._preprocessing.normalise(batch.images))
         if self._cache is not None:
             self._cache.watch(batch.images)
         terms = self.objective(self.clip, batch)
@@ -116,6 +122,20 @@ class FineTuneModule(pl.LightningModule):
     def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
         """Starts the random numbers of the batch."""
         seed_batch(self, batch_idx)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm; Lightning would refuse a fused optimiser in any mixed precision."""
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed":  # has no loss scaler
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Updates the weights, then keeps the temperature between 1 and 100 as CLIP does."""

@@ -121,10 +121,12 @@ class SmallRun:
         module = FineTuneModule(
             clip or small_clip(),
             objective or GlobalLocal(GradEclip()),
-            optimizer=partial(adamw, lr=lr),
-            schedule=partial(warmup_cosine, warmup=2, steps=self.steps),
-            seed=seed,
-            **(parts or {}),
+            **{
+                "optimizer": partial(adamw, lr=lr),
+                "schedule": partial(warmup_cosine, warmup=2, steps=self.steps),
+                "seed": seed,
+                **(parts or {}),
+            },
         )
         trainer = make_trainer(
             self.folder,

@@ -1,11 +1,15 @@
 """The step itself: what it reports, and what it leaves alone."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
+from gradeclip_ft.models.clip import Preprocessing
+from gradeclip_ft.training.optim import adamw
 from tests.training.conftest import make_batch
 
 
@@ -52,6 +56,36 @@ def test_checkpointed_activations_give_the_same_losses(small_run) -> None:
     plain.train()
     checkpointed.train(parts={"grad_checkpointing": True})
     assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)  # other summation order
+
+
+def test_colours_of_8_bits_give_the_losses_of_normalised_pixels(small_run) -> None:
+    """The loader sends colours, the step normalises them by the model's own numbers."""
+    how = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+
+    def colours(batch):
+        draw = torch.Generator().manual_seed(batch.images.numel())
+        pixels = torch.randint(256, batch.images.shape, generator=draw, dtype=torch.uint8)
+        return replace(batch, images=pixels)
+
+    def normalised(batch):
+        pixels = colours(batch).images.float() / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
+        return replace(batch, images=(pixels - mean) / std)
+
+    runs = small_run("after", steps=3), small_run("before", steps=3)
+    for run, change in zip(runs, (colours, normalised), strict=True):
+        run.source.change = change
+        run.train(parts={"preprocessing": how})
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+
+
+def test_a_fused_optimiser_works_beside_mixed_precision_and_clipping(small_run) -> None:
+    """Lightning refuses it as if every mixed precision had a loss scaler."""
+    plain, fused = small_run("plain", steps=3), small_run("fused", steps=3)
+    for run, extra in ((plain, None), (fused, {"fused": True})):
+        options = {"precision": "bf16-mixed", "gradient_clip": 0.1}
+        run.train(parts={"optimizer": partial(adamw, lr=1e-3, extra=extra)}, **options)
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
 def test_every_part_of_the_loss_and_of_the_batch_is_recorded(small_run) -> None:
