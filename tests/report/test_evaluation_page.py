@@ -49,6 +49,7 @@ def test_a_page_has_curves_with_bands_and_bars_with_errors(tmp_path: Path) -> No
     assert text.count("method 9") >= 4
     assert "Curves and bars" in text
     assert "stroke-dasharray" in text  # the ninth line is told from the first by its style
+    assert text.count('"stroke dashed"') == 4  # two methods in the legends of two charts of curves
 
 
 def test_a_result_without_methods_has_no_page() -> None:
