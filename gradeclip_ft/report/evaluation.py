@@ -31,14 +31,14 @@ def evaluation_page(result: Result, cases: Sequence[Case] = ()) -> Page:
     methods = list(dict.fromkeys(name for values in by_measure.values() for name in values))
     shares = {m: v for m, v in by_measure.items() if unit_of(m) == "%"}
     rows: list[Row] = [{LABEL: measure, **values} for measure, values in shares.items()]
-    said = "Per cent. Of deletion, less is better."
+    lower = " Of deletion, less is better." if any("deletion" in name for name in shares) else ""
     return Page(
         title=f"{result.evaluator}: {result.run or result.weights.get('name')}, step {result.step}",
         intro=f"{str(result.protocol.get('task')).capitalize()}; {_counts(result)}.",
         methods=methods,
         first=methods[0],
         deltas=False,
-        table=Table((LABEL,), tuple(methods), tuple(rows), sources=(said,)),
+        table=Table((LABEL,), tuple(methods), tuple(rows), sources=(f"Per cent.{lower}",)),
         charts=[*_curves(result, methods), *_bars(result, by_measure)],
         heading="Curves and bars",
         cases=cases,
