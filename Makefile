@@ -28,7 +28,7 @@ methods: runs/demo_gradeclip/weights.safetensors
 	$(RUN) evaluate run=demo_gradeclip evaluator=shapes_pointing
 	$(RUN) compare runs/demo_gradeclip rows=methods 'metrics=[*/pointing,*/energy,*/any_object]' out=results/shapes_methods
 
-# results/tables_*: the papers' tables of methods in the shapes world, before and after fine-tuning, and their ablations.
+# results/tables_*: the papers' tables of methods in the shapes world, before and after fine-tuning; about 20 minutes of one core.
 SWEEP := evaluator=shapes_faithfulness methods@evaluator.shapes_faithfulness.explainers
 tables: runs/demo_gradeclip/weights.safetensors
 	for table in faithfulness words class_maps attributes 'pointing evaluator.shapes_pointing.data.limit=100'; do \
