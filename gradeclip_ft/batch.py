@@ -23,10 +23,10 @@ class _Tensors:
     """Moves every tensor field; everything else stays."""
 
     def to(self: BatchType, device: torch.device | str) -> BatchType:
-        # Lightning asks for a transfer that does not wait for tensors alone. One that waits makes
-        # the host wait for all that the GPU still has to do, in every step.
-        ahead = torch.device(device).type == "cuda"
-        return self._map(lambda tensor: tensor.to(device, non_blocking=ahead))
+        # A transfer that waits makes the host wait for all that the GPU still has to do, in every
+        # step. Only pinned memory may be left to one that does not: CUDA may still read pageable
+        # memory when the call returns, and by then the loader has put the next batch there.
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self: BatchType) -> BatchType:
         return self._map(Tensor.pin_memory)

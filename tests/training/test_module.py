@@ -138,3 +138,18 @@ def test_every_batch_of_a_step_draws_random_numbers_of_its_own(small_run) -> Non
     first = one.seeds[0][1]
     assert one.seeds == [(step, first + step) for step in range(4)]
     assert both.seeds == [(0, first), (0, first + 1), (1, first + 2), (1, first + 3)]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_only_pinned_memory_is_left_to_a_transfer_that_does_not_wait(monkeypatch, pinned) -> None:
+    """A loader fills pageable memory again while CUDA may still read it: wrong numbers."""
+    asked = []
+
+    def to(tensor, device, *, non_blocking):
+        asked.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    make_batch(1).to("cuda")
+    assert set(asked) == {pinned}
