@@ -486,10 +486,15 @@ def require_as_started(cfg: DictConfig) -> None:
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     if launcher is None or not str(devices).isdigit() or int(devices) * nodes == started:
         return
+    several = "ddp_sim" if cfg.trainer.accelerator == "cpu" else "ddp"
+    if launcher == "srun":
+        several = "slurm"
+    here = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+    local = int(next((os.environ[name] for name in here if name in os.environ), started))
     raise ConfigurationError(
         f"{launcher} started {started} processes, but trainer.devices={devices} x "
-        f"trainer.num_nodes={nodes} are configured; use trainer=ddp (or ddp_sim on CPUs, slurm) "
-        "with trainer.devices=PROCESSES_PER_MACHINE trainer.num_nodes=MACHINES"
+        f"trainer.num_nodes={nodes} are configured; set trainer={several} trainer.devices={local} "
+        f"trainer.num_nodes={started // local}"
     )
 
 

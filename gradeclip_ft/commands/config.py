@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -177,9 +179,13 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
         if group in groups():
             return f"{group}={option}: there is no {option}; {suggest(option, options(group))}"
     if isinstance(error, OverrideParseException):
-        key, equals, value = str(error.override).partition("=")
-        hint = f"""; quote it twice: "{key}='{value}'\"""" if equals and key else ""
-        return f"{error.override}: not a key=value that Hydra can read{hint}"
+        return f"{error.override}: not a key=value that Hydra can read{_requoted(error.override)}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        key = found[1].partition("=")[0]
+        return (
+            f"{found[1]}: a value with commas{_requoted(found[1])} for one text, {key}=[...] for a "
+            "list, or add --multirun for a job each"
+        )
     if found := re.search(r"Could not override '([^']+)'", text):
         inner = str(getattr(error.__cause__, "full_key", ""))  # the wrong key of data={...}
         key = inner if inner.startswith(f"{found[1]}.") else found[1]
@@ -188,6 +194,30 @@ def describe(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"{found[1]} is given twice; write {found[1]}=... once, and without +"
     lines = [line for line in text.split("\n") if line.strip() and "hydra.cc" not in line]
     return "\n".join(lines[:4])
+
+
+def _requoted(override: str | None) -> str:
+    """What to write in the shell, where the shell took away the quotes that Hydra wants."""
+    key, equals, value = str(override).partition("=")
+    if not key or not equals:
+        return ""
+    if value.startswith("[") and not value.endswith("]"):
+        return f"; the shell cut the list at a blank: write {shlex.quote(f'{key}=[...]')}"
+
+    def quoted(text: str) -> str:
+        if re.fullmatch(r"[\w./-]+", text):
+            return text
+        return '"' + text.replace('"', '\\"') + '"'
+
+    plain = [text.strip().strip("'\"") for text in value.strip("[]").split(",")]
+    listed = value.startswith("[")
+    meant = plain if listed else value.strip().strip("'\"")
+    line = f"{key}=[{','.join(map(quoted, plain))}]" if listed else f"{key}={quoted(str(meant))}"
+    try:
+        read = OverridesParser.create().parse_override(line).value()
+    except HydraException:
+        return ""
+    return f"; in the shell write {shlex.quote(line)}" if read == meant else ""
 
 
 def _describe_override(key: str, text: str, command: str, overrides: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def explain(cfg: DictConfig) -> None:
     }
     page = explanation_page(loaded, cases, settings, explainers, word_methods)
     if cfg.picture is not None:
-        draw_still(cases, page.methods, Path(cfg.picture), columns=24, each=3)
+        draw_still(cases, page.methods, Path(cfg.picture), columns=None, each=None)
     print(write_page(page, out / PAGE))
 
 

@@ -112,8 +112,9 @@ def read_captioned(
         skipped: Gets the numbers of rows and captions that cannot be used, by cause.
         columns: Names of file name and caption in a table or in JSON lines; None for usual ones.
     """
-    content = load_json(path) if path.suffix == ".json" else None
-    if path.suffix in (".jsonl", ".ndjson"):
+    lines = path.suffix in (".jsonl", ".ndjson") or (path.suffix == ".json" and _has_lines(path))
+    content = load_json(path) if path.suffix == ".json" and not lines else None
+    if lines:
         content = _json_lines(path)
     images = content.get("images") if isinstance(content, Mapping) else None
     if isinstance(images, list) and any("sentences" in entry for entry in images[:1]):
@@ -171,6 +172,18 @@ def _listed(
             raise ValueError(f"{path}: image number {row} is {name!r}, expected a file name")
         several = captions if isinstance(captions, list) else [captions]
         yield name, texts_of(several, skipped), None
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first of several lines is an object of its own: JSON lines under another name."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first, more = file.readline(), file.readline()
+    try:
+        return bool(more.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(path: Path) -> list[Any]:
@@ -234,7 +247,7 @@ def _rows(
         raise ValueError(
             f"{table} begins with {first}; expected a header with one of "
             f"{', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}, or rows of "
-            "file name and caption; columns=[FILE,CAPTION] names others"
+            "file name and caption; columns=[FILE,CAPTION] names others (data.columns= in train)"
         )
     found: list[tuple[str, tuple[str, ...], None]] = []
     for row in _records(lines, delimiter, width):

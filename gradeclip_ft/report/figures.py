@@ -206,20 +206,34 @@ def draw_maps(
 TILE = 1.5  # inches
 LETTER = 0.075  # inches that a letter of a label takes
 FEW = 40  # maps; more are drawn smaller
+WIDEST = 400  # phrases; matplotlib draws up to 65,536 pixels
 SIDE = 288  # pixels of a tile before the figure's own scaling
 
 
 def draw_still(
-    cases: Sequence[Case], methods: Sequence[str], path: Path, *, columns: int = 6, each: int = 2
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    path: Path,
+    *,
+    columns: int | None = 6,
+    each: int | None = 2,
 ) -> Path:
     """Write a PNG: the picture with the true box in the first row, below it every method's map.
 
-    There are at most `columns` phrases, and at most `each` of one case.
+    There are at most `columns` phrases, and at most `each` of one case; None takes them all.
+
+    Raises:
+        ValueError: The figure would be wider than a picture can be.
     """
     places = [(case, row) for case in cases for row in range(len(case.phrases))[:each]][:columns]
     rows = ["Picture", *methods]
     left = 0.25 + LETTER * max(map(len, rows))
     width, height = len(places) * TILE + left, len(rows) * TILE + 0.3
+    if len(places) > WIDEST:
+        raise ValueError(
+            f"picture= has {len(places)} phrases side by side, at most {WIDEST} fit; give fewer "
+            "images or phrases"
+        )
     few = len(places) * len(methods) <= FEW
     figure = Figure(figsize=(width, height), dpi=144 if few else 96, facecolor="white")
     axes = figure.subplots(len(rows), len(places), squeeze=False)

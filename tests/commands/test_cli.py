@@ -59,7 +59,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train evaluator=[shapes_regoins]", "did you mean shapes_regions?"),
         ("train seed=1,2", "--multirun"),
         ("train x[=1", "x[=1: not a key=value"),
-        ("train name=a:[b", "quote it twice: \"name='a:[b'\""),
+        ("train name=a:[b", "in the shell write 'name=\"a:[b\"'"),
         ("train --cgf job", "--cgf"),
         ("train --config-dir nowhere", "nowhere is not a folder"),
         ("export alhpa=0.5", "did you mean alpha?"),

@@ -1,5 +1,6 @@
 """A configuration that composes may still be nonsense; it is refused before torch is imported."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,27 @@ def test_types_are_read_from_signatures() -> None:
     assert sources["shards"] == {"type": ["str", {"list": "str"}], "required": True}
     assert sources["make"] == {"type": ["object", "null"]}
     assert plugins.plain_type(dict[str, Path | None]) == {"dict": ["str", "null"]}
+
+
+@pytest.mark.parametrize(
+    ("arrived", "line"),
+    [
+        ("captions=[a man's hat, dog]", 'captions=["a man\'s hat",dog]'),
+        ("images=photos/my (1).jpg", 'images="photos/my (1).jpg"'),
+        ("captions=a dog, running", 'captions="a dog, running"'),
+        ("phrases=[dog", "phrases=[...]"),
+    ],
+)
+def test_the_line_that_the_shell_spoiled_is_printed_so_that_it_works(
+    arrived: str, line: str
+) -> None:
+    """Would catch a hint that fails as well when it is pasted."""
+    with pytest.raises(ConfigurationError) as told:
+        compose("explain", ["images=a", arrived])
+    shown = str(told.value).rpartition("write ")[2].partition(" for one text")[0]
+    assert shlex.split(shown) == [line]
+    if "..." not in line:
+        cfg = compose("explain", ["images=a", *shlex.split(shown)])
+        key, _, value = arrived.partition("=")
+        whole = [text.strip() for text in value[1:-1].split(",")] if "[" in value else value
+        assert cfg[key] == whole

@@ -18,7 +18,15 @@ from gradeclip_ft.commands.config import ConfigurationError, compose
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "b16"}
 SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}
-VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", *SLURM)
+VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    *SLURM,
+)
 
 
 @pytest.fixture
@@ -56,7 +64,8 @@ def test_only_one_process_of_a_job_is_the_first(environment, variables, rank) ->
 
 
 def trainer(devices: object, nodes: int = 1):
-    return OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
+    processes = {"devices": devices, "num_nodes": nodes}
+    return OmegaConf.create({"trainer": {"accelerator": "cpu", **processes}})
 
 
 @pytest.mark.parametrize(
@@ -70,8 +79,9 @@ def trainer(devices: object, nodes: int = 1):
         ({**SLURM, "SLURM_JOB_NAME": "interactive"}, 1, 1, None),
         ({"SLURM_NTASKS": "8"}, 1, 1, None),  # in the batch script itself, not below srun
         (TORCHRUN, 1, 1, "torchrun started 4 processes, but trainer.devices=1"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 1, 1, "ddp_sim trainer.devices=2 .*num_nodes=2"),
         (TORCHRUN, 2, 1, "trainer.devices=2 x trainer.num_nodes=1"),
-        (SLURM, 4, 1, "srun started 8 processes"),
+        (SLURM, 4, 1, "srun started 8 processes.* trainer=slurm trainer.devices=8"),
     ],
 )
 def test_a_job_started_otherwise_than_configured_is_refused(

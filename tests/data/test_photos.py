@@ -76,11 +76,13 @@ def test_every_layout_of_a_table_gives_the_same_parts(folder: Path) -> None:
     lines = [json.dumps({"img": name, "text": text}) for name, text in rows()]
     (folder / "t.jsonl").write_text("\n".join(lines) + "\n")
     several = [json.dumps({"file": name, "captions": texts}) for name, texts in TOLD.items()]
+    (folder / "lines.json").write_text("\n".join(lines) + "\n")
     (folder / "lists.jsonl").write_text("\n".join(several))
     for name, columns in {
         "t.tsv": None,
         "semicolons.csv": ["bild", "Text dazu"],
         "t.jsonl": None,
+        "lines.json": None,
         "lists.jsonl": None,
     }.items():
         images = str(folder / "photos")

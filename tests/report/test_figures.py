@@ -82,6 +82,9 @@ def test_the_still_picture_has_a_row_per_method_and_a_column_per_phrase(
     path = draw_still([case], ("a", "b"), tmp_path / "new" / "still.png")
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("L"), dtype=float)
+    more = draw_still([case] * 5, ("a", "b"), tmp_path / "all.png", columns=None, each=None)
+    with Image.open(more) as picture:
+        assert picture.width == int((0.775 + 10 * 1.5) * 144)
     left = round(1.0 / 4.0 * pixels.shape[1])  # margin of 1 inch beside two tiles of 1.5
     tiles = np.array_split(pixels[round(0.28 / 4.8 * len(pixels)) :, left:], 3, axis=0)
     for tile, hot in ((tiles[1], (0.1, 0.3)), (tiles[2], (0.8, 0.45))):
