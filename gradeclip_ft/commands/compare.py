@@ -49,7 +49,7 @@ def compare(
     interval=true              95 % intervals by bootstrap over images, and a row for the paired
                                difference of each row from the first; by= is left out
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
-                               out=NAME.csv writes that form alone
+                               out=NAME.csv or NAME.html (a page) writes that form alone
     """
     if interval and (by or published):
         raise ValueError("interval=true is about single runs; leave by= and published= out")
@@ -104,7 +104,12 @@ def compare(
     given = [word for word in given if word not in defaults and not word.endswith("=[]")]
     command = f"python -m gradeclip_ft compare {shlex.join([*runs, *given, f'out={out}'])}"
     notes = ["± is the sample standard deviation over the rows of a group."] if by else []
-    if any(row["command"] for row in table.rows):
+    if any(row["command"] for row in table.rows) and not out.endswith(".html"):
         notes.append("The JSON file holds one row per run, each with the command that trained it.")
+    if out.endswith(".html"):
+        from gradeclip_ft.report.page import write_table_page
+
+        print(write_table_page(shown, Path(out), command=command, notes=notes))
+        return
     for path in tables.write_table(Path(out), table, shown, command=command, notes=notes):
         print(path)

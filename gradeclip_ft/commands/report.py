@@ -32,7 +32,7 @@ from gradeclip_ft.report.content import Box, Case, Chart, Page, Point
 from gradeclip_ft.report.figures import draw_still, enlarge
 from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.collect import ORDINARY, Entry, collect
-from gradeclip_ft.results.record import Json, Result, versions
+from gradeclip_ft.results.record import Json, Result, unit_of, versions
 from gradeclip_ft.results.table import Row, Table, differences, render
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
@@ -253,7 +253,10 @@ def introduction(comparison: Comparison) -> str:
 
 
 def results_table(comparison: Comparison) -> Table:
-    """Known metrics of every evaluator as rows; start, runs, and the contrast as columns."""
+    """Main metrics of every evaluator as rows, or all fractions of one that has none of these.
+
+    Start, runs, and the contrast are columns.
+    """
     finals, contrast = comparison.finals, comparison.contrast
     by_evaluator: dict[str, list[Result]] = {}
     for entry in finals.values():
@@ -264,10 +267,20 @@ def results_table(comparison: Comparison) -> Table:
     rows: list[Row] = []
     for name, results in by_evaluator.items():
         classes = results[0].protocol.get("classes")
-        for metric in [metric for metric in METRICS if metric in measured[name]]:
+        values = {m: [result.metrics.get(m) for result in results] for m in sorted(measured[name])}
+        own = [metric for metric, found in values.items() if unit_of(metric, *found) == "%"]
+        for metric in [metric for metric in METRICS if metric in measured[name]] or own:
             notes = [f"{classes} classes"] if classes and metric.endswith("top1") else []
-            notes += [name] if sum(metric in each for each in measured.values()) > 1 else []
-            row: Row = {LABEL: METRICS[metric], "metric": metric, "note": ", ".join(notes)}
+            notes += (
+                [name]
+                if metric not in METRICS or sum(metric in each for each in measured.values()) > 1
+                else []
+            )
+            row: Row = {
+                LABEL: METRICS.get(metric, metric),
+                "metric": metric,
+                "note": ", ".join(notes),
+            }
             row |= {at: _metric(one, name, metric) for at, one in finals.items()}
             low, high = (row.get(method) for method in contrast or ("", ""))
             if isinstance(low, float) and isinstance(high, float):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gradeclip_ft.report import figures
 from gradeclip_ft.report.content import Case, Page
+from gradeclip_ft.results.table import Table, cells_of
 
 SMALL = 160  # images with a shorter long side are enlarged as visible pixels
 
@@ -33,6 +34,26 @@ def write_page(page: Page, path: Path) -> Path:
         cases=[(case, _drawn(case, page.methods)) for case in page.cases],
         has_boxes=any(boxes for case in page.cases for boxes in case.boxes),
         gradient=", ".join(f"rgb({r} {g} {b})" for r, g, b in figures.colours()[::15].tolist()),
+    )
+
+
+def write_table_page(table: Table, path: Path, *, command: str, notes: Sequence[str] = ()) -> Path:
+    """Write a page of one table in the style of the others, and return its path.
+
+    Args:
+        table: As it is shown.
+        path: Of the page.
+        command: That makes it again.
+        notes: Further lines below the table.
+    """
+    return write_template(
+        "table.html.j2",
+        path,
+        title=path.stem,
+        cells=cells_of(table),
+        facts=len(table.facts),
+        notes=[*table.notes, *table.sources, *notes],
+        command=command,
     )
 
 

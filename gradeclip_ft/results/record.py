@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 UNITS = {
     **{"seconds": "s", "seconds_per_map": "s", "times_encode_image": "x"},
+    **{"rank": "places", "loss": "nats"},
     **{"otd": "sides of the picture", "kld": "nats", "jsd": "nats"},
 }
 """Metrics whose last part, or its last word, is one of these are not fractions."""
@@ -48,7 +49,7 @@ class Measured:
     """What an evaluator returns.
 
     Attributes:
-        metrics: Fractions by name; other values where the name's last part is one of `UNITS`.
+        metrics: Fractions by name; others where the name ends with one of `UNITS`, or beyond 1.
         protocol: Every choice that changes the numbers except data and weights.
         data: Fingerprint: files, counts, hash.
         details: Observations beside the metrics: ties, empty masks.
@@ -190,19 +191,26 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return {}
 
 
-def unit_of(metric: str) -> str:
-    """Unit of a metric's value as people read it: percent for fractions, else that of its name."""
+def unit_of(metric: str, *values: float | None) -> str:
+    """Unit of a metric's values as people read them: that of its name, else percent for fractions.
+
+    Where a value is beyond 1, these are no fractions, and nothing is known of their unit.
+    """
     last = metric.rpartition("/")[2]
-    return UNITS.get(last) or UNITS.get(last.rpartition("_")[2], "%")
+    if known := UNITS.get(last) or UNITS.get(last.rpartition("_")[2]):
+        return known
+    return "" if any(value is not None and abs(value) > 1 for value in values) else "%"
 
 
 def written(metric: str, value: float) -> str:
     """A metric's value in its unit.
 
-    >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376)
-    ('41.4', '6.2376')
+    >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376), written("mean_size", 31.5)
+    ('41.4', '6.2376', '31.5')
     """
-    unit = unit_of(metric)
+    unit = unit_of(metric, value)
+    if not unit:
+        return f"{value:.4g}"
     return f"{100 * value:.1f}" if unit == "%" else f"{value:.{2 if unit == 'x' else 4}f}"
 
 

@@ -85,7 +85,10 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """One row per metric, with its unit; one column for each of the given sets of numbers."""
     metrics = dict.fromkeys(metric for numbers in columns.values() for metric in numbers)
     rows: list[Row] = [
-        {"metric": metric, "unit": unit_of(metric)}
+        {
+            "metric": metric,
+            "unit": unit_of(metric, *(numbers.get(metric) for numbers in columns.values())),
+        }
         | {name: numbers.get(metric) for name, numbers in columns.items()}
         for metric in metrics
     ]
@@ -212,17 +215,24 @@ def by_method(table: Table, labels: Sequence[str] = ("run",)) -> Table:
     return replace(table, facts=("method",), metrics=metrics, rows=tuple(rows.values()))
 
 
-def render(table: Table, style: Format = "text") -> str:
-    """The table with its notes; csv holds fractions, the others what people read."""
-    if style == "csv":
-        return _csv(table)
+def cells_of(table: Table) -> list[list[str]]:
+    """Header and rows as people read them; a last column marks rows that do not compare."""
     marked = any(row.get("differs") for row in table.rows)
-    names = [*table.facts, *table.metrics, *([""] if marked else [])]
-    cells = [[_header(name) for name in names]]
+    names = [*table.facts, *table.metrics]
+    cells = [[*map(_header, names), *([""] if marked else [])]]
     for row in table.rows:
         values = [_fact(row.get(name)) for name in table.facts]
         values += [_number(row, metric) for metric in table.metrics]
         cells.append([*values, *(["≠" if row.get("differs") else ""] if marked else [])])
+    return cells
+
+
+def render(table: Table, style: Format = "text") -> str:
+    """The table with its notes; csv holds fractions, the others what people read."""
+    if style == "csv":
+        return _csv(table)
+    cells = cells_of(table)
+    names = [*table.facts, *table.metrics, ""][: len(cells[0])]
     if style == "markdown":
         body = [
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells

@@ -22,7 +22,7 @@ from gradeclip_ft.data.coco import CocoImage, Region
 from gradeclip_ft.data.shapes import make_shapes
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.models.load import load_clip
-from gradeclip_ft.results.record import Result
+from gradeclip_ft.results.record import Result, read
 
 ORDINARY = {"_target_": "gradeclip_ft.objectives.global_only.GlobalOnly"}
 GRAD_ECLIP = {
@@ -109,6 +109,21 @@ def test_a_run_without_a_start_leaves_its_column_empty() -> None:
     assert table.rows[0].get("Untouched") is None
     assert table.rows[0]["Ordinary"] == 0.3
     assert comparison.contrast is None
+
+
+def test_an_evaluator_without_known_metrics_has_its_fractions_in_the_table() -> None:
+    """A run that was measured by a plug-in alone had an empty table."""
+    folder = make_run("a", ORDINARY, {0: 0.1, 20: 0.3})
+    for step, share in ((0, 0.25), (20, 0.75)):
+        weights = read(folder / "evaluations" / f"shapes_regions@{step}.json").weights
+        metrics = {"share": share, "size": 31.5}
+        own = Result("own", metrics, {}, {"hash": "d"}, weights, {}, run="a", step=step)
+        own.write(folder / "evaluations")
+    table = report.results_table(report.read_runs([folder]))
+    labels = ("per cent", "note", "Untouched", "Ordinary")
+    found = [tuple(row[key] for key in labels) for row in table.rows]
+    assert ("share", "own", 0.25, 0.75) in found
+    assert len(found) == 2
 
 
 def test_other_protocols_are_named() -> None:

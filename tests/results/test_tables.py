@@ -271,6 +271,32 @@ def test_what_train_and_evaluate_print_has_the_unit_of_each_metric() -> None:
     assert lines == [["boxes/top1", "%", "6.9"], ["rise/seconds", "s", "2.0000"]]
 
 
+def test_a_metric_beyond_1_is_a_number_and_not_a_fraction(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plug-in's mean rank of 7.25 was 725.0 per cent."""
+    numbers = {"mean_rank": 0.5, "colour/size": 31.25, "share": 0.25}
+    _result("x", "own", numbers, 64, 0).write(Path("own"))
+    compare("own", metrics=("*",))
+    assert re.search(r" 0\.5000 +31\.25 +25\.0\n", capsys.readouterr().out)
+    units = [row["unit"] for row in metrics_table({"value": numbers}).rows]
+    assert units == ["places", "", "%"]
+
+
+def test_the_page_of_a_table_has_its_cells_notes_and_command(write: Write) -> None:
+    """Every cell once, escaped, in a file that refers to nothing outside."""
+    write("a<b", 0.5)
+    write("b", 0.6, size=32)
+    compare("runs/*", steps="last", out="page.html")
+    page = Path("page.html").read_text()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    assert cells == ["a&lt;b", "300", "ordinary", "0", "50.0", "30.0", "", *cells[7:]]
+    assert cells[7:] == ["b", "300", "ordinary", "0", "60.0", "30.0", "≠"]
+    assert "compare &#39;runs/*&#39; steps=last out=page.html" in page
+    assert "image_size 32 instead of 64" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
 def test_weights_mixed_with_the_start_have_a_row_each(write: Write) -> None:
     """The whole run first, then by share; runs without mixed weights have no such column."""
     folder = write("a", 0.5)
