@@ -28,7 +28,7 @@ from gradeclip_ft.explain.base import (
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.objectives.base import Composed, LossTerms, Objective
-from gradeclip_ft.results.record import UNITS, Measured
+from gradeclip_ft.results.record import UNITS, Measured, unit_of
 
 TEXTS = ("a red circle", "a blue star", "green")
 
@@ -108,7 +108,7 @@ def check_evaluator(evaluator: Evaluator, loaded: LoadedClip | None = None) -> N
     first, second = found
     assert first.metrics, f"{name} has no metrics"
     for metric, value in first.metrics.items():
-        fraction = metric.rpartition("/")[2] not in UNITS
+        fraction = unit_of(metric) == "%"
         assert math.isfinite(value), f"{name}: {metric} is {value}"
         assert not fraction or 0 <= value <= 1, (
             f"{name}: {metric} is {value}, which is not a fraction; end its name with one of "

@@ -32,6 +32,7 @@ from torch import Tensor
 from gradeclip_ft.commands.cli import call, usage
 from gradeclip_ft.commands.config import perform, wants_traceback
 from gradeclip_ft.data.captions import (
+    CaptionData,
     CaptionTrainData,
     caption_phrases,
     phrase_entry,
@@ -39,6 +40,7 @@ from gradeclip_ft.data.captions import (
 from gradeclip_ft.data.coco import read_captions
 from gradeclip_ft.data.make_shards import add_phrases, write_shard
 from gradeclip_ft.data.pairs import CaptionFile
+from gradeclip_ft.data.photos import PhotoTrainData
 from gradeclip_ft.data.regions import CocoRegions
 from gradeclip_ft.data.shards import Skips, read_shard
 from gradeclip_ft.evaluators.base import evaluating
@@ -389,6 +391,44 @@ def loader(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None)
     publish(f"loader, {model}", rows, notes, out)
 
 
+def photos(*, model: str = "ViT-B-32", rounds: int = 7, out: Path | None = None) -> None:
+    """Photos that a table lists, read as files, against the same photos in a shard."""
+    torch.set_num_threads(1)
+    loaded, size, limit = load_clip(model, "random"), 64, 320
+    given: dict[str, Any] = {
+        "batch_size": size,
+        "tokenizer": loaded.tokenizer,
+        "transform": loaded.transform(train=True),
+        "workers": 0,
+    }
+
+    def read(data: CaptionData) -> int:
+        return sum(1 for _ in data.loader(seed=0, epoch=0, rank=0, world_size=1))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shard, _, source = two_shards(limit, folder)
+        lines = ["file,caption"]
+        for sample in read_shard(str(shard), Skips(), wanted=("jpg", "txt")):
+            file = f"{sample['__key__']}.jpg"
+            (folder / file).write_bytes(sample["jpg"])
+            caption = sample["txt"].decode().strip().replace('"', "'")
+            lines.append(f'{file},"{caption}"')
+        table = folder / "photos.csv"
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        shards = CaptionTrainData(shards=str(shard), resampled=False, shuffle=0, **given)
+        files = PhotoTrainData(table=str(table), holdout=0, **given)
+        turns = in_turns({"shard": partial(read, shards), "table": partial(read, files)}, rounds)
+    ratio, spread = turns.against("shard", "table")
+    rows: Rows = {name: {"photos/s": limit / turns.median(name)} for name in turns}
+    rows["table"] |= {"throughput / shard": ratio, "rounds": spread}
+    notes = [
+        f"{source} on a local disk, with phrases; batches of {size}; CPU seconds of one process, "
+        f"opening files included; medians over {rounds} rounds in turns after one of warm-up."
+    ]
+    publish(f"photos, {model}", rows, notes, out)
+
+
 def two_shards(limit: int, folder: Path) -> tuple[Path, Path, str]:
     """One shard of `limit` samples, and the same with phrases computed ahead."""
     plain, ahead = folder / "plain.tar", folder / "ahead" / "plain.tar"
@@ -489,7 +529,18 @@ def startup(*, rounds: int = 7, out: Path | None = None) -> None:
 
 ACTIONS = {
     action.__name__: action
-    for action in (step, scaling, memory, explain, evaluate, faithfulness, loader, phrases, startup)
+    for action in (
+        step,
+        scaling,
+        memory,
+        explain,
+        evaluate,
+        faithfulness,
+        loader,
+        photos,
+        phrases,
+        startup,
+    )
 }
 
 

@@ -57,7 +57,8 @@ def write_huggingface(job: Job, stage: Path) -> Written:
     written = write_openclip(replace(job, form="safetensors"), stage)
     loaded = job.loaded
     model = open_clip_config(loaded)["model_cfg"]
-    if (reason := misfit(model)) is not None:
+    padded = "padding of pictures" if loaded.preprocessing.resize == "longest" else None
+    if (reason := misfit(model) or padded) is not None:
         said = f"no files for transformers: its CLIPModel has no {reason}"
         return Written((*written.checks, said), written.usage)
     row = loaded.tokenizer(["a"])[0]

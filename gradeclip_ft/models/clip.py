@@ -65,14 +65,18 @@ class Preprocessing:
     def of(cls, how: Mapping[str, Any]) -> Preprocessing:
         """A `preprocess_cfg` of open_clip; CLIP's own where it says nothing."""
         mean, std = how.get("mean") or cls.mean, how.get("std") or cls.std
-        resize = how.get("resize_mode") or "shortest"
-        if resize not in ("shortest", "squash"):
-            raise ValueError(f"resize_mode is {resize!r}, expected shortest or squash")
+        resize: Any = how.get("resize_mode") or "shortest"
+        if resize not in ("shortest", "longest", "squash"):
+            raise ValueError(f"resize_mode is {resize!r}, expected shortest, longest or squash")
+        if how.get("fill_color"):
+            raise ValueError(
+                f"fill_color is {how['fill_color']}, expected 0: padding is black here"
+            )
         return cls(
             mean=(float(mean[0]), float(mean[1]), float(mean[2])),
             std=(float(std[0]), float(std[1]), float(std[2])),
             interpolation=how.get("interpolation") or "bicubic",
-            resize="squash" if resize == "squash" else "shortest",
+            resize=resize,
         )
 
     def normalise(self, pixels: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:

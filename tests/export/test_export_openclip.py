@@ -147,6 +147,18 @@ def test_the_lines_that_are_printed_give_our_similarities(
         assert shown == pytest.approx(ours[0].tolist(), abs=1e-3), block
 
 
+def test_a_model_that_pads_its_pictures_comes_back(vit, tmp_path) -> None:
+    """Our own reader refused what we had written; transformers' processor would crop instead."""
+    padding = replace(vit, preprocessing=replace(vit.preprocessing, resize="longest"))
+    written = write_export(padding, "huggingface", tmp_path / "out", ORIGIN)
+    assert "open_clip's pixels of a photo: equal" in written.checks
+    assert "its CLIPModel has no padding of pictures" in written.checks[-1]
+    photo = Image.effect_noise((61, 97), 90).convert("RGB")
+    again = load_clip(str(tmp_path / "out"))
+    assert torch.equal(again.transform()(photo), padding.transform()(photo))
+    assert not torch.equal(again.transform()(photo), vit.transform()(photo))
+
+
 def test_a_single_file_of_an_unregistered_architecture_is_refused(packaged, tmp_path) -> None:
     with pytest.raises(ValueError, match="use format=safetensors"):
         write_export(packaged, "openclip", tmp_path / "out", ORIGIN, form="pt")
