@@ -127,6 +127,18 @@ def require(cfg: DictConfig, folder: Path) -> None:
     make(cfg.trainer, "trainer")(folder, [], [])
     require_schedule(cfg)
     require_model(cfg)
+    require_photos(cfg)
+
+
+def require_photos(cfg: DictConfig) -> None:
+    """Refuse a folder in which the photos of a table are not, by the first thousand of them.
+
+    Raises:
+        FileNotFoundError: With the folder that is likely.
+    """
+    if not str(cfg.data.get("_target_")).endswith("photos.PhotoTrainData"):
+        return
+    make(cfg.data, "data")(tokenizer=None, transform=None).require_photos(1000)
 
 
 def require_schedule(cfg: DictConfig) -> None:

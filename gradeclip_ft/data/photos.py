@@ -148,20 +148,8 @@ class PhotoTrainData(CaptionData, Photos):
             FileNotFoundError: More photos are missing than `max_dropped` allows.
         """
         self._check()
+        missing = self.require_photos()
         files, held = self.parts()
-        missing = [file.image for file in files if not file.image.is_file()]
-        if len(missing) > self.max_dropped * len(files):
-            first = missing[0].relative_to(self.folder)
-            twice = (self.folder.parent / first).is_file()
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(files)} photos are not in {self.folder}, first {first}; "
-                + (
-                    f"the file names begin with {first.parts[0]} already: set "
-                    f"data.images={self.folder.parent}"
-                    if twice
-                    else "set data.images= to the folder in which the file names begin"
-                )
-            )
         if missing:
             log.warning(
                 "%d of %d photos are missing, first %s", len(missing), len(files), missing[0]
@@ -175,6 +163,28 @@ class PhotoTrainData(CaptionData, Photos):
             "samples_per_epoch": len(files),
             "resampled": False,
         }
+
+    def require_photos(self, count: int | None = None) -> list[Path]:
+        """Those of the first photos that are missing; of all for None.
+
+        Raises:
+            FileNotFoundError: More than `max_dropped` allows.
+        """
+        files = self.parts()[0][:count]
+        missing = [file.image for file in files if not file.image.is_file()]
+        if len(missing) > self.max_dropped * len(files):
+            first = missing[0].relative_to(self.folder)
+            twice = (self.folder.parent / first).is_file()
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(files)} photos are not in {self.folder}, first {first}; "
+                + (
+                    f"the file names begin with {first.parts[0]} already: set "
+                    f"data.images={self.folder.parent}"
+                    if twice
+                    else "set data.images= to the folder in which the file names begin"
+                )
+            )
+        return missing
 
     def epoch_size(self) -> int:
         """All of them."""

@@ -94,6 +94,22 @@ def test_doctor_reads_own_photos(home: Path, capsys: pytest.CaptureFixture[str])
     assert "no folder elsewhere; set images=" in capsys.readouterr().out
 
 
+def test_photos_that_are_elsewhere_are_missed_before_the_model_is_built(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights were fetched first, for minutes."""
+    monkeypatch.setattr("gradeclip_ft.models.load.load_clip", lambda *args, **options: 1 / 0)
+    table = Path("t.csv").read_text()
+    (home / "twice.csv").write_text(re.sub(r"(\d+\.png)", r"photos/\1", table))
+    for words, told in {
+        ("data.images=.",): "22 of 22 photos are not in ., first",
+        ("data.table=twice.csv",): "begin with photos already: set data.images=.",
+    }.items():
+        assert run(COMMANDS, [*TRAIN, *words]) == 1
+        assert told in capsys.readouterr().err
+    assert not (home / "runs").exists()
+
+
 def test_own_photos_choose_their_evaluator_and_other_data_theirs() -> None:
     """The shapes are for runs on the shapes; what the command line names always counts."""
     for overrides, names in {
