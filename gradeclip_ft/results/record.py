@@ -194,7 +194,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def unit_of(metric: str, *values: float | None) -> str:
     """Unit of a metric's values as people read them: that of its name, else percent for fractions.
 
-    Where a value is beyond 1, these are no fractions, and nothing is known of their unit.
+    Values beyond 1 are not fractions, and nothing is known of their unit.
     """
     last = metric.rpartition("/")[2]
     if known := UNITS.get(last) or UNITS.get(last.rpartition("_")[2]):
