@@ -165,3 +165,20 @@ def best_split(values: np.ndarray) -> float:
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(high) else 0.0
 
     return (max(range(255), key=between) + 0.5) / 255
+
+
+def test_random_maps_score_chance_within_three_standard_errors() -> None:
+    """Precision, energy and pointing of maps that know nothing are the share of the object."""
+    heat = torch.rand(800, 16, 16, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(800, 16, 16, dtype=torch.bool)
+    mask[:, 3:11, 2:12] = True
+    values = scaled(heat)
+    pixels = overlap(confusion(values, mask, torch.ones_like(mask)))
+    found = [
+        pixels["pixel_precision"],
+        energy_pointing_game(values, mask),
+        pointing_game(heat, mask),
+    ]
+    for each in found:
+        error = each.std().item() / 800**0.5
+        assert each.mean().item() == pytest.approx(80 / 256, abs=3 * error)
