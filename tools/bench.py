@@ -6,6 +6,7 @@ Every action prints a table with the machine, the threads and the versions.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -53,6 +54,7 @@ from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.raw_attention import RawAttention
 from gradeclip_ft.models.clip import class_embeddings
 from gradeclip_ft.models.load import load_clip
+from gradeclip_ft.ops.heatmap import owned_products, pool_heatmap
 from gradeclip_ft.results.record import commit, versions
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger
 from tools.measure import (
@@ -340,6 +342,66 @@ def faithfulness(
     publish(f"faithfulness, {model}, cpu", turns.rows(), notes, out)
 
 
+def pooling(
+    *,
+    images: int = 32,
+    most: int = 5,
+    tokens: int = 196,
+    width: int = 512,
+    rounds: int = 7,
+    out: Path | None = None,
+) -> None:
+    """Regions and products, forward and backward, beside a copy of the image for each phrase."""
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, most + 1, (images,), generator=draw)
+    owner = torch.arange(images).repeat_interleave(counts)
+    side = round(math.sqrt(tokens))
+    dense = torch.randn(images, side, side, width, generator=draw).requires_grad_()
+    heat = torch.rand(len(owner), side, side, generator=draw).requires_grad_()
+    vectors = torch.randn(len(owner), width, generator=draw).requires_grad_()
+    rows = dense.flatten(1, 2)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        pooled = pool_heatmap(dense, heat, owner, normalize_tokens=False, most=most)
+        return pooled, owned_products(rows, vectors, owner, most=most)
+
+    def copied() -> tuple[Tensor, Tensor]:
+        pooled = torch.bmm(heat.flatten(1).unsqueeze(1), rows[owner]).squeeze(1)
+        return pooled, torch.bmm(rows[owner], vectors.unsqueeze(2)).squeeze(2)
+
+    def gradients(way: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        pooled, products = way()
+        return torch.autograd.grad(pooled.sum() + products.sum(), (dense, heat, vectors))
+
+    ways = {"side by side": ours, "copies": copied}
+    turns = in_turns({name: partial(gradients, way) for name, way in ways.items()}, rounds)
+    shown = turns.rows([("side by side", "copies")])
+    for name, way in ways.items():
+        kept: dict[int, int] = {}  # bytes that the graph holds, besides the inputs
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found = way()
+        for tensor in (dense, heat, vectors):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        del found
+        shown[name]["MiB kept for the backward pass"] = sum(kept.values()) / 2**20
+    pairs = zip((*ours(), *gradients(ours)), (*copied(), *gradients(copied)), strict=True)
+    with torch.no_grad():
+        apart = max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
+    shown["largest relative difference, values and gradients"] = {"ratio": apart}
+    notes = [
+        f"{images} images of {side} x {side} tokens and {width} channels with 0 to {most} phrases, "
+        f"{len(owner)} in all; fp32; {rounds} rounds in turns after a warm-up."
+    ]
+    publish("pooling, cpu", shown, notes, out)
+
+
 def loader(*, model: str = "ViT-B-16", rounds: int = 7, out: Path | None = None) -> None:
     """One worker's work without the worker: decode, crop, captions, phrases, tokens, batches."""
     torch.set_num_threads(1)
@@ -533,6 +595,7 @@ ACTIONS = {
         step,
         scaling,
         memory,
+        pooling,
         explain,
         evaluate,
         faithfulness,

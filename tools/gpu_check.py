@@ -8,9 +8,11 @@ size, to prove the script and nothing about speed.
     python -m tools.gpu_check parts=compiled,profile   # some of them, made again
     python -m tools.gpu_check device=cpu out=/tmp/check
 
-A machine without a network needs these wheels beside torch, torchvision and lightning:
-open_clip_torch, timm, ftfy, wcwidth, hydra-core, omegaconf, antlr4-python3-runtime, webdataset,
-braceexpand, nltk, textblob, pycocotools, jaxtyping, wadler_lindig, rich, safetensors.
+A machine without a network that has torch, torchvision, lightning and transformers takes the rest,
+`tools/gpu_wheels.txt`, from a folder that another machine with the same Python has filled:
+
+    pip wheel --no-deps --wheel-dir whl --requirement tools/gpu_wheels.txt
+    pip install --no-index --no-deps --target packages whl/*.whl    # then PYTHONPATH=packages
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +44,7 @@ from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.commands.cli import call
 from gradeclip_ft.explain.base import heat_from_trace
 from gradeclip_ft.explain.grad_eclip import GradEclip
+from gradeclip_ft.images import read_image
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.objectives.global_local import GlobalLocal
@@ -47,6 +52,7 @@ from tools.measure import (
     GRAD_ECLIP,
     OPEN_CLIP,
     ORDINARY,
+    PHOTOS,
     Pair,
     Steps,
     Turns,
@@ -383,17 +389,13 @@ def throughput(device: str) -> list[Row]:
 
 
 def loop(device: str) -> list[Row]:
-    """The command on real shards: images/s with loader, varying texts and everything around.
-
-    Reads the shards of captioned photos beside the checkout, or those in $GPU_CHECK_SHARDS.
-    """
-    shards = os.environ.get("GPU_CHECK_SHARDS", "../shared/data/flickr_photos")
-    if not Path(shards).is_dir():
-        return [{"skipped": f"no shards in {shards}"}]
+    """The command on real shards: images/s with loader, varying texts and everything around."""
+    if not shards().is_dir():
+        return [{"skipped": f"no shards in {shards()}"}]
     cuda = device == "cuda"
     steps, workers = (80, max((os.cpu_count() or 2) - 2, 1)) if cuda else (4, 1)
     words = ["+exp=cc3m_vitb16"] if cuda else ["model=open_clip", "model.name=ViT-B-32"]
-    words += ["model.weights=random", "data=cc3m", f"data.shards={shards}", "name=loop"]
+    words += ["model.weights=random", "data=cc3m", f"data.shards={shards()}", "name=loop"]
     words += ["data.samples_per_epoch=100000", f"data.workers={workers}", "++data.tagger=textblob"]
     words += ["trainer=gpu" if cuda else "trainer=cpu", f"trainer.max_steps={steps}"]
     words += ["trainer.log_every=1", "++data.shuffle=100", "optim.schedule.warmup=1"]
@@ -411,22 +413,49 @@ def loop(device: str) -> list[Row]:
 
 
 def loading(device: str) -> list[Row]:
-    """Images per second and core: decode a 640 x 480 JPEG, then the training transform."""
-    transform = load("ViT-B-32").transform(train=True)
+    """Images per second and core: decode a 512-pixel JPEG, then the training transform.
+
+    COCO photos beside the checkout, else one blurred picture; `difference` is the mean over the
+    pixels that the model sees, in steps of 8 bits.
+    """
+    transform = replace(load("ViT-B-32").transform(train=True), normalised=False)
+    centre = replace(transform, train=False)
     coarse = torch.rand(1, 3, 30, 40, generator=torch.Generator().manual_seed(0))
-    pixels = nn.functional.interpolate(coarse, (480, 640), mode="bicubic").clamp(0, 1) * 255
+    pixels = nn.functional.interpolate(coarse, (512, 683), mode="bicubic").clamp(0, 1) * 255
+    pictures = [Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy())]
+    if photos := sorted((PHOTOS / "images").glob("*.jpg"))[:40]:
+        pictures = [read_image(photo) for photo in photos]
+    files = []
+    for picture in pictures:
+        ratio = 512 / min(picture.size)
+        size = (round(ratio * picture.width), round(ratio * picture.height))
+        file = BytesIO()
+        picture.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    count = 100 if device == "cuda" else 10
-    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
-        Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy()).save(file.name, quality=90)
-        start = time.perf_counter()
-        for _ in range(count):
-            with Image.open(file.name) as image:
-                transform(image.convert("RGB"))
-        rate = count / (time.perf_counter() - start)
+    rows = []
+    for draft in (None, 448, 224):
+        rates = []
+        for _ in range(5 if device == "cuda" else 3):
+            start = time.process_time()
+            for content in files:
+                transform(read_image(content, draft=draft))
+            rates.append(len(files) / (time.process_time() - start))
+        moved = [
+            centre(read_image(content, draft=draft)).float() - centre(read_image(content)).float()
+            for content in files
+        ]
+        row: Row = {"draft": draft or "", "images/s per core": round(statistics.median(rates))}
+        row["difference"] = float(torch.stack(moved).abs().mean())
+        rows.append(row | {"pictures": len(files), "cores": os.cpu_count()})
     torch.set_num_threads(threads)
-    return [{"images/s per core": round(rate), "cores": os.cpu_count()}]
+    return rows
+
+
+def shards() -> Path:
+    """Captioned photos beside the checkout, or those in $GPU_CHECK_SHARDS."""
+    return Path(os.environ.get("GPU_CHECK_SHARDS", "../shared/data/flickr_photos"))
 
 
 def load(name: str) -> LoadedClip:
