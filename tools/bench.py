@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import nltk
+import numpy as np
 import torch
 import webdataset
 from open_clip.transform import image_transform
+from PIL import Image
 from torch import Tensor
 
 from gradeclip_ft.commands.cli import call, usage
@@ -43,15 +46,18 @@ from gradeclip_ft.data.make_shards import add_phrases, write_shard
 from gradeclip_ft.data.pairs import CaptionFile
 from gradeclip_ft.data.photos import PhotoTrainData
 from gradeclip_ft.data.regions import CocoRegions
+from gradeclip_ft.data.segmentation import LabelFolder, Resize
 from gradeclip_ft.data.shards import Skips, read_shard
 from gradeclip_ft.evaluators.base import evaluating
 from gradeclip_ft.evaluators.faithfulness import FaithfulnessEvaluator
 from gradeclip_ft.evaluators.regions import RegionEvaluator
+from gradeclip_ft.evaluators.segmentation import Cut, SegmentationEvaluator, Segmenter
 from gradeclip_ft.explain.base import Explainer, explain_image
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.maskclip import MaskClip
 from gradeclip_ft.explain.raw_attention import RawAttention
+from gradeclip_ft.images import images_in, read_image
 from gradeclip_ft.models.clip import class_embeddings
 from gradeclip_ft.models.load import load_clip
 from gradeclip_ft.ops.heatmap import owned_products, pool_heatmap
@@ -297,6 +303,84 @@ def evaluate(
         f"{rounds} rounds in turns after one of warm-up."
     ]
     publish(f"evaluate, {model}, cpu", rows, notes, out)
+
+
+def segment(
+    *,
+    images: Path = PHOTOS / "images",
+    model: str = "ViT-B-16",
+    photos: int = 4,
+    classes: int = 171,
+    many: int = 5000,
+    rounds: int = 3,
+    out: Path | None = None,
+) -> None:
+    """A segmentation evaluation, photos loaded, beside the forward pass over the same windows.
+
+    Windows of 224 of photos at 336 px, q-q + k-k attention, labels drawn at random. Then `many`
+    small pictures of as many classes by the packaged CLIP: what memory the process took before and
+    after.
+    """
+    torch.set_num_threads(1)
+    random, words = np.random.default_rng(0), {f"class {n}": ["dog"] for n in range(classes)}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sources = images_in(images)[:photos]
+        for name in ("labels", "small", "small_labels"):
+            (root / name).mkdir()
+        for path in sources:
+            shape = read_image(path).size[::-1]
+            labels = random.integers(0, classes, shape, dtype=np.uint8)
+            Image.fromarray(labels).save(root / "labels" / f"{path.stem}.png")
+        for number in range(many):
+            pixels = random.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "small" / f"{number}.png")
+            labels = random.integers(0, classes, (48, 64), dtype=np.uint8)
+            Image.fromarray(labels).save(root / "small_labels" / f"{number}.png")
+        data = LabelFolder(str(images), str(root / "labels"), words, "bench")
+        method = Segmenter(dense="sclip", side=336, window=224, stride=112, templates=["{}"])
+        whole = SegmentationEvaluator("bench", data, {"sclip": method}, batch_size=8, pictures=0)
+        loaded = load_clip(model, "random")
+        windows = [
+            torch.stack(list(Cut.of(sample.pixels[Resize(336)], 224, 112, loaded.patch).windows))
+            for batch in data().batches(
+                [Resize(336)], loaded.mean, loaded.std, batch_size=1, workers=0
+            )
+            for sample in batch
+        ]
+
+        def forward() -> None:
+            with evaluating(loaded.clip):
+                for batch in windows:
+                    loaded.clip.image.encode(batch)
+
+        def texts() -> None:
+            with evaluating(loaded.clip):
+                names = [word for each in words.values() for word in each]
+                class_embeddings(loaded.clip, loaded.tokenizer, names, ["{}"])
+
+        names = ("encoder forward, windows in memory", "evaluation", "class texts")
+        calls: tuple[Callable[[], object], ...] = (forward, partial(whole, loaded), texts)
+        turns = in_turns(dict(zip(names, calls, strict=True)), rounds)
+        share = turns.against(names[1], names[0])[0] - turns.against(names[2], names[0])[0]
+        rows = turns.rows() | {"evaluation without class texts / forward": {"ratio": share}}
+        small = str(root / "small"), str(root / "small_labels")
+        few = LabelFolder(*small, words, "bench", image_suffix=".png", limit=100)
+        tiny, plain = load_clip("shapes_tiny"), Segmenter(templates=["{}"])
+        taken = []
+        for source in (few, replace(few, limit=None)):
+            SegmentationEvaluator("bench", source, {"value": plain}, pictures=0)(tiny)
+            taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    rows |= {
+        f"most memory after {photos} photos and 100 pictures": {"peak GiB": taken[0]},
+        f"most memory after {many} pictures": {"peak GiB": taken[1]},
+    }
+    counted = sum(map(len, windows))
+    notes = [
+        f"{len(sources)} photos at 336 px, {counted} windows, {classes} classes; medians over "
+        f"{rounds} rounds in turns after one of warm-up."
+    ]
+    publish(f"segment, {model}, cpu", rows, notes, out)
 
 
 def faithfulness(
@@ -599,6 +683,7 @@ ACTIONS = {
         explain,
         evaluate,
         faithfulness,
+        segment,
         loader,
         photos,
         phrases,

@@ -9,7 +9,12 @@ from typing import Literal
 
 from gradeclip_ft.results import table as tables
 from gradeclip_ft.results.collect import Steps, collect
-from gradeclip_ft.results.published import of_methods, published_quirks, published_sources
+from gradeclip_ft.results.published import (
+    of_methods,
+    published_quirks,
+    published_sources,
+    tables_of,
+)
 from gradeclip_ft.results.published import published as papers
 
 Rows = Literal["auto", "weights", "methods"]
@@ -44,8 +49,10 @@ def compare(
     fields=[lr=optim.lr]       more columns, from the configuration of each run
     metrics=[boxes/*]          which metrics to show; [*] for all
     published=[table7]         rows of the papers: table1 to table9, journal6, journal8, journal9,
-                               iclip, iclip_coco, flickr30k_test, regions_1024, instances,
-                               follow_up; marked where protocol or data differ
+                               iclip, iclip_coco, flickr30k_test, coco_5k, imagenet,
+                               sugarcrepe, regions_1024, instances, follow_up, lvis, fg_ovd,
+                               tips, segmentation (voc21, ade20k and six more); marked where
+                               protocol or data differ
     interval=true              95 % intervals by bootstrap over images, and a row for the paired
                                difference of each row from the first; by= is left out
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
@@ -60,6 +67,7 @@ def compare(
             raise ValueError(f"fields={item}: write column=key, for example lr=optim.lr")
         asked[name] = key
     entries = collect(runs, steps=steps, fields=asked) if runs or not published else []
+    asked_tables, published = published, tuple(tables_of(published, entries))
     others = papers(published, entries)
     if rows == "auto":
         rows = "methods" if of_methods(published) else "weights"
@@ -85,7 +93,7 @@ def compare(
     print(tables.render(shown, format), end="")
     if out is None:
         return
-    lists = {"by": by, "fields": fields, "metrics": metrics, "published": published}
+    lists = {"by": by, "fields": fields, "metrics": metrics, "published": asked_tables}
     words = {
         "steps": steps,
         "rows": rows,

@@ -11,7 +11,31 @@ from typing import Any
 from gradeclip_ft.results.collect import Entry
 from gradeclip_ft.results.record import Result
 
+GROUPS = {
+    "segmentation": (
+        *("voc21", "context60", "coco_object", "voc20"),
+        *("context59", "coco_stuff", "cityscapes", "ade20k"),
+    )
+}
+"""Tables that are asked for together."""
+
 PATH = Path(__file__).parents[1] / "assets" / "published.json"
+
+
+def tables_of(names: Sequence[str], entries: Sequence[Entry]) -> list[str]:
+    """Names of tables, those of `GROUPS` written out.
+
+    Of a group only the tables of data that the entries were measured on, where there are some.
+    """
+    measured = {r.protocol.get("split") for entry in entries for r in entry.results.values()}
+    found: list[str] = []
+    for name in names:
+        members = GROUPS.get(name, (name,))
+        same = [
+            m for m in members if _tables().get(m, {}).get("protocol", {}).get("split") in measured
+        ]
+        found += same if name in GROUPS and same else members
+    return list(dict.fromkeys(found))
 
 
 def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
@@ -23,7 +47,9 @@ def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
     tables = _tables()
     unknown = [name for name in names if name not in tables]
     if unknown:
-        raise ValueError(f"no published {', '.join(unknown)}; there are {', '.join(tables)}")
+        raise ValueError(
+            f"no published {', '.join(unknown)}; there are {', '.join([*tables, *GROUPS])}"
+        )
     found = []
     for name in names:
         table = tables[name]
@@ -41,7 +67,7 @@ def published(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
                 evaluator=evaluator,
                 metrics=row["metrics"],
                 protocol={**wanted, **row["protocol"]},
-                data={"counts": {"images": table["images"]}},
+                data={"counts": {"images": table.get("images", 0)}},
                 weights={"name": row["model"]},
                 versions={},
             )
@@ -57,7 +83,11 @@ def published_sources(names: Sequence[str]) -> list[str]:
 
 def published_quirks(names: Sequence[str]) -> list[str]:
     """What a reader of the named tables must know, one line each."""
-    return [f"{name}: {quirk}" for name in names for quirk in _tables()[name].get("quirks", ())]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for quirk in _tables()[name].get("quirks", ()):
+            found.setdefault(quirk, []).append(name)
+    return [f"{', '.join(tables)}: {quirk}" for quirk, tables in found.items()]
 
 
 def of_methods(names: Sequence[str]) -> bool:

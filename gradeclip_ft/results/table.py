@@ -114,7 +114,7 @@ def differences(entries: Sequence[Entry]) -> list[str]:
                 if result.protocol.get(key) != reference.protocol.get(key)
             ]
             there, here = _images(result), _images(reference)
-            if entry.published and there != here:
+            if entry.published and there and there != here:
                 changed.append(f"other data, {there} images instead of {here}")
             elif not entry.published and result.data.get("hash") != reference.data.get("hash"):
                 changed.append("other data")
@@ -195,7 +195,8 @@ def by_method(table: Table, labels: Sequence[str] = ("run",)) -> Table:
     Raises:
         ValueError: No metric has two parts.
     """
-    parts = [(method, m) for method, _, m in (m.rpartition("/") for m in table.metrics) if method]
+    parts = [_parts(metric) for metric in table.metrics]
+    parts = [each for each in parts if each[1]]
     if not parts:
         raise ValueError(f"no metric of a method among {', '.join(table.metrics)}")
     shown = [row for row in table.rows if any(row.get(m) is not None for m in table.metrics)]
@@ -204,15 +205,30 @@ def by_method(table: Table, labels: Sequence[str] = ("run",)) -> Table:
         name if names.count(name) == 1 else f"{name} step {row.get('step')}"
         for name, row in zip(names, shown, strict=True)
     ]
-    measures = dict.fromkeys(measure for _, measure in parts)
-    rows: dict[str, Row] = {method: {"method": method} for method, _ in parts}
-    for method, line in rows.items():
-        for measure in measures:
-            for name, row in zip(names, shown, strict=True):
-                for end in ("", DEVIATION):
-                    line[f"{name}/{measure}{end}"] = row.get(f"{method}/{measure}{end}")
-    metrics = tuple(f"{name}/{measure}" for measure in measures for name in names)
-    return replace(table, facts=("method",), metrics=metrics, rows=tuple(rows.values()))
+    rows: dict[str, Row] = {method: {"method": method} for _, method, _ in parts}
+    columns: dict[str, None] = {}
+    for evaluator, measure in dict.fromkeys((evaluator, m) for evaluator, _, m in parts):
+        for name, row in zip(names, shown, strict=True):
+            # A method that several evaluators measured has a column for each of them.
+            title = name if evaluator in ("", name) else f"{name} {evaluator}"
+            for method, line in rows.items():
+                metric = f"{evaluator}:{method}/{measure}" if evaluator else f"{method}/{measure}"
+                if row.get(metric) is not None:
+                    columns[f"{title}/{measure}"] = None
+                    for end in ("", DEVIATION):
+                        line[f"{title}/{measure}{end}"] = row.get(f"{metric}{end}")
+    return replace(table, facts=("method",), metrics=tuple(columns), rows=tuple(rows.values()))
+
+
+def _parts(metric: str) -> tuple[str, str, str]:
+    """Evaluator (empty where one alone has it), method and measure.
+
+    >>> _parts("voc21:sclip/mIoU"), _parts("game/pointing")
+    (('voc21', 'sclip', 'mIoU'), ('', 'game', 'pointing'))
+    """
+    head, _, measure = metric.rpartition("/")
+    evaluator, _, method = head.rpartition(":")
+    return evaluator, method, measure
 
 
 def cells_of(table: Table) -> list[list[str]]:
