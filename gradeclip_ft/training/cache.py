@@ -61,13 +61,17 @@ class FrozenCache:
         self._folder = Path(folder) / frozen.hexdigest()[:16]
         self._start = Path(folder) / whole.hexdigest()[:16]
         self._pad = clip.text.pad
-        self._watched: tuple[int, torch.Size] | None = None
+        self._watched: Tensor | None = None
         self._keys: list[str] = []
         self._tokens: Tensor | None = None
 
     def watch(self, images: Float[Tensor, "B 3 H W"]) -> None:
-        """The images of the next step; passes of others, such as crops, are not kept."""
-        self._watched, self._tokens = (images.data_ptr(), images.shape), None
+        """The images of the next step; passes of others, such as crops, are not kept.
+
+        The tensor is held: its memory, once free, may become that of other images, such as those of
+        an evaluation, which would then be served its tokens.
+        """
+        self._watched, self._tokens = images, None
         self._keys = _keys(images)
 
     def serves(self, explainer: object) -> bool:
@@ -82,7 +86,8 @@ class FrozenCache:
 
         def open_late(x: Float[Tensor, "B 3 H W"]) -> Pass:
             found = opened(x)
-            if (x.data_ptr(), x.shape) != self._watched:
+            seen = self._watched
+            if seen is None or (x.data_ptr(), x.shape) != (seen.data_ptr(), seen.shape):
                 return found
             if self._tokens is None:
                 self._tokens = self._look_up(

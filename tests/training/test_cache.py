@@ -13,8 +13,9 @@ from gradeclip_ft.objectives.crops import Crops
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
 from gradeclip_ft.objectives.keep import Keep
+from gradeclip_ft.training.cache import FrozenCache
 from gradeclip_ft.training.module import FineTuneModule
-from gradeclip_ft.training.optim import adamw, warmup_cosine
+from gradeclip_ft.training.optim import adamw, freeze, warmup_cosine
 from tests.training.conftest import make_batch, small_clip
 
 FROZEN = {"image_blocks": 1, "train_text": False}
@@ -74,6 +75,20 @@ def test_a_cached_run_is_the_plain_run(explainer: Any, tmp_path: Any) -> None:
             torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-5)
         assert count <= 3 if visit == "first" else count == 0  # the teacher may have come first
     assert passes == 6
+
+
+def test_other_images_in_the_memory_of_a_step_are_not_taken_for_its_own(tmp_path: Any) -> None:
+    """An evaluation would get the memory of the last batch, and the tokens of its images."""
+    clip = small_clip()
+    freeze(clip.model, **FROZEN)
+    cache = FrozenCache(clip, tmp_path)
+    cache.serve(clip)
+    images = make_batch(0).images.clone()
+    cache.watch(images)
+    place, shape = images.data_ptr(), images.shape
+    del images
+    others = [torch.randn(shape) for _ in range(20)]
+    assert place not in [each.data_ptr() for each in others]
 
 
 def test_maps_of_the_start_model_are_stored_where_everything_learns(tmp_path: Any) -> None:
