@@ -237,7 +237,7 @@ def write(runs_dir: Path, out: Path) -> None:
         for title, chosen in TITLES[world].items():
             rows = list(table_rows(groups, chosen))
             columns = [name for name in COLUMNS if any(name in row for row in rows)]
-            told = ("recipe", "alpha", "seeds", "time", "patch cosine")
+            told = ("recipe", "alpha", "seeds", "on", "time", "patch cosine")
             facts = tuple(name for name in told if any(name in row for row in rows))
             table = Table(facts, tuple(columns), tuple(rows))
             parts += [f"## {title}", "", render(table, "markdown")]
@@ -250,10 +250,11 @@ def write(runs_dir: Path, out: Path) -> None:
 HEAD = """\
 Metrics in percent: mean over the seeds, ± their sample deviation, and in brackets 95 % of 1,000
 draws of images. `alpha` is the share of the tuned weights, the rest are the start weights. `time`,
-where it is given, is that of a step relative to ordinary fine-tuning of the same seed; `patch
-cosine` the mean cosine between a patch and the same patch by the start model. Rows `- ordinary` are
-paired differences from ordinary fine-tuning with the same alpha, over the same draws. A recipe,
-seed or world that is not here has not been run; the command goes on where it was stopped."""
+where it is given, is that of a step relative to ordinary fine-tuning of the same seed; `on` where
+the runs were trained; `patch cosine` the mean cosine between a patch and the same patch by the
+start model. Rows `- ordinary` are paired differences from ordinary fine-tuning with the same alpha
+and steps, over the same draws. A recipe, seed or world that is not here has not been run; the
+command goes on where it was stopped."""
 TITLES: Mapping[str, Mapping[str, str]] = {
     "shapes": {"Shapes world, reported split": "", "Shapes world, choosing split": "choose"},
     "shapes2": {"Shapes world 2, reported split": "", "Shapes world 2, choosing split": "choose"},
@@ -268,6 +269,7 @@ def grouped(world: str, folders: Sequence[Path]) -> dict[Group, list[tuple[Entry
     order = {name: place for place, name in enumerate(recipes(world))}
     for folder in sorted(folders, key=lambda path: order.get(recipe_of(world, path), 99)):
         facts = json.loads((folder / "done").read_text())
+        facts["on"] = str(read_config(folder).trainer.accelerator)
         for entry in collect([str(folder)]):
             if not entry.step:
                 found.setdefault(("untouched", None), [(entry, {})])
@@ -296,6 +298,8 @@ def table_rows(
     for group, members in groups.items():
         recipe, alpha = group
         row: Row = {"recipe": recipe, "alpha": alpha, "seeds": len(members) if alpha else None}
+        if alpha is not None:
+            row["on"] = ", ".join(sorted({facts["on"] for _, facts in members}))
         own = times(members)
         if own and seconds and alpha == 1.0:
             row["time"] = f"{statistics.fmean(own) / statistics.fmean(seconds):.2f}"

@@ -48,7 +48,9 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
                 one = result(seed=seed, step=step)
                 metrics = {"boxes/top1": number if step else 0.1}
                 replace(one, metrics=metrics, run=folder.name).write(folder / "evaluations")
-            (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed}))
+            (folder / "config.yaml").write_text(
+                yaml.safe_dump({"seed": seed, "trainer": {"accelerator": "cpu"}})
+            )
             facts = {"patch_cosine": 0.9, "step_seconds": 1.0 if recipe == "ordinary" else 1.5}
             (folder / "done").write_text(json.dumps(facts))
     lab.write(tmp_path / "runs", tmp_path / "recipes")
@@ -61,7 +63,8 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
     assert told["- ordinary"]["boxes/top1"] == pytest.approx(0.25)
     assert told["- ordinary"]["boxes/top1 low"] <= told["- ordinary"]["boxes/top1 high"]
     assert (
-        "| game | 1.0 | 2 | 1.50 | 0.900 | 70.0 ± 14.1 [" in (tmp_path / "recipes.md").read_text()
+        "| game | 1.0 | 2 | cpu | 1.50 | 0.900 | 70.0 ± 14.1 ["
+        in (tmp_path / "recipes.md").read_text()
     )
 
 
