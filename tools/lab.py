@@ -274,7 +274,7 @@ def grouped(world: str, folders: Sequence[Path]) -> dict[Group, list[tuple[Entry
             if not entry.step:
                 found.setdefault(("untouched", None), [(entry, {})])
                 continue
-            alpha = float(str(entry.facts.get("alpha", 1.0)))
+            alpha = next(iter(entry.results.values())).alpha
             found.setdefault((recipe_of(world, folder), alpha), []).append((entry, facts))
     return dict(sorted(found.items(), key=lambda item: item[0][1] is not None))
 
