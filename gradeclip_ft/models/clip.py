@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -307,10 +307,10 @@ class Clip(nn.Module):
         self.model.set_grad_checkpointing(enable)
 
     def compile_blocks(self, backend: str) -> None:
-        """Compile the transformer blocks and the parts of the explained layer, at their first use.
+        """Compile the transformer blocks, all but what is explained, at their first use.
 
-        Maps stay outside: compiled graphs have no second derivative, and the gradient inside a step
-        is differentiated again.
+        Maps stay outside: the gradient inside a step goes through the last layer alone, and that is
+        taken apart, not called. Compiling the parts of that layer made a Grad-ECLIP step slower.
 
         Raises:
             UnsupportedTowerError: The model has no such blocks.
@@ -322,7 +322,6 @@ class Clip(nn.Module):
             )
         for block in blocks:
             block.compile(backend=backend)
-        self.image = replace(self.image, compiled=backend)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 from jaxtyping import Float, Shaped
@@ -47,7 +47,6 @@ class Tower:
         score: What is explained, from embeddings and targets: the cosine, or a class logit.
         unexplained: Why this tower has no trace; None where it has one.
         library: The library's own encoder, where `encode` is to call it; None to take the trace's.
-        compiled: As in `Pass`, for the traces of this tower.
     """
 
     open: Callable[[Tensor], Pass]
@@ -63,7 +62,6 @@ class Tower:
     score: Score = cosine
     unexplained: str | None = None
     library: Foreign = None
-    compiled: str | None = None
 
     def encode(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         """Embeddings, not normalised, equal to those of the library."""
@@ -79,7 +77,7 @@ class Tower:
         Raises:
             UnsupportedTowerError: The tower has none that could be explained.
         """
-        return replace(self.open(x), compiled=self.compiled).trace()
+        return self.open(x).trace()
 
 
 def opaque_tower(encoder: Foreign, reason: str, **known: int | bool) -> Tower:

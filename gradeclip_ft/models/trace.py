@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -63,7 +62,6 @@ class Trace:
         explained: Tokens that a map speaks of: patches, or words.
         grid: (h, w) of the patches; None for texts.
         finish: (x, o) -> embedding, row by row: everything after attention.
-        finish_once: The same, perhaps compiled: it has no second derivative.
         attend: (tokens, query) -> (q of the query, k, v): everything before attention.
         project: Output projection of the attention layer, on rows of the width of o.
         layer: The last layer itself, for what `attend` and `finish` do not give.
@@ -85,7 +83,6 @@ class Trace:
     explained: Bool[Tensor, "B N"]
     grid: tuple[int, int] | None
     finish: Finish
-    finish_once: Finish
     attend: Attend
     project: Rows
     layer: Layer
@@ -134,7 +131,7 @@ class Trace:
         if path == "value":
             # A token that attends to itself alone has weight 1 on its own value: o_i = v_i. So the
             # same `finish` that made the embedding from (B, C) makes F_d from (B, h·w, C).
-            return self.finish_once(x, self.v[:, first:])
+            return self.finish(x, self.v[:, first:])
         if self.layer.run is None:
             raise UnsupportedTowerError(
                 f"dense={path} needs a block in which patches attend to each other, and this tower "
@@ -230,8 +227,6 @@ class Pass:
         grid: (h, w) of the patches; None for texts.
         mask: Added to the attention scores: (N, N), (B, N, N), or None.
         checkpointed: Compute activations of all layers but the last again in the backward pass.
-        compiled: Backend of torch.compile for the parts of the last layer; None runs them as they
-            are. The library's blocks compile themselves.
         score: What is explained, from embedding and target.
     """
 
@@ -243,7 +238,6 @@ class Pass:
     grid: tuple[int, int] | None = None
     mask: Tensor | None = None
     checkpointed: bool = False
-    compiled: str | None = None
     score: Score = cosine
 
     @property
@@ -285,23 +279,21 @@ class Pass:
         """The last layer of a pass that is entered before layer `start`."""
         tokens = self.run(tokens, start, len(self.layers) - 1)
         last, head, query = self.layers[-1], self.head, self.query
-        attention, finished = _compiled(self.compiled)
 
         def attend(rows: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            return _attend(last, rows, query)
+            # Only the query row needs a q: (B, C) instead of (B, N, C). With `finish` on one row as
+            # well, k and v are what remains of the block: a sixth of its matrix products.
+            return last.attend(rows, lambda y: query_rows(y, query))
 
         def finish(x: Tensor, o: Tensor) -> Tensor:
-            return _finish(last, head, x, o)
-
-        def finish_once(x: Tensor, o: Tensor) -> Tensor:
-            rows: Tensor = finished(last, head, x, o)
-            return rows
+            return head(last.finish(x, o))
 
         # A mask of (N, N) or (B, N, N) becomes what the query row sees, (B, N).
         mask = None if query is None else self.mask
         if mask is not None and query is not None:
             mask = mask[query] if mask.ndim == 2 else query_rows(mask, query)
-        q, k, v, o = attention(last, tokens, query, mask)
+        q, k, v = attend(tokens, query)
+        o = attend_row(q, k, v, heads=last.heads, mask=mask)
         return Trace(
             tokens=tokens,
             query=query,
@@ -309,44 +301,18 @@ class Pass:
             k=k,
             v=v,
             o=o,
-            embedding=finish_once(query_rows(tokens, query), o),
+            embedding=finish(query_rows(tokens, query), o),
             heads=last.heads,
             mask=mask,
             explained=self.explained,
             grid=self.grid,
             finish=finish,
-            finish_once=finish_once,
             attend=attend,
             project=last.project,
             layer=last,
             head=head,
             score=self.score,
         )
-
-
-def _attend(layer: Layer, tokens: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    # Only the query row needs a q: (B, C) instead of (B, N, C). With `finish` on one row as
-    # well, k and v are what remains of the block: a sixth of its matrix products.
-    return layer.attend(tokens, lambda y: query_rows(y, query))
-
-
-def _attention(
-    layer: Layer, tokens: Tensor, query: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = _attend(layer, tokens, query)
-    return q, k, v, attend_row(q, k, v, heads=layer.heads, mask=mask)
-
-
-def _finish(layer: Layer, head: Rows, x: Tensor, o: Tensor) -> Tensor:
-    return head(layer.finish(x, o))
-
-
-@cache
-def _compiled(backend: str | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_attention` and `_finish`, compiled once for all passes; their layers are arguments."""
-    if backend is None:
-        return _attention, _finish
-    return torch.compile(_attention, backend=backend), torch.compile(_finish, backend=backend)
 
 
 @dataclass(frozen=True)
