@@ -3,7 +3,7 @@
 With the first blocks and the text tower frozen, the tokens that enter the first block that learns
 and the embeddings of texts are the same at every visit and in every run. So are the maps of a start
 model, whatever learns. They are stored in single files by content (pixels, token ids) below a
-folder that is named by the weights they come from, so nothing else can be taken for them.
+folder that is named by the model, its weights and the precision of the step they come from.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class FrozenCache:
                 "optim.image_blocks or objective.maps_from=start"
             )
         self._texts = not any(not n.startswith(("visual.", "logit_")) for n in learning)
-        frozen, whole = hashlib.sha256(), hashlib.sha256()
+        # Weights do not tell QuickGELU from GELU, nor how many heads there are.
+        built = f"{clip.model} {clip.image.heads} {clip.text.heads}".encode()
+        frozen, whole = hashlib.sha256(built), hashlib.sha256(built)
         for name, value in clip.model.state_dict().items():
             content = name.encode() + value.cpu().numpy().tobytes()
             whole.update(content)
@@ -63,7 +65,7 @@ class FrozenCache:
         self._pad = clip.text.pad
         self._watched: Tensor | None = None
         self._keys: list[str] = []
-        self._tokens: Tensor | None = None
+        self._tokens: dict[str, Tensor] = {}  # by precision: a teacher's may be another
 
     def watch(self, images: Float[Tensor, "B 3 H W"]) -> None:
         """The images of the next step; passes of others, such as crops, are not kept.
@@ -71,7 +73,7 @@ class FrozenCache:
         The tensor is held: its memory, once free, may become that of other images, such as those of
         an evaluation, which would then be served its tokens.
         """
-        self._watched, self._tokens = images, None
+        self._watched, self._tokens = images, {}
         self._keys = _keys(images)
 
     def serves(self, explainer: object) -> bool:
@@ -89,15 +91,18 @@ class FrozenCache:
             seen = self._watched
             if seen is None or (x.data_ptr(), x.shape) != (seen.data_ptr(), seen.shape):
                 return found
-            if self._tokens is None:
-                self._tokens = self._look_up(
-                    [self._folder / key for key in self._keys],
+            precision = _precision(x.device)
+            if precision not in self._tokens:
+                self._tokens[precision] = self._look_up(
+                    [self._folder / precision / key for key in self._keys],
                     lambda rows: found.rows(rows).run(found.tokens[rows], 0, self.first),
-                ).to(x.device)
-            return replace(found, tokens=self._tokens, layers=found.layers[self.first :])
+                ).to(found.tokens)
+            tokens = self._tokens[precision]
+            return replace(found, tokens=tokens, layers=found.layers[self.first :])
 
         def encode_texts(ids: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-            names = [self._folder / key for key in _keys(ids, pad=self._pad)]
+            folder = self._folder / _precision(ids.device)
+            names = [folder / key for key in _keys(ids, pad=self._pad)]
             return self._look_up(names, lambda rows: encode(ids[rows])).to(ids.device)
 
         if self.first:
@@ -119,7 +124,9 @@ class FrozenCache:
             compute: Maps of some of its phrases.
         """
         method = f"{type(explainer).__name__} {settings_of(explainer)}"
-        folder = self._start / hashlib.sha256(method.encode()).hexdigest()[:16]
+        # The maps are in single precision, but phrases of a frozen text tower in that of the step.
+        folder = self._start / _precision(batch.images.device)
+        folder /= hashlib.sha256(method.encode()).hexdigest()[:16]
         texts = _keys(batch.distinct, pad=self._pad)
         pairs = zip(batch.owner.tolist(), batch.phrase.tolist(), strict=True)
         names = [folder / f"{self._keys[image]}-{texts[text]}" for image, text in pairs]
@@ -138,6 +145,13 @@ class FrozenCache:
                 found[name] = value
                 _write(name, value)
         return torch.stack([value for name in names if (value := found[name]) is not None])
+
+
+def _precision(device: torch.device) -> str:
+    """Number type of matrix products there: that of autocast, if it is on."""
+    on = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def _read(name: Path) -> Tensor | None:

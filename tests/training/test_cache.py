@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
+from torch import nn
 
 from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_eclip import GradEclip
@@ -126,6 +128,28 @@ def test_other_frozen_weights_have_files_of_their_own(tmp_path: Any) -> None:
     )
     module.training_step(make_batch(0), 0)
     assert len(list(tmp_path.iterdir())) == 4  # frozen parts, and maps
+
+
+def test_another_activation_or_precision_has_files_of_its_own(tmp_path: Any) -> None:
+    """ViT-B-16 and ViT-B-16-quickgelu may have the same weights; bf16 is coarser."""
+    images, found = make_batch(0).images, []
+    for activation, bf16 in ((nn.GELU(), False), (nn.GELU(), True), (QuickGELU(), False)):
+        clips = small_clip(), small_clip()
+        for clip in clips:
+            for block in clip.model.visual.transformer.resblocks:
+                block.mlp.gelu = activation
+            freeze(clip.model, **FROZEN)
+        cache = FrozenCache(clips[1], tmp_path)
+        cache.serve(clips[1])
+        cache.watch(images)
+        with torch.autocast("cpu", enabled=bf16):
+            plain, cached = (clip.image.trace(images).embedding for clip in clips)
+        torch.testing.assert_close(cached, plain, rtol=0, atol=0)
+        with torch.autocast("cpu", enabled=False):  # as a teacher sees the images of the step
+            plain, cached = (clip.image.trace(images).embedding for clip in clips)
+        torch.testing.assert_close(cached, plain, rtol=0, atol=0)
+        found.append(cached)
+    assert not found[0].equal(found[2])
 
 
 def test_a_cache_needs_something_that_is_frozen(tmp_path: Any) -> None:
