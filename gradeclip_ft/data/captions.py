@@ -97,8 +97,9 @@ class CaptionData(ABC):
         max_phrases: Most phrases of a caption, the first ones; 0 disables phrases and the tagger.
         prompt: Sentence with one {} for a phrase.
         tagger: "auto" is NLTK where its data can be had, else TextBlob's lexicon.
-        draft: Pixels. A JPEG is decoded at a half, quarter or eighth of its size where neither side
-            gets shorter than this: faster, and not the same pixels. None decodes in full.
+        draft: Pixels, as many as the model's images have or more. A JPEG is decoded at a half,
+            quarter or eighth of its size where neither side gets shorter than this: faster, and
+            not the same pixels. None decodes in full.
         max_dropped: Share of a worker's samples, and of its shards, that may be unusable; once it
             has seen 1,000 samples or 20 shards, a larger share stops the run.
     """

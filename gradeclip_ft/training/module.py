@@ -36,7 +36,7 @@ class FineTuneModule(pl.LightningModule):
         optimizer: Named parameters to optimiser.
         schedule: Optimiser to learning-rate schedule, advanced once per step.
         seed: Start of the random numbers that steps draw.
-        preprocessing: Of the model, for batches whose pixels are colours of 8 bits.
+        preprocessing: Of the model; needed for batches whose pixels are colours of 8 bits.
         train_image: Whether the image tower learns.
         train_text: Whether the text tower learns.
         train_temperature: Whether the temperature learns.
@@ -70,7 +70,7 @@ class FineTuneModule(pl.LightningModule):
         self.clip = clip
         self.objective = objective
         self.seed = seed
-        self._preprocessing = preprocessing or Preprocessing()
+        self._preprocessing = preprocessing
         self._optimizer = optimizer
         self._schedule = schedule
         freeze(
@@ -100,6 +100,11 @@ class FineTuneModule(pl.LightningModule):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> dict[str, Any]:
         """Total loss of the objective, its parts, and the make-up of the batch."""
         if batch.images.dtype == torch.uint8:  # a quarter as long on the way to the device
+            if self._preprocessing is None:
+                raise ValueError(
+                    "the images of the batch are colours of 8 bits, expected normalised pixels; "
+                    "give preprocessing=loaded.preprocessing"
+                )
             batch = replace(batch, images=self._preprocessing.normalise(batch.images))
         if self._cache is not None:
             self._cache.watch(batch.images)
@@ -129,8 +134,9 @@ class FineTuneModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm; Lightning would refuse a fused optimiser in any mixed precision."""
-        if gradient_clip_val and self.trainer.precision == "bf16-mixed":  # has no loss scaler
+        """Lightning would refuse a fused optimiser in any mixed precision; bf16 has no scaler."""
+        by_norm = gradient_clip_algorithm != "value"
+        if gradient_clip_val and by_norm and self.trainer.precision == "bf16-mixed":
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             super().configure_gradient_clipping(

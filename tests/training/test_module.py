@@ -77,6 +77,8 @@ def test_colours_of_8_bits_give_the_losses_of_normalised_pixels(small_run) -> No
         run.source.change = change
         run.train(parts={"preprocessing": how})
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+    with pytest.raises(ValueError, match="give preprocessing="):
+        runs[0].train()
 
 
 def test_a_fused_optimiser_works_beside_mixed_precision_and_clipping(small_run) -> None:
@@ -86,6 +88,20 @@ def test_a_fused_optimiser_works_beside_mixed_precision_and_clipping(small_run) 
         options = {"precision": "bf16-mixed", "gradient_clip": 0.1}
         run.train(parts={"optimizer": partial(adamw, lr=1e-3, extra=extra)}, **options)
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_gradients_are_clipped_by_value_where_that_is_asked(small_run, small_clip) -> None:
+    """In bf16 too: SGD then moves every number by the limit, not all of them together."""
+    clip = small_clip()
+    before = clip.model.visual.conv1.weight.detach().clone()
+    small_run(steps=3).train(
+        clip=clip,
+        parts={"optimizer": lambda named: torch.optim.SGD([part for _, part in named], lr=1.0)},
+        precision="bf16-mixed",
+        gradient_clip=1e-3,
+        extra={"gradient_clip_algorithm": "value"},
+    )
+    assert float((clip.model.visual.conv1.weight - before).norm()) > 3e-3
 
 
 def test_every_part_of_the_loss_and_of_the_batch_is_recorded(small_run) -> None:
