@@ -51,6 +51,7 @@ from gradeclip_ft.results.record import write_atomically
 from gradeclip_ft.results.table import DEVIATION, HIGH, LOW, Row, Table, render
 from gradeclip_ft.training.run_files import METRICS_JSONL, WEIGHTS, read_lines
 
+RUNS, OUT = Path("runs"), Path("results/recipes")
 ORDINARY = "ordinary"
 TRUE_MASKS = {
     "true_mask": "game",
@@ -87,12 +88,13 @@ def lab(
     seeds: tuple[str, ...] = ("0", "1", "2"),
     jobs: int = 1,
     trainer: Literal["cpu", "gpu"] = "cpu",
-    runs_dir: Path = Path("runs"),
-    out: Path = Path("results/recipes"),
+    runs_dir: Path = RUNS,
+    out: Path = OUT,
 ) -> None:
     """Train what is missing, seed by seed, and write the table after every seed of a world.
 
-    OVERRIDES               of `train`, for all rows: trainer.max_steps=3
+    OVERRIDES               of `train`, for all rows: trainer.max_steps=3; with a runs_dir= and
+                            an out= of their own, as a run that is finished is not made again
     rows=[ordinary,game]    recipes; all of conf/exp/lab without it
     worlds=[shapes,photos]  shapes, shapes2, photos
     jobs=N                  runs at a time; step times are measured with 1 alone
@@ -100,6 +102,11 @@ def lab(
     known = {world: recipes(world) for world in worlds}
     if unknown := set(rows).difference(*known.values()):
         raise ValueError(f"no recipe {', '.join(sorted(unknown))}; there are {known}")
+    if overrides and (runs_dir == RUNS or out == OUT):
+        raise ValueError(
+            f"{' '.join(overrides)} would make rows of another kind in {out}.md; give a runs_dir= "
+            "and an out= of their own"
+        )
     missing = [
         Run(world, recipe, seed, folder)
         for seed in seeds

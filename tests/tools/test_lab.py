@@ -107,6 +107,13 @@ def test_a_step_takes_as_long_as_in_the_fastest_window_without_its_data(tmp_path
     assert lab.step_seconds(tmp_path) == pytest.approx(0.5)
 
 
+def test_other_settings_do_not_mix_with_the_published_rows(tmp_path: Path) -> None:
+    """Rows of 60 steps would stand among those of 200, and never be trained again."""
+    for given in ({}, {"runs_dir": tmp_path}, {"out": tmp_path / "table"}):
+        with pytest.raises(ValueError, match=r"trainer\.max_steps=60 .*give a runs_dir="):
+            lab.lab("trainer.max_steps=60", rows=("game",), worlds=("shapes",), **given)
+
+
 def test_an_unknown_recipe_is_named_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"no recipe gmae; there are .*ordinary"):
         lab.lab(rows=("gmae",), worlds=("shapes",))
