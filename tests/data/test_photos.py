@@ -180,6 +180,7 @@ def test_photos_held_out_that_cannot_be_read_are_counted(folder: Path) -> None:
         ({"table": None, "images": "elsewhere"}, "no photo with a caption in elsewhere"),
         ({"table": None, "images": None}, "no photos; set data.table="),
         ({"table": "broken.jsonl"}, "holds a line that is not JSON"),
+        ({"holdout": 1.5}, "holdout=1.5, expected a share below 1 or a whole number of photos"),
         ({"holdout": 24}, "leaves none of 24 photos to train on"),
         ({"batch_size": 20}, "an epoch of 18 samples is less than one batch of 20"),
     ],
