@@ -32,7 +32,7 @@ from gradeclip_ft.explain.driver import (
     see,
     targets_of,
     to_display_image,
-    warn_of_cuts,
+    warn_of_unread,
 )
 from gradeclip_ft.explain.page import case_of, explanation_page, in_words
 from gradeclip_ft.images import read_image
@@ -185,7 +185,7 @@ def explain(
         what = "images" if words else "texts"
         raise ValueError(f"{what} are empty; give at least one picture and one text")
     if isinstance(model, LoadedClip):
-        warn_of_cuts(model, words)
+        warn_of_unread(model, words)
     explainers, target = _methods(methods), targets_of(model, words)
     supported = Supported(explainers, model, skip=False)
     found: list[Explained] = []

@@ -29,7 +29,7 @@ from gradeclip_ft.explain.driver import (
     explain_sentences,
     see,
     targets_of,
-    warn_of_cuts,
+    warn_of_unread,
 )
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.page import case_of, explanation_page, in_words
@@ -87,7 +87,7 @@ def explain(cfg: DictConfig) -> None:
     loaded.image_model.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     word_methods: dict[str, Explainer] = {}
     if isinstance(loaded, LoadedClip):
-        warn_of_cuts(loaded, [text for one in inputs for text in [*one.sentences, *one.prompted]])
+        warn_of_unread(loaded, [text for one in inputs for text in [*one.sentences, *one.prompted]])
         word_methods = {
             str(name): make(cfg.words[name], "words") for name in cfg.explainer if name in cfg.words
         }

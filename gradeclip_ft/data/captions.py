@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -77,6 +77,9 @@ class PackingTokenize(Tokenize, Protocol):
     def pack(self, *groups: Int[Tensor, "_ _"]) -> PackedTexts | None:
         """Token ids in few rows, for towers that take them."""
         ...
+
+    def warn_of_unknown(self, texts: Iterable[str]) -> None:
+        """Log words that are not in the vocabulary."""
 
 
 Samples = Callable[[LoaderWorker, range, Skips], Iterator[RawSample]]

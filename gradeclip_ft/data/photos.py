@@ -159,6 +159,7 @@ class PhotoTrainData(CaptionData, Photos):
             log.warning(
                 "%d of %d photos are missing, first %s", len(missing), len(files), missing[0]
             )
+        self.tokenizer.warn_of_unknown(text for file in files for text in file.captions)
         lines = (f"{file.image.relative_to(self.folder)} {file.captions}" for file in files)
         return {
             "tagger": prepare_tagger(self.tagger) if self.max_phrases else None,

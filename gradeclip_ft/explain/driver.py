@@ -215,8 +215,9 @@ def targets_of(loaded: LoadedImageModel, texts: Sequence[str]) -> Float[Tensor, 
     return loaded.encode_texts(texts) if isinstance(loaded, LoadedClip) else loaded.targets(texts)
 
 
-def warn_of_cuts(loaded: LoadedClip, texts: Sequence[str]) -> None:
+def warn_of_unread(loaded: LoadedClip, texts: Sequence[str]) -> None:
     """Log what of the texts the model cannot read, where its tokenizer knows words."""
+    loaded.tokenizer.warn_of_unknown(dict.fromkeys(texts))
     for text in dict.fromkeys(texts):
         try:
             read, cut = loaded.tokenizer.words(text)

@@ -7,8 +7,10 @@ exact for causal towers that pool at the end of the text, and for towers that ma
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -27,6 +29,7 @@ from gradeclip_ft.models.trace import Foreign
 STARTS = ("Ġ", "▁")  # byte-level and sentence pieces: the mark of a word's first piece
 CONTINUES = "##"  # word pieces: the mark of every other piece
 ENDS = "</w>"  # CLIP's own: the mark of a word's last piece
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,21 @@ class Tokenizer:
         """Tokens of every text up to its end; at least one."""
         position = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         return (position * (ids != self.pad)).amax(1).clamp(min=1)
+
+    def warn_of_unknown(self, texts: Iterable[str]) -> None:
+        """Log which share of the words a closed vocabulary does not have, and which words."""
+        if not isinstance(self.tokenize, WordTokenizer):
+            return
+        words = Counter(word for text in texts for word in split_words(text))
+        unknown = [word for word, _ in words.most_common() if word not in self.tokenize.vocabulary]
+        if unknown:
+            log.warning(
+                "this model knows %d words; %.0f %% of those here (%s) are others, which it cannot "
+                "tell apart; choose a model for any text, such as model=ViT-B-32",
+                len(self.tokenize.vocabulary),
+                100 * sum(words[word] for word in unknown) / words.total(),
+                ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
+            )
 
     def words(self, text: str) -> tuple[list[Word], str]:
         """The words that fit into the context, and the rest of the text, which is never read.

@@ -125,6 +125,14 @@ def test_what_does_not_fit_into_the_context_is_said(caplog: pytest.LogCaptureFix
     assert "at the end" in caplog.text
 
 
+def test_words_that_the_model_does_not_know_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    run("images=photos", "phrases=[red dog,red cat]")
+    assert caplog.text.count("17 % of those here (dog, cat) are others") == 1
+    caplog.clear()
+    run("images=photos", "phrases=[red square]")
+    assert "are others" not in caplog.text
+
+
 @pytest.mark.parametrize("text", ["🙂", "ein rotes Quadrat", "日本", "<b>&"])
 def test_any_script_is_taken(text: str) -> None:
     """Words that the model does not know, or none at all: a map is drawn, nothing breaks."""

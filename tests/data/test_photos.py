@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_a_second_table_is_held_out(folder: Path) -> None:
     rest, held = photos(folder, holdout=str(folder / "val.csv")).parts()
     assert {file.image.name: file.captions for file in held} == {"p03.jpg": ("a horse",)}
     assert names(rest) == set(TOLD) - {"p03.jpg"}
+
+
+def test_captions_that_the_model_cannot_read_are_told_once(
+    training: Callable[..., PhotoTrainData], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = (folder / "t.csv").read_text().replace("dog", "okapi").replace("cat", "lemur")
+    (folder / "t.csv").write_text(table)
+    training().prepare()
+    assert re.search(r"\(.*okapi.*\) are others, which it cannot tell apart", caplog.text)
+    assert caplog.text.count("are others") == 1
 
 
 @pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (3, 1), (2, 2)])

@@ -147,3 +147,17 @@ def test_real_word_pieces(shared_dir: Path) -> None:
 def test_an_unknown_tokenizer_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="does not say which tokens make a word"):
         Tokenizer(lambda texts: torch.ones(len(texts), 4), 4).words("a")
+
+
+def test_words_outside_a_closed_vocabulary_are_told(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dog and a cat become one id, so that every text of either has the same embedding."""
+    texts = ["a red dog", "a cat"]
+    Tokenizer(WordTokenizer(("a", "red"), 8), 8).warn_of_unknown(texts)
+    assert "knows 2 words; 40 % of those here (dog, cat) are others" in caplog.text
+    assert "model=ViT-B-32" in caplog.text
+    caplog.clear()
+    tokenizer.warn_of_unknown(texts)  # byte pairs spell any word
+    Tokenizer(WordTokenizer(("a", "red"), 8), 8).warn_of_unknown(["a red"])
+    assert not caplog.text
