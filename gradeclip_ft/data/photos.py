@@ -86,8 +86,8 @@ def _parts(
     else:
         if holdout >= 1 and holdout != int(holdout):
             raise ValueError(
-                f"data.holdout={holdout}, expected a share below 1 or a whole number of photos; set "
-                "data.holdout=0.1, or the number to hold out"
+                f"data.holdout={holdout}, expected a share below 1 or a whole number of photos; "
+                "set data.holdout=0.1, or the number to hold out"
             )
         number = holdout if holdout >= 1 or not holdout else max(1, round(holdout * len(files)))
 
