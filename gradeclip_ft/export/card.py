@@ -181,11 +181,11 @@ def _results(facts: Mapping[str, Any]) -> str:
     rows: list[Row] = []
     for evaluator, scores in metrics.items():
         before, after = (scores[side] or {"metrics": {}} for side in ("before", "after"))
-        rows += [
-            {"metric": f"{evaluator}: {name}", "unit": unit_of(name), "step": after.get("step")}
-            | {"before": before["metrics"].get(name), "after": after["metrics"].get(name)}
-            for name in {**before["metrics"], **after["metrics"]}
-        ]
+        for name in {**before["metrics"], **after["metrics"]}:
+            values = {"before": before["metrics"].get(name), "after": after["metrics"].get(name)}
+            unit = unit_of(name, *values.values())
+            title = f"{evaluator}: {name}"
+            rows.append({"metric": title, "unit": unit, "step": after.get("step"), **values})
     columns = (("metric", "unit"), ("before", "after", "step"))
     table = render(Table(*columns, tuple(rows)), "markdown").rstrip()
     if all(scores["of_these_weights"] for scores in metrics.values()):

@@ -29,7 +29,7 @@ def evaluation_page(result: Result, cases: Sequence[Case] = ()) -> Page:
         raise ValueError(f"{result.evaluator} compares no methods, so it has no page")
     told: Any = result.protocol.get("methods") or {}
     methods = list(dict.fromkeys(name for values in by_measure.values() for name in values))
-    shares = {m: v for m, v in by_measure.items() if unit_of(m) == "%"}
+    shares = {m: v for m, v in by_measure.items() if unit_of(m, *v.values()) == "%"}
     rows: list[Row] = [{LABEL: measure, **values} for measure, values in shares.items()]
     lower = " Of deletion, less is better." if any("deletion" in name for name in shares) else ""
     return Page(
@@ -88,10 +88,12 @@ def _bars(result: Result, by_measure: Mapping[str, Mapping[str, float]]) -> list
                 errors[name] = [float(kept.std(ddof=1)) / 1e4 / len(kept) ** 0.5]
             elif key in given:
                 errors[name] = [float(given[key])]
-        unit = unit_of(measure)
+        unit = unit_of(measure, *values.values())
         series = {name: [(0.0, value)] for name, value in values.items()}
         percent = unit == "%"
         charts.append(
-            Chart(f"{measure}, {unit}", series, percent=percent, errors=errors, bars=True)
+            Chart(
+                f"{measure}, {unit}".rstrip(", "), series, percent=percent, errors=errors, bars=True
+            )
         )
     return charts

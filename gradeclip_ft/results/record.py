@@ -202,13 +202,15 @@ def unit_of(metric: str, *values: float | None) -> str:
     return "" if any(value is not None and abs(value) > 1 for value in values) else "%"
 
 
-def written(metric: str, value: float) -> str:
-    """A metric's value in its unit.
+def written(metric: str, value: float, *beside: float) -> str:
+    """A metric's value in its unit, which is also that of the values beside it.
 
     >>> written("boxes/top1", 0.414), written("rise/seconds", 6.2376), written("mean_size", 31.5)
     ('41.4', '6.2376', '31.5')
+    >>> written("mean_size", 0.5, 31.5)
+    '0.5'
     """
-    unit = unit_of(metric, value)
+    unit = unit_of(metric, value, *beside)
     if not unit:
         return f"{value:.4g}"
     return f"{100 * value:.1f}" if unit == "%" else f"{value:.{2 if unit == 'x' else 4}f}"

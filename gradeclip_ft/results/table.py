@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -238,7 +239,7 @@ def cells_of(table: Table) -> list[list[str]]:
     cells = [[*map(_header, names), *([""] if marked else [])]]
     for row in table.rows:
         values = [_fact(row.get(name)) for name in table.facts]
-        values += [_number(row, metric) for metric in table.metrics]
+        values += [_number(table, row, metric) for metric in table.metrics]
         cells.append([*values, *(["≠" if row.get("differs") else ""] if marked else [])])
     return cells
 
@@ -277,10 +278,11 @@ def write_table(
     if path.suffix == ".csv":
         write_atomically(path, render(shown, "csv"))
         return [path]
-    units = {unit_of(metric) for metric in shown.metrics}
+    units = {unit_of(metric, *_beside(shown, {}, metric)) for metric in shown.metrics}
     said = ["percent"] * ("%" in units)
     said += ["seconds, and multiples of the time of encode_image"] * bool(units & {"s", "x"})
-    said += sorted(units - {"%", "s", "x"})
+    said += sorted(units - {"%", "s", "x", ""})
+    said += ["their own unit where values are beyond 1"] * ("" in units)
     lines = [f"# {path.name}", "", "Made by", "", f"    {command}", ""]
     lines += [f"Metrics in {'; '.join(said)}.", "", render(shown, "markdown")]
     lines += [f"- {line}" for line in (*table.sources, *notes)]
@@ -323,16 +325,28 @@ def _fact(value: Json) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _number(row: Row, column: str) -> str:
+def _number(table: Table, row: Row, column: str) -> str:
     value, deviation = row.get(column), row.get(column + DEVIATION)
     if not isinstance(value, float):
         return _fact(value)
     metric = str(row.get("metric", column))
-    spread = f" ± {written(metric, deviation)}" if isinstance(deviation, float) else ""
+    # A value below 1 is not a fraction where others of its metric are beyond 1.
+    write = partial(written, metric)
+    beside = _beside(table, row, column)
+    spread = f" ± {write(deviation, *beside)}" if isinstance(deviation, float) else ""
     low, high = row.get(column + LOW), row.get(column + HIGH)
     if isinstance(low, float) and isinstance(high, float):
-        spread += f" [{written(metric, low)}, {written(metric, high)}]"
-    return written(metric, value) + spread
+        spread += f" [{write(low, *beside)}, {write(high, *beside)}]"
+    return write(value, *beside) + spread
+
+
+def _beside(table: Table, row: Row, column: str) -> list[float]:
+    """All values of the metric of a cell: its row where that names a metric, else its column."""
+    if "metric" in row:
+        values = [row.get(name) for name in table.metrics]
+    else:
+        values = [other.get(column) for other in table.rows]
+    return [value for value in values if isinstance(value, float)]
 
 
 def _csv(table: Table) -> str:

@@ -18,7 +18,15 @@ import yaml
 from gradeclip_ft.commands.compare import compare
 from gradeclip_ft.results.collect import collect
 from gradeclip_ft.results.record import Result
-from gradeclip_ft.results.table import grouped, metrics_table, render, select, tabulate
+from gradeclip_ft.results.table import (
+    Row,
+    Table,
+    grouped,
+    metrics_table,
+    render,
+    select,
+    tabulate,
+)
 
 GRAD_ECLIP = {
     "_target_": "gradeclip_ft.explain.grad_eclip.GradEclip",
@@ -281,6 +289,17 @@ def test_a_metric_beyond_1_is_a_number_and_not_a_fraction(
     assert re.search(r" 0\.5000 +31\.25 +25\.0\n", capsys.readouterr().out)
     units = [row["unit"] for row in metrics_table({"value": numbers}).rows]
     assert units == ["places", "", "%"]
+
+
+def test_values_of_one_metric_have_one_unit() -> None:
+    """Beside 31.25 a size of 0.75 was 75.0 per cent, and a deviation of 0.5 was 50.0."""
+    rows: list[Row] = [{"run": "a", "size": 0.75}, {"run": "b", "size": 31.25, "size sd": 0.5}]
+    lines = render(Table(("run",), ("size",), tuple(rows))).splitlines()[2:]
+    assert [line.split()[1:] for line in lines] == [["0.75"], ["31.25", "±", "0.5"]]
+    table = metrics_table({"before": {"size": 0.75}, "after": {"size": 31.25}})
+    assert render(table).splitlines()[2].split() == ["size", "0.75", "31.25"]
+    share = Table(("run",), ("share",), ({"run": "a", "share": 0.5, "share sd": 0.01},))
+    assert "50.0 ± 1.0" in render(share)
 
 
 def test_the_page_of_a_table_has_its_cells_notes_and_command(write: Write) -> None:
