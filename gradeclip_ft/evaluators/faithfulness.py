@@ -132,9 +132,10 @@ class FaithfulnessEvaluator:
         size: Json = height if height == width else [height, width]
         protocol: dict[str, Json] = {**self.protocol, "image_size": size}
         data = data_fingerprint(images.files, images.listed, images.counts)
-        done = Finished(self.progress, [loaded.weights_hash, protocol, data["hash"]])
         with evaluating(loaded.clip):
             judge, told = self._judge(loaded, images, track)
+            protocol |= told  # also what class names and templates of one's own are
+            done = Finished(self.progress, [loaded.weights_hash, protocol, data["hash"]])
             supported = Supported(chosen(self.explainers, self.methods), loaded)
             left = [number for number in range(len(images)) if number not in done.values]
             photos = evaluation_loader(
@@ -157,7 +158,7 @@ class FaithfulnessEvaluator:
         done.close()
         return Measured(
             metrics=metrics,
-            protocol={**protocol, **told},
+            protocol=protocol,
             data=data,
             details={
                 "constant_maps": dict(constant),

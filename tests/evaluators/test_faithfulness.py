@@ -248,6 +248,32 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert resumed.details == whole.details
 
 
+def test_other_class_names_do_not_go_on_from_what_is_there(
+    drawn: ImageSet, loaded: LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lists of names are both "own" in the protocol; only their hash tells them apart."""
+    monkeypatch.setattr(faithfulness, "PHOTOS", 2)
+    photos = Photos(replace(drawn, captions=()))
+
+    def evaluator(names: Sequence[str], may_see: int, folder: Path | None) -> FaithfulnessEvaluator:
+        return FaithfulnessEvaluator(
+            "f",
+            photos,
+            {"d": Drawn(5, [may_see])},
+            "classification",
+            class_names=names,
+            templates=["the {}"],
+            points=2,
+            progress=None if folder is None else str(folder),
+        )
+
+    names = drawn.classes
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(names, 4, tmp_path / "progress")(loaded)
+    found = evaluator(names[::-1], IMAGES, tmp_path / "progress")(loaded)
+    assert found.details == evaluator(names[::-1], IMAGES, None)(loaded).details
+
+
 def test_one_pass_explains_and_changed_photos_share_the_others(shared_scenes: ImageSet) -> None:
     """The cost: each changed photo once, and two passes over the photos as they are."""
     loaded, passes = load_clip("shapes_tiny"), []
