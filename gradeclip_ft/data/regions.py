@@ -206,7 +206,7 @@ class RegionImages(Dataset[RegionSample]):
 
     def __getitem__(self, index: int) -> RegionSample:
         """Letterboxed image number `index`."""
-        source, (annotated, regions) = self.source, self.chosen[index]
+        source, side, (annotated, regions) = self.source, self.image_size, self.chosen[index]
         path = Path(source.images) / annotated.file_name
         image = read_image(path, exif=False)  # boxes and masks are about the pixels as stored
         height, width = annotated.height, annotated.width
@@ -224,17 +224,21 @@ class RegionImages(Dataset[RegionSample]):
             boxes[~is_thing] = tight_boxes(full[~is_thing])
             if source.clipself:  # its mask2box says (x1 - x0, y1 - y0) of the outermost pixels
                 boxes[~is_thing, 2:] -= 1
-            cells = self.image_size // self.patch
+            cells = side // self.patch
             masks = letterbox_masks(
                 full, cells, antialias=source.mask_antialias, squash=source.squash
             )
+        padding = torch.ones(side, side, dtype=torch.bool)
+        high, wide = letterbox_size(height, width, side, squash=source.squash)
+        padding[:high, :wide] = False
         return RegionSample(
-            image=self._pixels(letterbox_image(image, self.image_size, squash=source.squash)),
+            image=self._pixels(letterbox_image(image, side, squash=source.squash)),
             boxes=letterbox_boxes(boxes, height=height, width=width, squash=source.squash),
             masks=masks,
             labels=torch.tensor([region.label for region in regions]),
             is_thing=is_thing,
             crops=None if self.crop_size is None else self._crops(image, boxes, is_thing),
+            ignored=padding,
         )
 
     def _pixels(self, square: Image.Image) -> Float[Tensor, "3 S S"]:
