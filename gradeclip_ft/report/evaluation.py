@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ def evaluation_page(result: Result, cases: Sequence[Case] = ()) -> Page:
     shares = {m: v for m, v in by_measure.items() if unit_of(m, *v.values()) == "%"}
     rows: list[Row] = [{LABEL: measure, **values} for measure, values in shares.items()]
     lower = " Of deletion, less is better." if any("deletion" in name for name in shares) else ""
+    model = result.run or Path(str(result.weights.get("name"))).name  # of a folder, not its path
     return Page(
-        title=f"{result.evaluator}: {result.run or result.weights.get('name')}, step {result.step}",
+        title=f"{result.evaluator}: {model}, step {result.step}",
         intro=f"{str(result.protocol.get('task')).capitalize()}; {_counts(result)}.",
         methods=methods,
         first=methods[0],

@@ -128,12 +128,12 @@ def test_every_format_of_a_fine_tuned_model_gives_the_same_numbers(
     expected = {name.replace("@4", "@0"): found for name, found in expected.items()}
     assert len(expected) == 2
     ways = (
-        ["model=folder", "model.name=out/openclip"],
-        ["model=folder", "model.name=out/huggingface"],
-        ["model.weights=out/openclip/open_clip_model.safetensors"],
-        ["model.weights=out/huggingface/model.safetensors"],  # transformers' names
+        ["model=folder", "model.name=out"],
+        ["model=folder", "model.name=out-huggingface"],
+        ["model.weights=out/open_clip_model.safetensors"],
+        ["model.weights=out-huggingface/model.safetensors"],  # transformers' names
         ["model.weights=w.pt"],
-        ["model.weights=out/openclip"],
+        ["model.weights=out"],
     )
     for way in ways:
         assert numbers(*way) == expected, way
