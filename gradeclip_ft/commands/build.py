@@ -131,7 +131,7 @@ def require(cfg: DictConfig, folder: Path) -> None:
 
 
 def require_photos(cfg: DictConfig) -> None:
-    """Refuse a folder in which the photos of a table are not, by the first thousand of them.
+    """Refuse a folder in which the photos of a table are not, by about a thousand of them.
 
     Raises:
         FileNotFoundError: With the folder that is likely.

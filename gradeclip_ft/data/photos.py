@@ -171,12 +171,13 @@ class PhotoTrainData(CaptionData, Photos):
         }
 
     def require_photos(self, count: int | None = None) -> list[Path]:
-        """Those of the first photos that are missing; of all for None.
+        """Those that are missing, of about so many evenly spread photos; of all for None.
 
         Raises:
             FileNotFoundError: More than `max_dropped` allows.
         """
-        files = self.parts()[0][:count]
+        files = self.parts()[0]
+        files = files[:: max(1, len(files) // (count or len(files)))]
         missing = [file.image for file in files if not file.image.is_file()]
         if len(missing) > self.max_dropped * len(files):
             first = missing[0].relative_to(self.folder)

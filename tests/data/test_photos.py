@@ -218,6 +218,18 @@ def test_what_cannot_be_trained_on_is_refused(
         use()
 
 
+def test_photos_missing_in_one_place_are_not_taken_for_all(
+    training: Callable[..., PhotoTrainData],
+) -> None:
+    """Two of 18 are fewer than `max_dropped` allows, also where they are the first two of nine."""
+    data = training()
+    first, second = (file.image for file in data.parts()[0][:2])
+    first.unlink()
+    second.unlink()
+    assert data.require_photos() == [first, second]
+    assert data.require_photos(9) == [first]
+
+
 def test_nothing_held_out_is_nothing_to_measure_on(folder: Path) -> None:
     held = HeldOutPhotos(table=str(folder / "t.csv"), images=str(folder / "photos"), holdout=0)
     with pytest.raises(ValueError, match=r"set data\.holdout= to a share"):
