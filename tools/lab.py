@@ -126,6 +126,11 @@ def lab(
         if run.group not in left:
             write(runs_dir, out)
     write(runs_dir, out)
+    if ended := [run.folder.name for run in missing if not (run.folder / "done").exists()]:
+        sys.exit(
+            f"{', '.join(ended)} ended early: see the .log files in {runs_dir}, and type the "
+            "command again to go on"
+        )
 
 
 def recipes(world: str) -> list[str]:

@@ -89,6 +89,10 @@ def test_a_run_that_fails_stops_no_other(
     printed = capfd.readouterr().out
     assert "clim: ended with 3, see" in printed
     assert "focal: done in" in printed
+    monkeypatch.setattr(lab, "prepare", lambda *given: None)
+    monkeypatch.setattr(lab, "write", lambda *given: None)
+    with pytest.raises(SystemExit, match="lab_shapes_clim_0 ended early"):
+        lab.lab(rows=("clim",), worlds=("shapes",), seeds=("0",), runs_dir=tmp_path)
 
 
 def test_longer_rows_stand_beside_ordinary_fine_tuning_of_their_length() -> None:
