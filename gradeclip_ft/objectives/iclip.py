@@ -26,7 +26,7 @@ class ICLIP(Composed):
 
     A is the attention of the class token to the patches, its mean over heads from 0 to 1. The
     projections of recognition, φ_i and φ_t, are the model's own; φ'_i and φ'_t are weights of this
-    objective and start as the identity. the
+    objective and start as the identity. The
     explainer `iclip` reads them from the run's checkpoint.
 
     Attributes:
