@@ -116,7 +116,8 @@ class ClevrObjects:
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
         shape = "discs" if self.masks is None else "label maps"
-        return {"masks": shape, **subset_protocol(self.limit, self.limit_seed)}
+        told = {"masks": shape, "padding": "does not count"}
+        return {**told, **subset_protocol(self.limit, self.limit_seed)}
 
     def prepare(self) -> None:
         """Check that the file is there."""
@@ -183,7 +184,8 @@ class ClevrImages(Dataset[RegionSample]):
         image = read_image(Path(self.source.images) / scene["image_filename"], exif=False)
         height, width = letterbox_size(image.height, image.width, side)
         count = len(scene["objects"])
-        masks = torch.zeros(count, side, side)
+        masks, padding = torch.zeros(count, side, side), torch.ones(side, side, dtype=torch.bool)
+        padding[:height, :width] = False
         if self.source.masks is None:
             scale = width / image.width
             for mask, thing in zip(masks, scene["objects"], strict=True):
@@ -200,6 +202,7 @@ class ClevrImages(Dataset[RegionSample]):
             masks=masks,
             labels=torch.arange(count),
             is_thing=torch.ones(count, dtype=torch.bool),
+            ignored=padding,
         )
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:

@@ -109,6 +109,9 @@ class AttributesEvaluator:
                     for word in sorted({one[attribute] for one in objects if attribute in one})
                 ]
                 assert batch.masks is not None
+                assert batch.ignored is not None
+                # Padding is below and to the right, so what counts of a square is a rectangle.
+                high, wide = ((~batch.ignored).any(axis).sum(1).tolist() for axis in (2, 1))
                 masks = torch.stack([_mask(batch.masks, batch.owner, some, *p) for p in phrases])
                 target = torch.stack([embedding[word] for *_, word in phrases]).to(device)
                 owner = torch.tensor([row for row, *_ in phrases], device=device)
@@ -116,7 +119,10 @@ class AttributesEvaluator:
                     maps = heat_maps(supported, shared, target, owner)
                 for name, grid in maps.items():
                     heat = to_pixels(grid.float().clamp(min=0), (side, side)).cpu()
-                    for (_, attribute, _), one, mask in zip(phrases, heat, masks, strict=True):
+                    for (row, attribute, _), square, where in zip(
+                        phrases, heat, masks, strict=True
+                    ):
+                        one, mask = (each[: high[row], : wide[row]] for each in (square, where))
                         if not mask.any():
                             counts["phrases without a pixel"] += 1
                             continue

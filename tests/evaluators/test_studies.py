@@ -33,6 +33,16 @@ class Additive:
         return target[:, :16].abs().view(-1, 4, 4)
 
 
+@dataclass(frozen=True)
+class Flat:
+    """The same everywhere."""
+
+    images_only: ClassVar[bool] = True
+
+    def from_input(self, tower: Any, x: Tensor, target: Tensor, owner: Tensor) -> Tensor:
+        return torch.ones(len(target), 4, 4)
+
+
 def test_distances_have_their_closed_forms() -> None:
     """A map equal to the mask, a map elsewhere, and a map of zeros, which counts as uniform."""
     mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -113,6 +123,12 @@ def test_clevrs_scenes_are_read_with_discs_or_label_maps(tmp_path: Path) -> None
     sample = maps.pictures[0]
     assert sample.masks is not None
     assert sample.masks.sum((1, 2)).tolist() == [50 * 50, 10 * 10]
+    # A uniform map on two thirds of the square: what it says of the padding does not count.
+    flat = AttributesEvaluator("a", ClevrObjects(*files), {"flat": Flat()}, image_size=64)
+    found = flat(load_clip("shapes_tiny")).metrics
+    share = (np.pi * 35**2 + np.pi * 17.5**2) / (320 * 480)  # of both, which are red
+    assert found["flat/color_cosine"] == pytest.approx(share**0.5, rel=0.05)
+    assert found["flat/color_kld"] == pytest.approx(-log(share), rel=0.05)
     with pytest.raises(FileNotFoundError, match="no scene file"):
         ClevrObjects("nowhere.json", "images").prepare()
 
