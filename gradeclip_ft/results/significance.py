@@ -21,7 +21,7 @@ from gradeclip_ft.results.record import Result
 from gradeclip_ft.results.table import Row, Table
 
 DRAWS = 2000
-LOWER = ("deletion", "otd", "kld", "jsd", "pixels")
+LOWER = ("deletion", "otd", "kld", "jsd")
 """Measures that begin or end so are better when lower."""
 BEST = "two best"
 
