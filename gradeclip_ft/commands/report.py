@@ -33,7 +33,7 @@ from gradeclip_ft.report.figures import draw_still, enlarge
 from gradeclip_ft.report.page import write_page
 from gradeclip_ft.results.collect import ORDINARY, Entry, collect
 from gradeclip_ft.results.record import Json, Result, unit_of, versions
-from gradeclip_ft.results.table import Row, Table, differences, render
+from gradeclip_ft.results.table import Row, Table, differences, measured_on, render
 from gradeclip_ft.text.phrases import PhraseFinder, load_tagger, prepare_tagger
 from gradeclip_ft.text.prompts import phrase_prompt
 from gradeclip_ft.training.run_files import METRICS_JSONL, read_lines
@@ -64,9 +64,10 @@ LABEL = "per cent"
 CURVES = (BOXES, "image_retrieval_recall@1", "text_retrieval_recall@1")
 # Keys of a run's configuration that the page lists.
 SETTINGS = (
-    *("model.name", "seed", "trainer.max_steps", "trainer.precision", "data.batch_size"),
-    *("data.max_phrases", "data.prompt", "optim.optimizer.lr", "optim.optimizer.weight_decay"),
-    *("optim.schedule.warmup", "objective.local_weight", "objective.alignment.kind"),
+    *("model.name", "model.weights", "seed", "trainer.max_steps", "trainer.precision"),
+    *("data.batch_size", "data.max_phrases", "data.prompt", "optim.optimizer.lr"),
+    *("optim.optimizer.weight_decay", "optim.schedule.warmup"),
+    *("objective.local_weight", "objective.alignment.kind"),
 )
 WORLD = Path("data/shapes")
 SHAPES = (
@@ -235,6 +236,9 @@ def weights_hash(entry: Entry) -> Json:
 def introduction(comparison: Comparison) -> str:
     """What the columns are, and whether the runs differ in the objective alone."""
     parts = ["Untouched is the model before training."]
+    first = comparison.runs[0].config
+    if first.model.get("weights") == "random" and first.get("init_from") is None:
+        parts.append("Its weights are random: it has learned nothing.")
     for run in comparison.runs:
         text = f"{run.label} is fine-tuned with the contrastive loss of whole images and captions"
         if OmegaConf.select(run.config, "objective.explainer") is not None:
@@ -292,7 +296,10 @@ def results_table(comparison: Comparison) -> Table:
         metrics=(*comparison.methods, *difference),
         rows=tuple(rows),
         notes=tuple(f"Not comparable: {label}, {mark}." for label, mark in marks if mark),
-        sources=("Per cent. Small numbers are points above or below the untouched model.",),
+        sources=(
+            "Per cent. Small numbers are points above or below the untouched model.",
+            *measured_on(list(finals.values())),
+        ),
     )
 
 

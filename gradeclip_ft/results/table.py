@@ -29,6 +29,8 @@ ORDER = ("boxes", "thing_masks", "stuff_masks", "image_retrieval", "text_retriev
 MAIN = ("*boxes/top*", "*_masks/top*", "*recall@1", "*/AP50", "*/mIoU")
 """Metrics that a table shows unless others are asked for; `stuff_boxes` is left out too."""
 
+FEW = 100  # images, of which one is a point or more
+
 DEVIATION, LOW, HIGH = " sd", " low", " high"
 SHORT = {"image_retrieval_recall": "image R", "text_retrieval_recall": "text R"}
 
@@ -79,7 +81,7 @@ def tabulate(entries: Sequence[Entry]) -> Table:
     facts = dict.fromkeys(name for entry in entries for name in entry.facts)
     ranked = [m for first in (*ORDER, "") for m in metrics if m.split(":")[-1].startswith(first)]
     columns = tuple(dict.fromkeys(ranked))
-    return Table(("run", "step", *facts), columns, tuple(rows), tuple(notes), _sources(entries))
+    return Table(("run", "step", *facts), columns, tuple(rows), tuple(notes), measured_on(entries))
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
@@ -293,15 +295,19 @@ def write_table(
     return paths
 
 
-def _sources(entries: Sequence[Entry]) -> tuple[str, ...]:
-    """Data and image size of each evaluator, by its first result."""
+def measured_on(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Data and image size of each evaluator, by its first result; of few photos, what one is."""
     lines: dict[str, str] = {}
     for entry in entries:
         for name, result in sorted(entry.results.items()):
-            numbers = (result.data.get("counts") or {}).items()
-            size = result.protocol.get("image_size")
-            said = [f"{size} px", *(f"{n} {what}" for what, n in numbers if isinstance(n, int))]
-            lines.setdefault(name, f"{name}: {', '.join(said)}, data {result.data.get('hash')}.")
+            size, counts = result.protocol.get("image_size"), result.data.get("counts") or {}
+            data = f"data {result.data.get('hash')}"
+            said = [f"{n} {what}" for what, n in counts.items() if isinstance(n, int)]
+            said = [f"{size} px", *said] if size else said
+            images = counts.get("images", 0)
+            if "captions" in counts and 0 < images < FEW:  # region metrics count regions
+                said.append(f"one image is {100 / images:.1f} points")
+            lines.setdefault(name, f"{name}: {', '.join([*said, data])}.")
     return tuple(lines.values())
 
 

@@ -97,6 +97,25 @@ def test_curves_begin_at_the_untouched_model_and_leave_out_what_is_missing(
     assert boxes.percent
 
 
+def test_the_page_says_what_was_measured_and_how_the_model_began() -> None:
+    """100 % of a single photo, after random weights, looked like a result."""
+    folder = make_run("a", ORDINARY, {0: 0.1, 20: 0.3})
+    for step in (0, 20):
+        file = folder / "evaluations" / f"shapes_regions@{step}.json"
+        replace(read(file), data={"counts": {"images": 30, "captions": 60}, "hash": "d"}).write(
+            folder / "evaluations"
+        )
+    config = OmegaConf.load(folder / "config.yaml")
+    for start, random in (("random", True), ("openai", False)):
+        config.model.weights = start
+        OmegaConf.save(config, folder / "config.yaml")
+        report.report(str(folder), scenes=0)
+        html = (folder / "report.html").read_text(encoding="utf-8")
+        assert "30 images, 60 captions, one image is 3.3 points" in html
+        assert f"<dt>model.weights</dt><dd>{start}</dd>" in html
+        assert ("Its weights are random" in html) is random
+
+
 def test_two_runs_of_one_kind_carry_their_names() -> None:
     runs = [make_run(name, GRAD_ECLIP, {0: 0.1, 20: 0.5}) for name in ("x", "y")]
     assert report.read_runs(runs).methods == ["Untouched", "Grad-ECLIP (x)", "Grad-ECLIP (y)"]
