@@ -346,9 +346,11 @@ def _target_problems(
         return
     if entry is None:
         wrong = key if target is None else f"{key}._target_"
-        yield f"{wrong}: {node if target is None else target} is not built here; " + (
-            suggest(str(target), here) if here else "conf/ builds nothing under this key"
-        )
+        module = str(target).rpartition(".")[0]
+        remedy = suggest(str(target), here) if here else "conf/ builds nothing under this key"
+        if kind in plugins.NEEDED and module and module.partition(".")[0] != "gradeclip_ft":
+            remedy = f"if you wrote or trust that module, name it: plugins=[{module}]"
+        yield f"{wrong}: {node if target is None else target} is not built here; {remedy}"
         return
     assert target is not None
     arguments, short = entry["arguments"], target.rpartition(".")[2]
