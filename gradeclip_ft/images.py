@@ -112,11 +112,14 @@ def peculiarity(source: Source) -> list[str]:
     return [what for what, is_so in found.items() if is_so]
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder by their suffix, sorted by name, without hidden ones (`._0.jpg`)."""
+def images_in(folder: Path, *, below: bool = False) -> list[Path]:
+    """Image files of a folder by their suffix, sorted by name, without hidden ones (`._0.jpg`).
+
+    With `below` also those of its folders.
+    """
     return sorted(
         path
-        for path in folder.glob("*")
+        for path in folder.glob("**/*" if below else "*")
         if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and path.name[0] != "."
     )
 

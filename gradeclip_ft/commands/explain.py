@@ -180,6 +180,11 @@ def picture_files(images: Any) -> Iterator[Path]:
             found = [Path(name)]
         else:
             found = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+        if not found and os.path.isdir(name) and (below := images_in(Path(name), below=True)):
+            raise FileNotFoundError(
+                f"images={name}: the pictures are in folders below ({len(below)}); write "
+                f"images='{name}/**/*{below[0].suffix}'"
+            )
         if not found:
             raise FileNotFoundError(
                 f"images={name}: no such picture; give a file, a folder with pictures "

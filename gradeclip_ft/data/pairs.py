@@ -36,6 +36,8 @@ FILE_COLUMNS = (
 CAPTION_COLUMNS = (
     *("caption", "captions", "text", "comment", "sentence", "title", "description", "alt"),
 )
+USUAL = f"one of {', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
+OTHERS = "columns=[FILE,CAPTION] names others (data.columns= in train)"
 FILE_NAME = r"\.\w{3,4}(#\d+)?$"
 """How the name of an image ends; Flickr30k's table numbers its captions: `img.jpg#0`."""
 MOST_LINES = 20  # of a quoted caption; a lone quotation mark must not swallow the rows after it
@@ -164,6 +166,8 @@ def _listed(
 ) -> Iterator[tuple[str, tuple[str, ...], None]]:
     keys = list(content[0]) if content and isinstance(content[0], Mapping) else []
     found = _places(path, keys, columns)
+    if found is None and keys:
+        raise ValueError(f"{path} has the keys {', '.join(keys)}; expected {USUAL}; {OTHERS}")
     image, caption = ("image", "caption") if found is None else (keys[found[0]], keys[found[1]])
     for row, entry in enumerate(content):
         captions = _value(path, row, entry, caption)
@@ -245,9 +249,8 @@ def _rows(
         name, caption, width = 0, 1, 2
     else:
         raise ValueError(
-            f"{table} begins with {first}; expected a header with one of "
-            f"{', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}, or rows of "
-            "file name and caption; columns=[FILE,CAPTION] names others (data.columns= in train)"
+            f"{table} begins with {first}; expected a header with {USUAL}, or rows of file name "
+            f"and caption; {OTHERS}"
         )
     found: list[tuple[str, tuple[str, ...], None]] = []
     for row in _records(lines, delimiter, width):

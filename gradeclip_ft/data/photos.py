@@ -23,7 +23,7 @@ from gradeclip_ft.data.order import LoaderWorker, each_row_once
 from gradeclip_ft.data.pairs import table_files
 from gradeclip_ft.data.samples import caption_lines
 from gradeclip_ft.data.shards import RawSample, Skips, stable_hash
-from gradeclip_ft.images import IMAGE_SUFFIXES, ImageError, check_image
+from gradeclip_ft.images import ImageError, check_image, images_in
 from gradeclip_ft.text.phrases import prepare_tagger
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,10 @@ def _files(table: str | None, folder: Path, columns: tuple[str, ...] | None) -> 
 
 def _with_texts(folder: Path) -> Iterator[CaptionedFile]:
     """Photos below a folder, with the captions of the `.txt` of the same name, one in each line."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and path.name[0] != ".":
-            text = path.with_suffix(".txt")
-            told = text.read_text("utf-8-sig", errors="replace") if text.is_file() else ""
-            yield CaptionedFile(path, tuple(caption_lines(told)))
+    for path in images_in(folder, below=True):
+        text = path.with_suffix(".txt")
+        told = text.read_text("utf-8-sig", errors="replace") if text.is_file() else ""
+        yield CaptionedFile(path, tuple(caption_lines(told)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,15 +180,20 @@ class PhotoTrainData(CaptionData, Photos):
         missing = [file.image for file in files if not file.image.is_file()]
         if len(missing) > self.max_dropped * len(files):
             first = missing[0].relative_to(self.folder)
-            twice = (self.folder.parent / first).is_file()
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(files)} photos are not in {self.folder}, first {first}; "
-                + (
+            like = (path for path in images_in(self.folder, below=True) if path.stem == first.stem)
+            if (self.folder.parent / first).is_file():
+                remedy = (
                     f"the file names begin with {first.parts[0]} already: set "
                     f"data.images={self.folder.parent}"
-                    if twice
-                    else "set data.images= to the folder in which the file names begin"
                 )
+            elif (other := next(like, None)) is not None:
+                name = other.relative_to(self.folder).as_posix()
+                remedy = f"{first} is {name} there; the table must name it so"
+            else:
+                remedy = "set data.images= to the folder in which the file names begin"
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(files)} photos are not in {self.folder}, first {first}; "
+                f"{remedy}"
             )
         return missing
 

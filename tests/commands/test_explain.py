@@ -145,6 +145,10 @@ def test_any_script_is_taken(text: str) -> None:
     ("overrides", "message"),
     [
         ("images=photos/no.jpg phrases=[dog]", "images=photos/no.jpg: no such picture"),
+        (
+            "images=album phrases=[dog]",
+            r"the pictures are in folders below .1.; write images='album/\*\*/\*\.JPG'",
+        ),
         ("images=photos phrases=[dog] explainer=[gradcam]", "did you mean grad_cam"),
         ("images=photos phrases=[dog] explainer=[uniform]", "shows nothing"),
         ("images=photos phrases=[dog] explainer.grad_eclip.hads=all", "did you mean"),
@@ -165,6 +169,8 @@ def test_any_script_is_taken(text: str) -> None:
     ],
 )
 def test_what_cannot_be_explained_is_named(overrides: str, message: str) -> None:
+    Path("album/2019").mkdir(parents=True)
+    Path("album/2019/a.JPG").touch()
     Path("bad.jpg").write_text("<html>")
     Path("cut.jpg").write_bytes(Path("photos/c.jpg").read_bytes()[:500])
     with pytest.raises((ValueError, FileNotFoundError, ConfigurationError), match=message):

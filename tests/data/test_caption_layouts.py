@@ -217,7 +217,9 @@ def test_a_broken_image_in_a_shard_is_named(folder: Path) -> None:
 
 def test_a_list_of_something_else_and_a_cut_file_are_named(folder: Path) -> None:
     source = captions(folder, "a.json", [{"image": "1007129816.jpg"}])
-    with pytest.raises(ValueError, match="image number 0 has no caption"):
+    with pytest.raises(
+        ValueError, match=r"has the keys image; expected one of filename, .*caption"
+    ):
         source()
     (folder / "a.json").write_text('[{"image": "10071298')
     with pytest.raises(ValueError, match="not complete JSON"):

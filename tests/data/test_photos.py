@@ -187,6 +187,11 @@ def test_photos_held_out_that_cannot_be_read_are_counted(folder: Path) -> None:
         ({"images": "photos/photos"}, "no folder photos/photos; set images="),
         ({"images": "elsewhere"}, "18 of 18 photos are not in elsewhere, first .*set data.images="),
         ({"table": "twice.csv"}, "begin with photos already: set data.images=."),
+        ({"table": "short.csv"}, r"first (\d\d); \1 is 2019/\1\.JPG there; the table"),
+        (
+            {"table": "keys.jsonl"},
+            r"the keys bild, texte; expected one of filename.*data\.columns=",
+        ),
         ({"columns": ["file", "title"]}, r"has the columns filepath, title; set columns="),
         ({"table": None, "images": "elsewhere"}, "no photo with a caption in elsewhere"),
         ({"table": None, "images": None}, "no photos; set data.table="),
@@ -207,6 +212,11 @@ def test_what_cannot_be_trained_on_is_refused(
     (folder / "elsewhere").mkdir()
     twice = [("file", "text"), *((f"photos/{name}", text) for name, text in rows())]
     (folder / "twice.csv").write_text("".join(f"{name},{text}\n" for name, text in twice))
+    (folder / "photos" / "2019").mkdir()
+    for number in range(10, 20):
+        (folder / "photos" / "2019" / f"{number}.JPG").touch()
+    (folder / "short.csv").write_text("file,text\n" + "".join(f"{n},dog\n" for n in range(10, 20)))
+    (folder / "keys.jsonl").write_text('{"bild": "p00.jpg", "texte": ["a dog"]}\n')
     (folder / "broken.jsonl").write_text('{"file": "a.jpg",\n')
     data = training(**{"table": "t.csv", "images": "photos", **options})
 
