@@ -39,15 +39,17 @@ def doctor(cfg: DictConfig) -> int:
     from gradeclip_ft.training.trainer import silence_libraries
 
     silence_libraries()
-    problems = 0
+    problems: list[str] = []
     checks = (packages, run_folder, device, length, evaluation_data, trainer, model, tagger)
     for check in (*checks, training_data):
         if cfg.trainer.max_steps == UNSET and check in NEED_LENGTH:
             continue  # the data cannot be read, which `length` has said
         for kind, text in _findings(check, cfg):
-            problems += kind == PROBLEM
+            if kind == PROBLEM and any(told.endswith(text) for told in problems):
+                continue  # the evaluator, whose data are those of training, has said it
+            problems += [text] if kind == PROBLEM else []
             print(f"{kind:<9}{check.__name__.replace('_', ' '):<17}{text}")
-    counted = f"{problems} problem{'s' if problems > 1 else ''}"
+    counted = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     print(counted if problems else "this run could start")
     return 1 if problems else 0
 
@@ -99,7 +101,10 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
     wanted, count = str(cfg.trainer.accelerator), _devices(cfg)
     found = torch.cuda.device_count()
     if wanted in ("gpu", "cuda") and found < count:
-        yield PROBLEM, f"{count} GPUs wanted, {found} found; choose trainer=cpu or gpu"
+        yield (
+            PROBLEM,
+            f"{count} GPUs wanted, {found} found; choose trainer=cpu" + " or gpu" * bool(found),
+        )
     elif wanted in ("gpu", "cuda"):
         names = {torch.cuda.get_device_name(place) for place in range(count)}
         yield OK, f"{count} of {found} GPUs: {', '.join(sorted(names))}"

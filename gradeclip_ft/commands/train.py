@@ -137,6 +137,8 @@ def _finish(job: Training, cfg: DictConfig, folder: Path) -> None:
         use = f"for {call}, or export run={folder.name} for its pixels and tokens too"
     else:
         use = f"for evaluate, explain and report; export run={folder.name} writes it for open_clip"
+    if after and not isinstance(job.module, DetectorModule):
+        use += f"; report {folder} writes a page"
     print(f"{weights}  {use}")
 
 

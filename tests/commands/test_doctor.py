@@ -174,3 +174,15 @@ def test_a_run_of_this_name_is_found(capsys: pytest.CaptureFixture[str]) -> None
     code, lines = report(capsys, "resume=auto")
     assert code == 0
     assert "continues" in lines["run folder"]
+
+
+def test_one_fault_is_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and its evaluator read one table; without a GPU, trainer=gpu is no remedy."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    words = ["data=photos", "model=shapes_tiny", "data.table=t.csv", "trainer=gpu", "name=a"]
+    assert module.doctor(compose("train", [*words, "trainer.max_steps=20"])) == 1
+    told = capsys.readouterr().out
+    assert told.count("no table t.csv") == 1
+    assert "1 GPUs wanted, 0 found; choose trainer=cpu\n" in told
