@@ -113,16 +113,20 @@ def scheduler_signals_held() -> Iterator[None]:
 def ignore_scheduler_signals(worker: int) -> None:
     """Start of a loader worker: it exits only when its parent asks or dies.
 
-    A scheduler may signal all processes of a job; the step that the parent wants to finish and save
-    needs its workers. Commands that a worker starts for `pipe:` inherit this. Systems that do
-    not tell who sent a signal (macOS, Windows) keep torch's way: a worker ends on SIGTERM.
+    A scheduler may signal all processes of a job, and a terminal sends Ctrl-C to all of them; the
+    step that the parent wants to finish and save needs its workers. Commands that a worker starts
+    for `pipe:` inherit this. Systems that do not tell who sent a signal (macOS, Windows) keep
+    torch's way: a worker ends on SIGTERM.
 
     Args:
         worker: Its number; all are alike.
     """
     del worker
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None or not hasattr(signal, "sigwaitinfo"):
+    if parent is None or parent.pid is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
         return
     # Blocked in every thread, see `scheduler_signals_held`: they come to the thread below.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

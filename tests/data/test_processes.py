@@ -86,10 +86,10 @@ def test_a_worker_that_is_killed_during_a_step_says_what_to_do() -> None:
 
 
 class Signalled(Numbers):
-    """Each worker gets the signals of a scheduler, from a process that is not its parent."""
+    """Each worker gets the signals of a scheduler and Ctrl-C, not from its parent."""
 
     def __getitem__(self, index: int) -> int:
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGINT):
             os.kill(os.getpid(), number)
         return super().__getitem__(index)
 
