@@ -109,6 +109,12 @@ def make_trainer(
     try:
         trainer = pl.Trainer(**arguments, **(extra or {}))
     except MisconfigurationException as error:
+        found = torch.cuda.device_count()
+        if accelerator == "gpu" and str(devices).isdigit() and found < int(devices):
+            raise ValueError(
+                f"{devices} GPUs wanted, {found} found; choose trainer=cpu"
+                + " or gpu" * bool(found)
+            ) from error
         asked = f"{accelerator=!s} {devices=!s} {strategy=!s}"
         raise ValueError(f"{asked}: {error} trainer=cpu works on every machine") from error
     _require_precision(precision, trainer)

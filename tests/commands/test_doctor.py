@@ -61,7 +61,7 @@ def test_shards_that_are_there_are_read(capsys: pytest.CaptureFixture[str], tmp_
     [
         ("data.make=null data.shards='a-{0..3}.tar'", "training data", "4 of 4 shards do not"),
         ("evaluator=coco_regions_224", "evaluation data", "panoptic_val2017.json"),
-        ("trainer.accelerator=gpu trainer.devices=99", "device", "99 GPUs wanted"),
+        ("trainer.accelerator=gpu trainer.devices=99", "trainer", "99 GPUs wanted"),
         ("model.image_size=65", "model", "65 is not a multiple of the patch size 8"),
         ("model.name=shapes_tinny", "model", "did you mean shapes_tiny"),
         ("model.weights=none.safetensors", "model", "file none.safetensors does not exist"),
@@ -186,3 +186,4 @@ def test_one_fault_is_said_once(
     told = capsys.readouterr().out
     assert told.count("no table t.csv") == 1
     assert "1 GPUs wanted, 0 found; choose trainer=cpu\n" in told
+    assert told.splitlines()[-1] == "2 problems"
