@@ -174,7 +174,11 @@ class CaptionDataModule(pl.LightningDataModule):
         self._on_prepared(self._source.prepare())
 
     def train_dataloader(self) -> RunLoader:
-        """Batches of the whole run, beginning after the last finished step."""
+        """Batches of the whole run, beginning after the last finished step.
+
+        Raises:
+            ValueError: An epoch has not one batch; said before anything is measured.
+        """
         assert self.trainer is not None
         trainer, source = self.trainer, self._source
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -202,6 +206,7 @@ class CaptionDataModule(pl.LightningDataModule):
             },
             resampled=source.resampled,
         )
+        _ = self._loader.batches_per_epoch
         return self._loader
 
     @property

@@ -47,6 +47,16 @@ def measured(folder: Path) -> dict[str, float]:
     }
 
 
+def test_a_start_that_is_refused_leaves_the_name_free(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The length of an epoch is known before the model is measured, so nothing is there to keep."""
+    words = [*TRAIN, "name=a", "trainer.max_steps=2", "data.batch_size=64"]
+    assert run(COMMANDS, words) == 1
+    assert "less than one batch of 64" in capsys.readouterr().err
+    assert not (home / "runs" / "a").exists()
+
+
 @pytest.mark.slow
 def test_own_photos_are_trained_on_measured_and_resumed(
     home: Path, capsys: pytest.CaptureFixture[str]
