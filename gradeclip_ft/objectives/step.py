@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,27 @@ from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.trace import Trace
 
 ROWS = 64  # phrases explained at a time: a method over layers keeps the attention of all of them
-StoredMaps: TypeAlias = Callable[[Explainer, CaptionBatch, Callable[[Tensor], Tensor]], Tensor]
-"""Maps by a method of all phrases of a batch, and a function that computes those of some rows."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """What a teacher that does not move has said before; `compute` gives the rows that are missing.
+
+    It knows the images of the batch of the step alone: crops and canvases are always computed.
+    """
+
+    def embeddings(
+        self, batch: CaptionBatch, compute: Callable[[Int[Tensor, " R"]], Tensor]
+    ) -> Float[Tensor, "B D"]:
+        """Of the images, not normalised."""
+
+    def maps(
+        self,
+        explainer: Explainer,
+        batch: CaptionBatch,
+        compute: Callable[[Int[Tensor, " R"]], Tensor],
+    ) -> Float[Tensor, "P h w"]:
+        """Of the phrases, by one method."""
 
 
 class Teacher(nn.Module):
@@ -38,7 +57,7 @@ class Teacher(nn.Module):
         shared = {id(part): part for part in clip.model.parameters() if not part.requires_grad}
         # The adapters of a Clip hold functions of its own modules: the copy gets new ones.
         self.clip = Clip(copy.deepcopy(clip.model, shared)).requires_grad_(False).eval()
-        self.stored_maps: StoredMaps | None = None
+        self.stored: Stored | None = None
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode."""
@@ -101,7 +120,7 @@ class Step:
         if name not in self._views:
             teacher = self._teachers[name]
             assert isinstance(teacher, Teacher)
-            self._views[name] = View(teacher.clip, self, teacher.stored_maps)
+            self._views[name] = View(teacher.clip, self, teacher.stored)
         return self._views[name]
 
     @contextmanager
@@ -117,10 +136,10 @@ class Step:
 class View:
     """A batch seen by a teacher: without a graph, in single precision."""
 
-    def __init__(self, clip: Clip, step: Step, stored_maps: StoredMaps | None = None) -> None:
+    def __init__(self, clip: Clip, step: Step, stored: Stored | None = None) -> None:
         self.clip = clip
         self._step = step
-        self._stored_maps = stored_maps
+        self._stored = stored
         scale = clip.log_scale.float().exp()
         self._pass = SharedPass(clip.image, step.batch.images, scale)
 
@@ -128,7 +147,10 @@ class View:
     def embedding(self) -> Float[Tensor, "B D"]:
         """Of the images, not normalised."""
         with self._step.single_precision():
-            return self._pass.embedding
+            if self._stored is None:
+                return self._pass.embedding
+            batch = self._step.batch
+            return self._stored.embeddings(batch, lambda rows: self._pass.embedding[rows])
 
     @cached_property
     def dense(self) -> Float[Tensor, "B h w D"]:
@@ -166,8 +188,8 @@ class View:
         batch = self._step.batch
         if not len(batch.owner):
             return self.phrases.new_zeros((0, *self.dense.shape[1:3]))
-        if self._stored_maps is not None:
-            return self._stored_maps(explainer, batch, lambda rows: self._heat(explainer, rows))
+        if self._stored is not None:
+            return self._stored.maps(explainer, batch, lambda rows: self._heat(explainer, rows))
         return self._heat(explainer, torch.arange(len(batch.owner), device=batch.owner.device))
 
     def _heat(self, explainer: Explainer, rows: Int[Tensor, " R"]) -> Float[Tensor, "R h w"]:

@@ -2,8 +2,9 @@
 
 With the first blocks and the text tower frozen, the tokens that enter the first block that learns
 and the embeddings of texts are the same at every visit and in every run. So are the maps of a start
-model, whatever learns. They are stored in single files by content (pixels, token ids) below a
-folder that is named by the model, its weights and the precision of the step they come from.
+model and its embeddings of images, whatever learns. They are stored in single files by content
+(pixels, token ids) below a folder that is named by the model, its weights and the precision of the
+step they come from.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ class FrozenCache:
     Args:
         clip: The model, with `requires_grad` set.
         folder: Grows by 4 bytes for every number of a token: 0.4 MB for an image of 257 tokens
-            with 384 channels; and for every cell of a map.
-        maps: Whether maps of this model, as it is now, will be asked for.
+            with 384 channels; and for every cell of a map and channel of an embedding.
+        start: Whether this model, as it is now, will be asked as a teacher.
 
     Raises:
-        ValueError: No block of the image tower is frozen, or its patches learn, and maps are not
-            asked for.
+        ValueError: No block of the image tower is frozen, or its patches learn, and there is no
+            such teacher.
     """
 
-    def __init__(self, clip: Clip, folder: str | Path, *, maps: bool = False) -> None:
+    def __init__(self, clip: Clip, folder: str | Path, *, start: bool = False) -> None:
         learning = {n for n, value in clip.model.named_parameters() if value.requires_grad}
         image = [name for name in learning if name.startswith("visual.")]
         blocks = [int(found[1]) for name in image if (found := BLOCK.search(name))]
         self._depth = clip.image.depth
         self.first = min(blocks, default=self._depth - 1)
-        if not self.first and not maps:
+        if not self.first and not start:
             raise ValueError(
-                "a cache keeps what frozen blocks compute, and maps of the start model; set "
-                "optim.image_blocks or objective.maps_from=start"
+                "a cache keeps what frozen blocks compute, and what the start model says; set "
+                "optim.image_blocks, objective.maps_from=start, or a term that asks that model"
             )
         self._texts = not any(not n.startswith(("visual.", "logit_")) for n in learning)
         # Weights do not tell QuickGELU from GELU, nor how many heads there are.
@@ -109,6 +110,18 @@ class FrozenCache:
             clip.image = replace(clip.image, open=open_late)
         if self._texts:
             clip.text = replace(clip.text, library=encode_texts, encode_packed=None)
+
+    def embeddings(
+        self, batch: CaptionBatch, compute: Callable[[Int[Tensor, " R"]], Tensor]
+    ) -> Float[Tensor, "B D"]:
+        """Embeddings by the start model of the images of the step, not normalised.
+
+        Args:
+            batch: Of the step.
+            compute: Embeddings of some of its images.
+        """
+        folder = self._start / _precision(batch.images.device) / "embeddings"
+        return self._look_up([folder / key for key in self._keys], compute).to(batch.images.device)
 
     def maps(
         self,

@@ -44,8 +44,8 @@ class FineTuneModule(pl.LightningModule):
             None.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Backend of `torch.compile` for the transformer blocks; None compiles nothing.
-        cache: Folder for what frozen blocks and a frozen text tower compute, and for maps of the
-            start model; see `FrozenCache`.
+        cache: Folder for what frozen blocks and a frozen text tower compute, and for maps and
+            embeddings of the start model; see `FrozenCache`.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class FineTuneModule(pl.LightningModule):
         )
         if isinstance(objective, Composed):
             objective.begin(clip)
-        maps = getattr(objective, "maps_from", None) == "start"
-        self._cache = None if cache is None else FrozenCache(clip, cache, maps=maps)
+        teachers = getattr(objective, "teachers", {})
+        start = "start" in teachers
+        self._cache = None if cache is None else FrozenCache(clip, cache, start=start)
         if self._cache is not None:
             self._cache.serve(clip)
-            teachers = getattr(objective, "teachers", {})
-            if maps:
-                teachers["start"].stored_maps = self._cache.maps
+            if start:
+                teachers["start"].stored = self._cache
             if self._cache.serves(getattr(objective, "explainer", None)):
                 for teacher in teachers.values():
                     self._cache.serve(teacher.clip)
