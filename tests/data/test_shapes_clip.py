@@ -137,5 +137,5 @@ def test_the_asset_was_built_by_the_present_tool(asset, name, world, repository,
     built = json.loads((asset / f"{name}.json").read_text())["built"]
     parameters = inspect.signature(tool.build).parameters
     defaults = {key: p.default for key, p in parameters.items() if p.default is not None}
-    expected = tool.SETTINGS[world] | defaults | {"world": world}
+    expected = tool.SETTINGS[world] | tool.SIZES[world] | defaults | {"world": world}
     assert built["settings"] == {key: x for key, x in expected.items() if key != "out"}
