@@ -7,10 +7,11 @@
 
 A row is a training run, runs/lab_WORLD_RECIPE_SEED, and writes its text to a .log beside its
 folder; what is finished is kept, what was interrupted goes on, so the command can be stopped and
-typed again. `results/recipes.md` holds what is there: means over seeds with their deviation, and
-95 % intervals over images. The photos need PHOTOS=FOLDER (see conf/exp/photos/ordinary.yaml). The
-row `true_mask` pools every phrase by the mask that the shapes world drew: what a map can bring at
-most. Rows of other lengths end in their steps: `best_600` is compared with `ordinary_600`.
+typed again. `results/recipes.md` holds means over seeds with their deviation, and 95 % intervals
+over images; rows whose runs lie on another machine stay in it. The photos need PHOTOS=FOLDER (see
+conf/exp/photos/ordinary.yaml). The row `true_mask` pools every phrase by the mask that the shapes
+world drew: what a map can bring at most. Rows of other lengths end in their steps: `best_600` is
+compared with `ordinary_600`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from gradeclip_ft.results.table import DEVIATION, HIGH, LOW, Row, Table, render
 from gradeclip_ft.training.run_files import METRICS_JSONL, WEIGHTS, read_lines
 
 RUNS, OUT = Path("runs"), Path("results/recipes")
-ORDINARY = "ordinary"
+ORDINARY, UNTOUCHED, DIFFERENCE = "ordinary", "untouched", "- ordinary"
 TRUE_MASKS = {
     "true_mask": "game",
     "true_mask_600": "game_600",
@@ -238,16 +239,22 @@ def step_seconds(folder: Path) -> float:
 
 
 def write(runs_dir: Path, out: Path) -> None:
-    """The table of everything that is finished, one part per world, and a JSON with every row."""
+    """The table of everything that is finished, one part per world, and a JSON with every row.
+
+    Rows of the JSON stay where no run here replaces them, as long as there is such a recipe.
+    """
     parts = ["# Recipes", "", "Made by", "", "    make lab", "", *HEAD.splitlines(), ""]
-    kept: list[dict[str, Any]] = []
+    data = out.parent / f"{out.name}.json"
+    stored: list[Row] = json.loads(data.read_text()) if data.exists() else []
+    kept: list[Row] = []
     for world in ("shapes", "shapes2", "photos"):
         folders = sorted(path.parent for path in runs_dir.glob(f"lab_{world}_*_*/done"))
         groups = grouped(world, folders)
-        if not groups:
-            continue
         for title, chosen in TITLES[world].items():
-            rows = list(table_rows(groups, chosen))
+            before = [row for row in stored if (row["world"], row["part"]) == (world, title)]
+            rows = in_order(world, before, list(table_rows(groups, chosen)))
+            if not rows:
+                continue
             columns = [name for name in COLUMNS if any(name in row for row in rows)]
             told = ("recipe", "alpha", "seeds", "on", "time", "patch cosine")
             facts = tuple(name for name in told if any(name in row for row in rows))
@@ -256,7 +263,7 @@ def write(runs_dir: Path, out: Path) -> None:
             kept += [{"world": world, "part": title, **row} for row in rows]
     write_atomically(out.parent / f"{out.name}.md", "\n".join(parts).rstrip() + "\n")
     content = json.dumps(kept, indent=1, ensure_ascii=False)
-    write_atomically(out.parent / f"{out.name}.json", content + "\n")
+    write_atomically(data, content + "\n")
 
 
 HEAD = """\
@@ -266,7 +273,8 @@ where it is given, is that of a step relative to ordinary fine-tuning of the sam
 the runs were trained; `patch cosine` the mean cosine between a patch and the same patch by the
 start model. Rows `- ordinary` are paired differences from ordinary fine-tuning with the same alpha
 and steps, over the same draws. A recipe, seed or world that is not here has not been run; the
-command goes on where it was stopped."""
+command goes on where it was stopped. Rows whose runs do not lie in `runs_dir` stay as they are; a
+run there replaces the row of its recipe and alpha, even if that row had more seeds."""
 TITLES: Mapping[str, Mapping[str, str]] = {
     "shapes": {"Shapes world, reported split": "", "Shapes world, choosing split": "choose"},
     "shapes2": {"Shapes world 2, reported split": "", "Shapes world 2, choosing split": "choose"},
@@ -276,19 +284,18 @@ Group = tuple[str, float | None]  # recipe and alpha; None before training
 
 
 def grouped(world: str, folders: Sequence[Path]) -> dict[Group, list[tuple[Entry, dict[str, Any]]]]:
-    """Entries of all seeds by recipe and share, with what `done` says; the untouched first."""
+    """Entries of all seeds by recipe and share, with what `done` says."""
     found: dict[Group, list[tuple[Entry, dict[str, Any]]]] = {}
-    order = {name: place for place, name in enumerate(recipes(world))}
-    for folder in sorted(folders, key=lambda path: order.get(recipe_of(world, path), 99)):
+    for folder in folders:
         facts = json.loads((folder / "done").read_text())
         facts["on"] = str(read_config(folder).trainer.accelerator)
         for entry in collect([str(folder)]):
             if not entry.step:
-                found.setdefault(("untouched", None), [(entry, {})])
+                found.setdefault((UNTOUCHED, None), [(entry, {})])
                 continue
             alpha = next(iter(entry.results.values())).alpha
             found.setdefault((recipe_of(world, folder), alpha), []).append((entry, facts))
-    return dict(sorted(found.items(), key=lambda item: item[0][1] is not None))
+    return found
 
 
 def recipe_of(world: str, folder: Path) -> str:
@@ -319,7 +326,7 @@ def table_rows(
             cosines = [facts["patch_cosine"] for _, facts in members]
             row["patch cosine"] = f"{statistics.fmean(cosines):.3f}"
         ordinary: Group = (ordinary_beside(recipe), alpha)
-        difference: Row = {"recipe": "- ordinary", "alpha": alpha}
+        difference: Row = {"recipe": DIFFERENCE, "alpha": alpha}
         for metric in values[group][0]:
             each = [some[metric] for some in values[group]]
             row[metric] = statistics.fmean(each)
@@ -334,6 +341,25 @@ def table_rows(
         yield row
         if ordinary in groups and group != ordinary:
             yield difference
+
+
+def in_order(world: str, stored: Sequence[Row], made: Sequence[Row]) -> list[Row]:
+    """Rows of a part in the order of the recipes; of equal ones, those that were made here."""
+    places = {name: place for place, name in enumerate([UNTOUCHED, *recipes(world)])}
+    known = {group: rows for group, rows in blocks(stored).items() if group[0] in places}
+    both = known | blocks(made)
+    groups = sorted(both, key=lambda group: places.get(group[0], len(places)))
+    return [row for group in groups for row in both[group]]
+
+
+def blocks(rows: Sequence[Row]) -> dict[Any, list[Row]]:
+    """Rows by recipe and alpha, each with its difference from ordinary fine-tuning."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        if row["recipe"] != DIFFERENCE:
+            group = row["recipe"], row["alpha"]
+        found.setdefault(group, []).append(row)
+    return found
 
 
 def ordinary_beside(recipe: str) -> str:

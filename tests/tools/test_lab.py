@@ -38,12 +38,11 @@ def test_true_maps_are_the_masks_of_what_a_phrase_names() -> None:
     assert maps[2].abs().sum() == 0
 
 
-def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -> None:
-    """Two seeds of two recipes: mean, deviation, and the difference from ordinary."""
-    values = {"ordinary": (0.4, 0.5), "game": (0.6, 0.8)}
+def finished(runs: Path, values: dict[str, tuple[float, ...]]) -> None:
+    """Runs of the shapes world with these values of one metric, by recipe and seed."""
     for recipe, numbers in values.items():
         for seed, number in enumerate(numbers):
-            folder = tmp_path / "runs" / f"lab_shapes_{recipe}_{seed}"
+            folder = runs / f"lab_shapes_{recipe}_{seed}"
             for step in (0, 10):
                 one = result(seed=seed, step=step)
                 metrics = {"boxes/top1": number if step else 0.1}
@@ -53,6 +52,11 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
             )
             facts = {"patch_cosine": 0.9, "step_seconds": 1.0 if recipe == "ordinary" else 1.5}
             (folder / "done").write_text(json.dumps(facts))
+
+
+def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -> None:
+    """Two seeds of two recipes: mean, deviation, and the difference from ordinary."""
+    finished(tmp_path / "runs", {"ordinary": (0.4, 0.5), "game": (0.6, 0.8)})
     lab.write(tmp_path / "runs", tmp_path / "recipes")
     rows = json.loads((tmp_path / "recipes.json").read_text())
     told = {row["recipe"]: row for row in rows if row["part"].endswith("reported split")}
@@ -66,6 +70,30 @@ def test_rows_are_means_over_seeds_beside_ordinary_fine_tuning(tmp_path: Path) -
         "| game | 1.0 | 2 | cpu | 1.50 | 0.900 | 70.0 ± 14.1 ["
         in (tmp_path / "recipes.md").read_text()
     )
+
+
+def test_rows_of_another_machine_stay_where_no_run_replaces_them(tmp_path: Path) -> None:
+    """There: focal, game, mosaic and a recipe that has gone since. Here: game, and clim alone."""
+    there = {"ordinary": (0.4,), "focal": (0.3,), "game": (0.6, 0.8), "mosaic": (0.2,)}
+    finished(tmp_path / "there", there)
+    lab.write(tmp_path / "there", tmp_path / "recipes")
+    rows = json.loads((tmp_path / "recipes.json").read_text())
+    gone = {"world": "shapes", "part": rows[0]["part"], "recipe": "gone", "alpha": 1.0}
+    (tmp_path / "recipes.json").write_text(json.dumps([gone, *rows]))
+    finished(tmp_path / "here", {"game": (0.7,), "clim": (0.1,)})
+    lab.write(tmp_path / "here", tmp_path / "recipes")
+    merged = json.loads((tmp_path / "recipes.json").read_text())
+    told = [row for row in merged if row["part"] == rows[0]["part"]]
+    named = [(row["recipe"], round(row["boxes/top1"], 6)) for row in told]
+    assert named == [
+        *(("untouched", 0.1), ("ordinary", 0.4), ("clim", 0.1)),
+        *(("focal", 0.3), ("- ordinary", -0.1)),
+        ("game", 0.7),  # its difference needs the draws of ordinary, which is not here
+        *(("mosaic", 0.2), ("- ordinary", -0.2)),
+    ]
+    table = (tmp_path / "recipes.md").read_text()
+    assert table.count("| mosaic |") == 2  # of both splits
+    assert "gone" not in table
 
 
 def test_a_run_that_fails_stops_no_other(
