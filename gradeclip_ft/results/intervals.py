@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from gradeclip_ft.results.table import HIGH, LOW, Row, Table
 
 DRAWS = 1000
 ENDS = (2.5, 97.5)  # percent
+Draws: TypeAlias = Mapping[tuple[str, str], NDArray[np.float64]]
 
 
 def bootstrap(result: Result) -> dict[str, NDArray[np.float64]]:
@@ -70,38 +72,44 @@ def _values(
 
 
 def with_intervals(table: Table, entries: Sequence[Entry]) -> Table:
-    """The table with 95 % intervals, and rows of the paired differences from its first row.
+    """The table with 95 % intervals, and rows of paired differences.
 
-    Metrics without samples have none.
+    A row is compared with the first one of its model, and the first one of another model with the
+    first of all. Metrics without samples have no interval; those on other data, no difference.
     """
     draws = [_by_column(row, entry) for row, entry in zip(table.rows, entries, strict=True)]
     rows = [row | _ends(found) for row, found in zip(table.rows, draws, strict=True)]
-    first, start = table.rows[0], draws[0]
-    for row, found in zip(table.rows[1:], draws[1:], strict=True):
-        differences = {name: found[name] - start[name] for name in found if name in start}
-        name = f"{row['run']} - {first['run']}"
-        more: Row = {"run": name, "step": row.get("step"), "command": None, "differs": None}
-        more |= {key: row.get(key) for key in ("alpha",) if key in row}
-        for column in differences:
-            more[column] = float(str(row[column])) - float(str(first[column]))
-        rows.append(more | _ends(differences))
+    first: dict[str, int] = {}
+    for place, (row, entry, found) in enumerate(zip(table.rows, entries, draws, strict=True)):
+        model = str(next(iter(entry.results.values())).weights.get("name"))
+        start = first.setdefault(model, place)
+        start = 0 if start == place else start
+        base, before = table.rows[start], draws[start]
+        differences = {key: found[key] - before[key] for key in found if key in before}
+        if place and differences:
+            more: Row = {"run": f"{row['run']} - {base['run']}", "step": row.get("step")}
+            more |= {"command": None, "differs": None}
+            more |= {key: row.get(key) for key in ("alpha",) if key in row}
+            for column, _ in differences:
+                more[column] = float(str(row[column])) - float(str(base[column]))
+            rows.append(more | _ends(differences))
     note = f"[ ]: 95 % of {DRAWS} draws of images; differences over the same draws"
     return replace(table, rows=tuple(rows), notes=(*table.notes, note))
 
 
-def _by_column(row: Row, entry: Entry) -> dict[str, NDArray[np.float64]]:
-    """Draws by the column that a metric has in the table."""
+def _by_column(row: Row, entry: Entry) -> Draws:
+    """Draws by the column that a metric has in the table, and by the data that were drawn from."""
     found = {}
     for name, result in entry.results.items():
         for metric, values in bootstrap(result).items():
             long = f"{name}:{metric}"
-            found[long if long in row else metric] = values
+            found[long if long in row else metric, str(result.data.get("hash"))] = values
     return found
 
 
-def _ends(draws: Mapping[str, NDArray[np.float64]]) -> Row:
+def _ends(draws: Draws) -> Row:
     ends: Row = {}
-    for column, values in draws.items():
+    for (column, _), values in draws.items():
         low, high = np.percentile(values, ENDS)
         ends |= {column + LOW: float(low), column + HIGH: float(high)}
     return ends

@@ -10,8 +10,10 @@ import pytest
 
 from gradeclip_ft.commands.compare import compare
 from gradeclip_ft.results import intervals
-from gradeclip_ft.results.intervals import bootstrap
+from gradeclip_ft.results.collect import collect
+from gradeclip_ft.results.intervals import bootstrap, with_intervals
 from gradeclip_ft.results.record import Result
+from gradeclip_ft.results.table import tabulate
 
 IMAGES = 60
 
@@ -123,6 +125,23 @@ def test_compare_prints_intervals_and_the_paired_difference(
     assert width < 0.8 * (second[2] - second[0] + first[2] - first[0])
     compare(*places, steps="last", interval=True)
     assert f"{100 * first[1]:.1f} [{100 * first[0]:.1f}, " in capsys.readouterr().out
+
+
+def test_differences_are_those_of_one_model_and_of_the_same_data(tmp_path: Path) -> None:
+    """Of two models, tuning is the difference from each one's own start; other images have none."""
+    places = []
+    for model, data in (("small", "h"), ("large", "h"), ("small", "other")):
+        places.append(tmp_path / f"{model} {data}")
+        for step in (0, 10):
+            one = result(seed=len(places) if step else 7, step=step)
+            weights = {"name": model, "hash": f"{model}{step}"}
+            named = replace(one, weights=weights, data={"hash": data}, run=f"tuned {model}")
+            named.write(places[-1])
+    entries = collect([str(place) for place in places])
+    rows = with_intervals(tabulate(entries), entries).rows
+    assert [row["run"] for row in rows[len(entries) :]] == [
+        *("tuned small - small", "large - small", "tuned large - large"),
+    ]
 
 
 def test_intervals_are_for_single_runs() -> None:
