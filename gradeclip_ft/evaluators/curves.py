@@ -15,14 +15,13 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from gradeclip_ft.results.record import Json, as_text, hash_json, write_atomically
+from gradeclip_ft.results.record import AREA_SCALE, Json, as_text, hash_json, write_atomically
 
 Rule = Literal["mean", "trapezoid"]
 Curves = Mapping[str, Mapping[str, Float[ndarray, "B S"]]]
 """By method and column (deletion_true@1), the score of every image at every point of the curve."""
 
 DELETION, INSERTION, IMD = "deletion", "insertion", "imd"
-SCALE = 10_000  # of the areas that a result keeps of every image, in whole numbers
 
 
 def area(values: Float[ndarray, "B S"], rule: Rule) -> Float[ndarray, " B"]:
@@ -64,7 +63,7 @@ def summarise(curves: Curves, rule: Rule) -> tuple[dict[str, float], dict[str, J
                 )
                 areas[f"{method}/{IMD}{rest}"] = inserted - deleted
     kept: dict[str, Json] = {
-        metric: as_text(np.rint(SCALE * values).astype(int)) for metric, values in areas.items()
+        metric: as_text(np.rint(AREA_SCALE * values).astype(int)) for metric, values in areas.items()
     }
     metrics = {metric: float(values.mean()) for metric, values in areas.items()}
     return metrics, {"curves": points, "areas": kept}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradeclip_ft.report.content import Case, Chart, Page
-from gradeclip_ft.results.record import Result, unit_of
+from gradeclip_ft.results.record import AREA_SCALE, Result, unit_of
 from gradeclip_ft.results.table import Row, Table
 
 LABEL = "measure"
@@ -87,7 +87,7 @@ def _bars(result: Result, by_measure: Mapping[str, Mapping[str, float]]) -> list
         for name in values:
             key = f"{name}/{measure}"
             if key in areas and len(kept := np.array(areas[key].split(), float)) > 1:
-                errors[name] = [float(kept.std(ddof=1)) / 1e4 / len(kept) ** 0.5]
+                errors[name] = [float(kept.std(ddof=1)) / AREA_SCALE / len(kept) ** 0.5]
             elif key in given:
                 errors[name] = [float(given[key])]
         unit = unit_of(measure, *values.values())

@@ -40,6 +40,7 @@ PACKAGES = (
 # Versions of the plug-ins of which a configuration of this process names a class.
 OTHER_CODE: dict[str, str] = {}
 HASH_LENGTH = 16
+AREA_SCALE = 10_000  # of the areas of curves that a result keeps of every image, whole numbers
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
