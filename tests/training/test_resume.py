@@ -50,7 +50,8 @@ def weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(run, trainer: pl.Trainer, whole, expected: pl.Trainer) -> None:
-    """Every logged loss and every weight, to the last bit."""
+    """Every logged loss and every weight, to the last bit, and only one start from nothing."""
+    assert run.source.opened.count((0, 0)) == 1
     assert run.losses == whole.losses
     assert [line["step"] for line in run.lines] == list(range(1, 9))
     assert run.lines[-1]["learning_rate"] == whole.lines[-1]["learning_rate"]
@@ -65,6 +66,7 @@ def test_resumed_training_equals_uninterrupted(small_run, stop, accumulate) -> N
     whole, parts = small_run("whole"), small_run("parts")
     expected = whole.train(accumulate=accumulate)
     parts.train(stop_at=stop, accumulate=accumulate)
+    assert max(parts.losses) == stop
     trainer = parts.train(resume=True, accumulate=accumulate)
     assert_same_end(parts, trainer, whole, expected)
 
@@ -86,6 +88,7 @@ def test_teachers_resume_with_the_run(small_run, small_clip, stop) -> None:
     whole, parts = small_run("whole"), small_run("parts")
     expected = whole.train(objective=taught())
     parts.train(objective=taught(), stop_at=stop)
+    assert max(parts.losses) == stop
     other = small_clip()
     with torch.no_grad():
         other.model.visual.proj.add_(1.0)
@@ -142,6 +145,7 @@ def test_a_run_that_stops_early_by_itself_can_go_on(small_run) -> None:
     whole, parts = small_run("whole"), small_run("parts")
     expected = whole.train()
     parts.train(callbacks=(At(5, lambda trainer: setattr(trainer, "should_stop", True)),))
+    assert max(parts.losses) == 5
     assert_same_end(parts, parts.train(resume=True), whole, expected)
 
 
