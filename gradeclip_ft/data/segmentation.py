@@ -22,6 +22,7 @@ from gradeclip_ft.data.coco import CocoImage, read_regions, read_segment_ids
 from gradeclip_ft.data.files import prepare_files, require_images, subset, subset_protocol
 from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.images import read_image
+from gradeclip_ft.results.record import hash_json
 from gradeclip_ft.text.prompts import readable_name
 
 IGNORED = 255
@@ -183,6 +184,11 @@ class SegmentationImages(Dataset[tuple[Image.Image, UInt8[ndarray, "H W"]]]):
         return evaluation_loader(self, join, batch_size=batch_size, workers=workers)
 
 
+def hash_queries(queries: Mapping[str, Sequence[str]]) -> str:
+    """Hash of classes and their words, in order: it decides which label is which."""
+    return hash_json([[name, list(words)] for name, words in queries.items()])
+
+
 def _join(
     sizes: Sequence[Resize],
     mean: Sequence[float],
@@ -236,7 +242,11 @@ class LabelFolder:
     @property
     def protocol(self) -> dict[str, Any]:
         """Choices that change the numbers."""
-        return {"split": self.split, **subset_protocol(self.limit, self.limit_seed)}
+        return {
+            "split": self.split,
+            "class_list_hash": hash_queries(self._queries()),
+            **subset_protocol(self.limit, self.limit_seed),
+        }
 
     def prepare(self) -> None:
         """Check that both folders are there."""
@@ -268,10 +278,13 @@ class LabelFolder:
         return SegmentationImages(
             images=paths,
             maps=[LabelMap(Path(self.labels) / name, table) for name in maps],
-            queries={name: words or [name] for name, words in self.classes.items()},
+            queries=self._queries(),
             files=[] if self.listing is None else [Path(self.listing)],
             listed=[*paths, *(Path(self.labels) / name for name in maps)],
         )
+
+    def _queries(self) -> dict[str, list[str]]:
+        return {name: list(words or [name]) for name, words in self.classes.items()}
 
     def _names(self) -> list[str]:
         """Names without their ends, from the folders down."""

@@ -12,7 +12,15 @@ import torch
 
 from gradeclip_ft.models.clip import ImageTextModel, LoadedClip, evaluation_mode
 from gradeclip_ft.results.masking import masked_texts
-from gradeclip_ft.results.record import Json, Measured, Result, read, result_path, versions
+from gradeclip_ft.results.record import (
+    Json,
+    Measured,
+    Result,
+    hash_file,
+    read,
+    result_path,
+    versions,
+)
 
 Item = TypeVar("Item")
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -162,10 +170,13 @@ def placement(clip: ImageTextModel) -> tuple[torch.device, torch.dtype]:
 
 
 def _same(path: Path, protocol: Mapping[str, Json], weights: Mapping[str, Json]) -> Result:
-    """The result on disk, if it is one of these weights and this protocol."""
+    """The result on disk, if it is one of these weights, this protocol and files as they are."""
     result = read(path)
     differing: list[Any] = [key for key in weights if result.weights.get(key) != weights[key]]
     differing += [key for key, value in protocol.items() if result.protocol.get(key) != value]
+    files: dict[str, str] = result.data.get("files", {})
+    there = {path: digest for path, digest in files.items() if Path(path).is_file()}
+    differing += [path for path, digest in there.items() if hash_file(Path(path)) != digest]
     if differing:
         raise ValueError(
             f"{path} exists and differs in {', '.join(differing)}; again=true replaces it, another "

@@ -63,7 +63,8 @@ def summarise(curves: Curves, rule: Rule) -> tuple[dict[str, float], dict[str, J
                 )
                 areas[f"{method}/{IMD}{rest}"] = inserted - deleted
     kept: dict[str, Json] = {
-        metric: as_text(np.rint(AREA_SCALE * values).astype(int)) for metric, values in areas.items()
+        metric: as_text(np.rint(AREA_SCALE * values).astype(int))
+        for metric, values in areas.items()
     }
     metrics = {metric: float(values.mean()) for metric, values in areas.items()}
     return metrics, {"curves": points, "areas": kept}

@@ -28,7 +28,7 @@ from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.curves import DELETION, INSERTION, Finished, Rule, summarise
 from gradeclip_ft.evaluators.embed import encode_classes, encode_pairs
 from gradeclip_ft.evaluators.maps import chosen, require_float32, settings
-from gradeclip_ft.evaluators.zero_shot import names_of, templates_of
+from gradeclip_ft.evaluators.zero_shot import names_of, templates_of, texts_protocol
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import Supported, explain_pictures, see
 from gradeclip_ft.explain.page import case_of
@@ -96,10 +96,7 @@ class FaithfulnessEvaluator:
         """Settings that change the numbers, without those that need the model."""
         own: dict[str, Json] = {"captions_explained": self.captions}
         if self.score == "classification":
-            own = {
-                "class_names": self.class_names if isinstance(self.class_names, str) else "own",
-                "templates": self.templates if isinstance(self.templates, str) else "own",
-            }
+            own = texts_protocol(self.class_names, self.templates)
         return {
             "task": f"faithfulness of image maps, {self.score}",
             **own,

@@ -96,7 +96,7 @@ class LocalisationEvaluator:
             "task": "localisation of phrases",
             **size,
             "prompt": self.prompt,
-            "map": "enlarged bilinearly to the padded square",
+            "map": "enlarged bilinearly to the padded square, min-maxed over the pixels that count",
             "mask": "all objects of a class in a picture",
             "pointing": "share of the highest pixels on the mask; a constant map misses",
             "any_object": "as pointing, on the objects of all classes",

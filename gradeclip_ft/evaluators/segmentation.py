@@ -19,7 +19,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from gradeclip_ft.data.files import Source
-from gradeclip_ft.data.segmentation import Resize, SegmentationImages, SegmentationSample
+from gradeclip_ft.data.segmentation import (
+    Resize,
+    SegmentationImages,
+    SegmentationSample,
+    hash_queries,
+)
 from gradeclip_ft.evaluators.base import Track, evaluating, placement, untracked
 from gradeclip_ft.evaluators.embed import encode_classes
 from gradeclip_ft.metrics import SegmentationMatrix, most_confused, require_finite
@@ -268,7 +273,7 @@ class SegmentationEvaluator:
                 **self.protocol,
                 "image_size": sides[0] if len(sides) == 1 else sides,
                 "classes": len(images.classes),
-                "class_list_hash": hash_json({k: list(v) for k, v in images.queries.items()}),
+                "class_list_hash": hash_queries(images.queries),
             },
             data=data_fingerprint(images.files, images.listed, images.counts),
             details={"by_class": by_class, "most_confused": confused},

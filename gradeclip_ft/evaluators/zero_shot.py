@@ -40,8 +40,7 @@ class ZeroShotEvaluator:
         return {
             "task": "zero-shot classification",
             "image": "the model's own preprocessing",
-            "class_names": self.class_names if isinstance(self.class_names, str) else "own",
-            "templates": self.templates if isinstance(self.templates, str) else "own",
+            **texts_protocol(self.class_names, self.templates),
             "accuracy": "top1 over all images, mean_top1 over classes present",
             **self.data.protocol,
         }
@@ -82,6 +81,17 @@ class ZeroShotEvaluator:
                 "most_confused": meter.most_confused(names),
             },
         )
+
+
+def texts_protocol(names: str | Sequence[str], templates: str | Sequence[str]) -> dict[str, Json]:
+    """What is known of class names and templates without the data: one's own by their hash."""
+    told: dict[str, Json] = {}
+    for key, texts, code in (
+        ("class_names", names, "class_list_hash"),
+        ("templates", templates, "templates_hash"),
+    ):
+        told |= {key: texts} if isinstance(texts, str) else {key: "own", code: hash_json([*texts])}
+    return told
 
 
 def names_of(

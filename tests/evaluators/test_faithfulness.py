@@ -251,7 +251,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
 def test_other_class_names_do_not_go_on_from_what_is_there(
     drawn: ImageSet, loaded: LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two lists of names are both "own" in the protocol; only their hash tells them apart."""
+    """Two lists of names are both "own" in the protocol; only their hash tells them apart.
+
+    It is there before the data are read, so that `again=false` does not keep the other's numbers.
+    """
     monkeypatch.setattr(faithfulness, "PHOTOS", 2)
     photos = Photos(replace(drawn, captions=()))
 
@@ -272,6 +275,9 @@ def test_other_class_names_do_not_go_on_from_what_is_there(
         evaluator(names, 4, tmp_path / "progress")(loaded)
     found = evaluator(names[::-1], IMAGES, tmp_path / "progress")(loaded)
     assert found.details == evaluator(names[::-1], IMAGES, None)(loaded).details
+    stated = [evaluator(each, 0, None).protocol for each in (names, names[::-1])]
+    assert stated[0] != stated[1]
+    assert stated[1].items() <= found.protocol.items()
 
 
 def test_one_pass_explains_and_changed_photos_share_the_others(shared_scenes: ImageSet) -> None:

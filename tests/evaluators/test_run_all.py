@@ -1,6 +1,6 @@
 """Several evaluators on one model: files, what is kept, what is refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 from gradeclip_ft.evaluators.base import Track, evaluating, run_all, untracked
 from gradeclip_ft.models.clip import LoadedClip
-from gradeclip_ft.results.record import Json, Measured, read
+from gradeclip_ft.results.record import Json, Measured, data_fingerprint, read
 from tests.evaluators.conftest import Load, modes
 
 
@@ -74,6 +74,25 @@ def test_results_of_other_weights_or_settings_are_not_taken_for_these(
         loaded.clip.log_scale.add_(1.0)
     with pytest.raises(ValueError, match="differs in hash"):
         run_all({"a": evaluator}, loaded, folder=tmp_path, again=False)
+
+
+def test_a_result_on_a_file_that_has_changed_is_not_kept(load: Load, tmp_path: Path) -> None:
+    """Class names in a file of the data are not in the protocol."""
+    names = tmp_path / "classnames.txt"
+    names.write_text("cat\ndog\n")
+    fingerprint = data_fingerprint([names], [], {"images": 2})
+
+    class OnData(Counting):
+        def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+            return replace(super().__call__(loaded), data=fingerprint)
+
+    loaded, evaluator = load(), OnData()
+    for again in (True, False):
+        run_all({"a": evaluator}, loaded, folder=tmp_path / "e", again=again)
+    names.write_text("dog\ncat\n")
+    with pytest.raises(ValueError, match=r"differs in .*classnames.txt; again=true"):
+        run_all({"a": evaluator}, loaded, folder=tmp_path / "e", again=False)
+    assert evaluator.calls == 1
 
 
 def test_two_evaluators_of_one_name_are_refused(load: Load, tmp_path: Path) -> None:

@@ -267,6 +267,24 @@ def test_numbers_in_the_files_become_labels(
     assert measured.metrics["one/mIoU"] > 0.99  # but for corners
 
 
+def test_the_protocol_tells_lists_of_classes_apart_before_the_data_are_read(
+    quarters: Callable[..., dict[str, Any]], load: Load
+) -> None:
+    """Also by their order, which decides what a number in the files means."""
+    paths = quarters([(224, 224)])
+    names = list(paths["classes"])
+    lists = [names, names[::-1], [*names[:-1], "other"]]
+    evaluators = [
+        SegmentationEvaluator(
+            "s", LabelFolder(**{**paths, "classes": dict.fromkeys(each)}), {"a": PLAIN}, pictures=0
+        )
+        for each in lists
+    ]
+    stated = [json.dumps(evaluator.protocol) for evaluator in evaluators]
+    assert len(set(stated)) == len(lists)
+    assert evaluators[0].protocol.items() <= evaluators[0](load(224, 16)).protocol.items()
+
+
 def test_a_threshold_without_background_is_refused(
     quarters: Callable[..., dict[str, Any]], load: Load
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradeclip_ft.data.labelled import ClassFolders, ClassShards
 from gradeclip_ft.data.pairs import CaptionChoices
+from gradeclip_ft.evaluators.base import run_all
 from gradeclip_ft.evaluators.pairs import ChoiceEvaluator
 from gradeclip_ft.evaluators.zero_shot import ZeroShotEvaluator
 from tests.evaluators.conftest import Load, colour_of, said_to
@@ -84,6 +85,21 @@ def test_shards_give_the_same_numbers_and_bring_their_templates(
     assert here.protocol["templates_hash"] == there.protocol["templates_hash"]
     with pytest.raises(ValueError, match="bring no templates; set templates=imagenet"):
         evaluator(folders, templates="data")(load(whole=True))
+
+
+@pytest.mark.parametrize("option", ["class_names", "templates"])
+def test_a_result_of_other_texts_is_not_kept(
+    folders: ClassFolders, load: Load, tmp_path: Path, option: str
+) -> None:
+    """All lists of one's own had one protocol before the data were read."""
+    texts = [f"n{label:02d} {{}}" for label in range(17)]
+    loaded, folder = load(whole=True), tmp_path / "e"
+    for again in (True, False):
+        same = {"z": evaluator(folders, **{option: texts})}
+        run_all(same, loaded, folder=folder, again=again)
+    other = {"z": evaluator(folders, **{option: texts[::-1]})}
+    with pytest.raises(ValueError, match=r"differs in (class_list|templates)_hash; again=true"):
+        run_all(other, loaded, folder=folder, again=False)
 
 
 def test_imagenet_has_its_names_and_templates(folders: ClassFolders, load: Load) -> None:
