@@ -20,7 +20,7 @@ from gradeclip_ft.commands.build import build_evaluator, build_explainers, build
 from gradeclip_ft.commands.cli import progress_bar
 from gradeclip_ft.commands.runs import names_run
 from gradeclip_ft.data.regions import letterbox_boxes, letterbox_image
-from gradeclip_ft.evaluators.base import Evaluator, evaluating
+from gradeclip_ft.evaluators.base import Evaluator, evaluating, prepare
 from gradeclip_ft.evaluators.regions import square_side
 from gradeclip_ft.explain.base import Explainer
 from gradeclip_ft.explain.driver import (
@@ -281,7 +281,7 @@ def evaluate(model: LoadedClip, evaluator: str | Evaluator, *settings: str) -> M
         FileNotFoundError: Its data are not there.
     """
     chosen = build_evaluator(evaluator, settings) if isinstance(evaluator, str) else evaluator
-    chosen.prepare()
+    prepare(chosen)
     with evaluating(model.clip):
         return chosen(model, track=progress_bar)
 

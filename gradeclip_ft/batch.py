@@ -64,7 +64,7 @@ class CaptionBatch(_Tensors):
     """Images with captions and the phrases found in them.
 
     Attributes:
-        images: Pixels: normalised, or colours of 8 bits, which the training step normalises.
+        images: Pixels: normalised floats, or uint8 colours, which the training step normalises.
         captions: Token ids of one caption per image.
         distinct: Token ids of each different phrase of the batch, once, in its prompt.
         identity: Hash of each distinct phrase string, the same on every process.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradeclip_ft.batch import CaptionBatch
-from gradeclip_ft.evaluators.base import Evaluator, evaluating, untracked
+from gradeclip_ft.evaluators.base import Evaluator, evaluating, prepare, untracked
 from gradeclip_ft.explain.base import (
     Explainer,
     InputExplainer,
@@ -95,12 +95,12 @@ def check_evaluator(evaluator: Evaluator, loaded: LoadedClip | None = None) -> N
     """
     kind, loaded = type(evaluator).__name__, loaded or load_clip("shapes_tiny")
     assert isinstance(evaluator, Evaluator), (
-        f"{kind} is not an evaluator: it needs name, protocol, prepare() and a call with a model"
+        f"{kind} is not an evaluator: it needs name, protocol and a call with a model"
     )
     name = evaluator.name
     assert "/" not in (name or "/"), f"{kind}.name is {name!r}; results are files of that name"
     stated = json.loads(json.dumps(evaluator.protocol))
-    evaluator.prepare()
+    prepare(evaluator)
     found: list[Measured] = []
     for _ in range(2):
         with _unchanged(loaded, name), evaluating(loaded.clip):

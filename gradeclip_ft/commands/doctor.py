@@ -112,6 +112,7 @@ def device(cfg: DictConfig) -> Iterator[Finding]:
 def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
     """Files of the evaluators, and the one whose best weights are kept."""
     from gradeclip_ft.commands.build import build_evaluators, require_evaluators
+    from gradeclip_ft.evaluators.base import prepare
 
     require_evaluators(cfg)
     for key, evaluator in build_evaluators(cfg).items():
@@ -119,7 +120,7 @@ def evaluation_data(cfg: DictConfig) -> Iterator[Finding]:
             yield OK, f"{key}: its data are made when training starts"
             continue
         try:
-            evaluator.prepare()
+            prepare(evaluator)
         except Exception as error:
             yield PROBLEM, f"{key}: {_words(error)}"
         else:

@@ -40,7 +40,7 @@ def evaluate(cfg: DictConfig) -> None:
     """
     import torch
 
-    from gradeclip_ft.evaluators.base import Precision, run_all
+    from gradeclip_ft.evaluators.base import Precision, prepare, run_all
     from gradeclip_ft.results.record import result_path
     from gradeclip_ft.training.run_files import step_of
 
@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig) -> None:
     if cfg.precision not in get_args(Precision):
         raise ValueError(f"precision={cfg.precision}: choose {', '.join(get_args(Precision))}")
     for evaluator in evaluators.values():
-        evaluator.prepare()
+        prepare(evaluator)
 
     def tell(result: Result, fresh: bool) -> None:
         path = result_path(folder, result.evaluator, result.step)

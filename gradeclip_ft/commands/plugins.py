@@ -26,7 +26,7 @@ GROUP = "gradeclip_ft.plugins"
 # What a class must have to be built under a key; of an explainer one of them is enough.
 NEEDED = {
     "explainer": ("from_trace", "from_record", "from_input"),
-    "evaluator": ("name", "protocol", "prepare", "__call__"),
+    "evaluator": ("name", "protocol", "__call__"),
     "objective": ("check", "__call__"),
     "data": (),
 }

@@ -62,10 +62,6 @@ class DetectionEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one detector."""
         detector = require_detector(loaded, self.name)

@@ -44,6 +44,8 @@ def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
 class Evaluator(Protocol):
     """Model to numbers; leaves the model, its mode and the random state as they were.
 
+    It may have a method `prepare`, to make or check what it needs; see the function.
+
     Some fields mean the same in every evaluator. `name` is that of the result file, `data` is where
     pictures come from. `batch_size` and `text_batch_size` count those per forward pass, `workers`
     the processes that load pictures (0: this one); they do not change the numbers.
@@ -57,11 +59,18 @@ class Evaluator(Protocol):
     def protocol(self) -> dict[str, Json]:
         """The settings that change the numbers, as far as they are known without a model."""
 
-    def prepare(self) -> None:
-        """Make or check the data; cheap when all is there, and run by one process only."""
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
+
+
+def prepare(evaluator: Evaluator) -> None:
+    """Make or check its data, by its own `prepare`, else by that of its `data`.
+
+    Cheap when all is there, and run by one process only.
+    """
+    has = evaluator if hasattr(evaluator, "prepare") else getattr(evaluator, "data", None)
+    if has is not None:
+        has.prepare()
 
 
 def run_all(

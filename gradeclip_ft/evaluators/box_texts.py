@@ -49,10 +49,6 @@ class BoxTextEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         side = square_side(loaded, self.image_size, self.name)

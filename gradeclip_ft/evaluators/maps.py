@@ -110,10 +110,6 @@ class LocalisationEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         require_float32(loaded.clip, self.name)
@@ -348,9 +344,6 @@ class TimingEvaluator:
             "budget": self.budget,
             "methods": settings(chosen(self.explainers, self.methods)),
         }
-
-    def prepare(self) -> None:
-        """No data are needed."""
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Time one model, where it is."""

@@ -39,10 +39,6 @@ class RetrievalEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         pairs = self.data()
@@ -106,10 +102,6 @@ class ChoiceEvaluator:
             "text": "plain caption, no prompt",
             **self.data.protocol,
         }
-
-    def prepare(self) -> None:
-        """Check the data."""
-        self.data.prepare()
 
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""

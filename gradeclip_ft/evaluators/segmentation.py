@@ -138,10 +138,6 @@ class SegmentationEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model.
 

@@ -81,10 +81,6 @@ class AttributesEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         require_float32(loaded.clip, self.name)

@@ -75,10 +75,6 @@ class TextFaithfulnessEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Make or check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         pairs, sentences, images, texts, owner = explained(self, loaded, track)

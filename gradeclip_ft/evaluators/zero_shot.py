@@ -45,10 +45,6 @@ class ZeroShotEvaluator:
             **self.data.protocol,
         }
 
-    def prepare(self) -> None:
-        """Check the data."""
-        self.data.prepare()
-
     def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
         """Measure one model."""
         images = self.data()

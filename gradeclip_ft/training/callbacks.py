@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradeclip_ft.batch import TrainBatch
-from gradeclip_ft.evaluators.base import Evaluator, Item, Track, run_all, untracked
+from gradeclip_ft.evaluators.base import Evaluator, Item, Track, prepare, run_all, untracked
 from gradeclip_ft.export.export import mix, mixed
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.ops.distributed import SIGNALS, anywhere, patient_barrier, world_size
@@ -405,7 +405,7 @@ class Evaluate(pl.Callback):
         """Make or check the data, on one process."""
         if trainer.is_global_zero and (self.before or self.after or self.every):
             for evaluator in self.evaluators.values():
-                evaluator.prepare()
+                prepare(evaluator)
         self._wait()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -180,7 +180,7 @@ def test_an_open_plug_in_opens_its_own_classes_alone(home: Path) -> None:
         ({"_target_": "mymethodsX.A"}, "explainer", "is not built here"),
         (OWN, "model", "is not built here"),
         (OWN, "optim", "is not built here"),
-        (OWN, "evaluator", "an evaluator needs: name, protocol, prepare, __call__"),
+        (OWN, "evaluator", "an evaluator needs: name, protocol, __call__"),
         (
             {"_target_": "mymethods.Pull"},
             "explainer",
