@@ -215,11 +215,11 @@ def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch)
         ({"max_steps": 0}, "max_steps is 0"),
         ({"stop_at": 0}, "stop_at 0"),
         ({"extra": {"max_epochs": 3}}, "trainer.extra holds max_epochs"),
-        ({"devices": 2, "strategy": "auto", "accelerator": "gpu"}, "trainer=cpu works"),
+        ({"devices": 2, "strategy": "auto", "accelerator": "gpu"}, "2 GPUs wanted, 0 found; choose trainer=cpu"),
     ],
 )
 def test_a_trainer_that_cannot_be_is_refused(small_run, options, message, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=message):
         small_run().train(**options)
 
