@@ -46,6 +46,7 @@ NAMES = {
     "grad_eclip": "Grad-ECLIP",
     "grad_cam": "Grad-CAM",
     "maskclip": "MaskCLIP",
+    "game": "GAME",
 }
 # What two runs may differ in and still answer the same question.
 OWN = ("name", "objective", "evaluation", "evaluator", "logger", "resume", "runs_dir")
@@ -202,7 +203,10 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
         log = folder / METRICS_JSONL
         lines = read_lines(log) if log.is_file() else []
         environment = read_environment(folder)
-        runs.append(Finished(NAMES.get(kind, kind), folder, config, environment, results, lines))
+        label = " + ".join(
+            [NAMES.get(kind, kind), *(OmegaConf.select(config, "objective.terms") or {})]
+        )
+        runs.append(Finished(label, folder, config, environment, results, lines))
     if len(starts) > 1:
         raise ValueError(
             f"{', '.join(map(str, folders))} started from {len(starts)} different weights; a "
@@ -246,6 +250,8 @@ def introduction(comparison: Comparison) -> str:
                 " and a local one: each phrase of a caption is aligned with the part of the image "
                 "that its heat map marks"
             )
+        if terms := list(OmegaConf.select(run.config, "objective.terms") or {}):
+            text += f", and further terms: {', '.join(terms)}"
         parts.append(f"{text}.")
     if len(comparison.runs) > 1:
         parts.append(

@@ -121,6 +121,15 @@ def test_two_runs_of_one_kind_carry_their_names() -> None:
     assert report.read_runs(runs).methods == ["Untouched", "Grad-ECLIP (x)", "Grad-ECLIP (y)"]
 
 
+def test_further_terms_are_part_of_a_run_s_name() -> None:
+    """The best recipe of the shapes world stood under the name of its maps alone."""
+    game = {"_target_": "gradeclip_ft.explain.game.Game"}
+    best = {**GRAD_ECLIP, "explainer": game, "terms": {"mosaic": {}, "keep": {}}}
+    found = report.read_runs([make_run("a", best, {0: 0.1, 20: 0.7})])
+    assert found.methods == ["Untouched", "GAME + mosaic + keep"]
+    assert "marks, and further terms: mosaic, keep." in report.introduction(found)
+
+
 def test_a_run_without_a_start_leaves_its_column_empty() -> None:
     """`evaluation.before=false` writes no step 0."""
     comparison = report.read_runs([make_run("a", ORDINARY, {20: 0.3})])
