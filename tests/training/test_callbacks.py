@@ -215,7 +215,10 @@ def test_samples_per_second_count_the_time_spent_waiting(small_run, monkeypatch)
         ({"max_steps": 0}, "max_steps is 0"),
         ({"stop_at": 0}, "stop_at 0"),
         ({"extra": {"max_epochs": 3}}, "trainer.extra holds max_epochs"),
-        ({"devices": 2, "strategy": "auto", "accelerator": "gpu"}, "2 GPUs wanted, 0 found; choose trainer=cpu"),
+        (
+            {"devices": 2, "strategy": "auto", "accelerator": "gpu"},
+            "2 GPUs wanted, 0 found; choose trainer=cpu",
+        ),
     ],
 )
 def test_a_trainer_that_cannot_be_is_refused(small_run, options, message, monkeypatch) -> None:
