@@ -105,8 +105,6 @@ class BoxTexts:
         folder: Of the lists.
         parts: File of each part, such as hard and easy.
         images: Folder that the names in the lists begin in.
-        limit: Number of photos, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str

@@ -67,6 +67,21 @@ class CocoImage:
     regions: tuple[Region, ...]
     segments: str | None = None
 
+    def read(self, folder: str) -> Image.Image:
+        """Its pixels as stored, which boxes and masks are about.
+
+        Raises:
+            ValueError: They are not as many as the annotation file says.
+        """
+        path = Path(folder) / self.file_name
+        image = read_image(path, exif=False)
+        if (image.height, image.width) != (self.height, self.width):
+            raise ValueError(
+                f"{path} (id {self.id}) has {image.height} x {image.width} pixels (height x "
+                f"width), the annotation file says {self.height} x {self.width}"
+            )
+        return image
+
 
 @dataclass(frozen=True)
 class CaptionedImage:

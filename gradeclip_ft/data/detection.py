@@ -30,7 +30,6 @@ from gradeclip_ft.data.files import prepare_files, require_images, subset, subse
 from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.data.shapes import make_shapes
 from gradeclip_ft.data.shapes_scenes import HELD_OUT, thing_names
-from gradeclip_ft.images import read_image
 from gradeclip_ft.results.record import hash_file, write_atomically
 
 # fmt: off
@@ -101,9 +100,6 @@ class CocoBoxes:
         annotations: COCO's instances file, or one of its layout.
         images: Folder of the images.
         split: "ov_coco", "shapes", or names: {base: [...], novel: [...]}.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
-        make: Called when the annotation file does not exist, to make it.
     """
 
     annotations: str
@@ -244,13 +240,7 @@ class BoxImages:
             random: Of an augmented image; None for a plain one.
         """
         annotated, regions = self.chosen[number]
-        path = Path(self.source.images) / annotated.file_name
-        image = read_image(path, exif=False)  # boxes are about the pixels as stored
-        if (image.height, image.width) != (annotated.height, annotated.width):
-            raise ValueError(
-                f"{path} (id {annotated.id}) has {image.height} x {image.width} pixels (height x "
-                f"width), the annotation file says {annotated.height} x {annotated.width}"
-            )
+        image = annotated.read(self.source.images)
         some = regions if random is None else [region for region in regions if not region.crowd]
         boxes = torch.tensor([region.box for region in some]).view(-1, 4)
         boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)

@@ -28,7 +28,13 @@ Opened = TypeVar("Opened", covariant=True)
 
 @runtime_checkable
 class Source(Protocol[Opened]):
-    """Where the data of an evaluator come from."""
+    """Where the data of an evaluator come from.
+
+    Some fields mean the same in every source. `limit` is the number of pictures, drawn with
+    `limit_seed`; None for all. `expected` is how many the split has; any other number is refused.
+    `make` is called when the annotation file does not exist, to make it; `world` is the version of
+    the shapes world that it makes, which the protocol names beyond 1.
+    """
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -21,15 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.files import subset, subset_protocol, visible
 from gradeclip_ft.data.loading import evaluation_loader
-from gradeclip_ft.data.regions import (
-    RegionSample,
-    join_regions,
-    letterbox_boxes,
-    letterbox_image,
-    letterbox_size,
-    normalized,
-    tight_boxes,
-)
+from gradeclip_ft.data.regions import RegionSample, join_regions, letterbox_size, sample_of_masks
 from gradeclip_ft.images import read_image
 
 VOC = (
@@ -88,12 +80,8 @@ class LabelMapImages(Dataset[RegionSample]):
             )
         side = self.image_size
         height, width = letterbox_size(image.height, image.width, side)
-        # Numbers of classes have no mean, so the nearest one counts.
-        content = Image.fromarray(numbers.numpy().astype(np.int32)).resize(
-            (width, height), Image.Resampling.NEAREST
-        )
         square = torch.full((side, side), self.void)
-        square[:height, :width] = torch.from_numpy(np.asarray(content).copy()).long()
+        square[:height, :width] = resize_labels(numbers, (width, height))
         labels = torch.unique(numbers) - 1
         labels = labels[(labels >= 0) & (labels != self.void - 1)]
         if len(labels) and int(labels.max()) >= len(self.classes):
@@ -102,15 +90,7 @@ class LabelMapImages(Dataset[RegionSample]):
                 f"{self.void} for void; label maps and classes must be of one data set"
             )
         masks = square == labels.view(-1, 1, 1) + 1
-        boxes = tight_boxes(masks)
-        return RegionSample(
-            image=normalized(letterbox_image(image, side), self.mean, self.std),
-            boxes=letterbox_boxes(boxes, height=side, width=side),
-            masks=masks.float(),
-            labels=labels,
-            is_thing=torch.ones(len(labels), dtype=torch.bool),
-            ignored=square == self.void,
-        )
+        return sample_of_masks(image, masks, labels, square == self.void, self.mean, self.std)
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
         """All pictures once, in order; leaves torch's global random state alone."""
@@ -125,6 +105,12 @@ def read_labels(path: Path) -> Int[Tensor, "H W"]:
     return torch.from_numpy(numbers)
 
 
+def resize_labels(numbers: Int[Tensor, "H W"], size: tuple[int, int]) -> Int[Tensor, "h w"]:
+    """A label map at another (width, height): numbers have no mean, so the nearest one counts."""
+    found = Image.fromarray(numbers.numpy().astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+    return torch.from_numpy(np.asarray(found).copy()).long()
+
+
 @dataclass(frozen=True)
 class VocMasks:
     """PASCAL VOC: `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation/SPLIT.txt`.
@@ -132,8 +118,6 @@ class VocMasks:
     Attributes:
         folder: `VOCdevkit/VOC2012`.
         split: Name of the list.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str
@@ -179,8 +163,6 @@ class ImageNetSMasks:
         folder: `ImageNetS919`, `ImageNetS300` or `ImageNetS50`.
         part: Its part.
         classes: Number of classes there must be; any other number is refused.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str

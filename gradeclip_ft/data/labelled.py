@@ -29,8 +29,6 @@ class ClassFolders:
     Attributes:
         folder: Of the folders.
         classes: Number of classes there must be; any other number is refused.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str
@@ -92,8 +90,6 @@ class ClassShards:
 
     Attributes:
         folder: Of the split, with the shards.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str

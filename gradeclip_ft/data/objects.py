@@ -7,28 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.coco import Region
 from gradeclip_ft.data.files import load_json, require_images, subset, subset_protocol
-from gradeclip_ft.data.label_maps import read_labels
+from gradeclip_ft.data.label_maps import read_labels, resize_labels
 from gradeclip_ft.data.loading import evaluation_loader
 from gradeclip_ft.data.regions import (
     CocoRegions,
     RegionImages,
     RegionSample,
     join_regions,
-    letterbox_boxes,
-    letterbox_image,
     letterbox_size,
-    normalized,
-    tight_boxes,
+    sample_of_masks,
 )
 from gradeclip_ft.data.shapes_scenes import LARGE, SMALL
 from gradeclip_ft.images import read_image
@@ -102,8 +97,6 @@ class ClevrObjects:
         scenes: The file.
         images: Folder of the images.
         masks: Folder of label maps `NAME.png`, where number n is the n-th object of the scene.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     scenes: str
@@ -192,18 +185,9 @@ class ClevrImages(Dataset[RegionSample]):
                 mask[:height, :width] = _disc(thing, image.width, (height, width), scale)
         else:
             path = (Path(self.source.masks) / scene["image_filename"]).with_suffix(".png")
-            numbers = Image.fromarray(read_labels(path).numpy().astype(np.int32))
-            near = numbers.resize((width, height), Image.Resampling.NEAREST)
-            found = torch.from_numpy(np.asarray(near).copy())
+            found = resize_labels(read_labels(path), (width, height))
             masks[:, :height, :width] = (found == torch.arange(1, count + 1).view(-1, 1, 1)).float()
-        return RegionSample(
-            image=normalized(letterbox_image(image, side), self.mean, self.std),
-            boxes=letterbox_boxes(tight_boxes(masks), height=side, width=side),
-            masks=masks,
-            labels=torch.arange(count),
-            is_thing=torch.ones(count, dtype=torch.bool),
-            ignored=padding,
-        )
+        return sample_of_masks(image, masks, torch.arange(count), padding, self.mean, self.std)
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
         """All scenes once, in order; leaves torch's global random state alone."""

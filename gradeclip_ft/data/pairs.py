@@ -325,11 +325,6 @@ class CaptionFile:
         split: Its name in the protocol: recalls of different splits cannot be compared.
         part: Which split of a file that holds several.
         names: Text file that names the images of the split, where the captions have more.
-        expected: Number of images the split has; any other number is refused.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
-        world: Version of the shapes world that `make` makes; the protocol names it beyond 1.
-        make: Called when the annotation file does not exist, to make it.
     """
 
     annotations: str
@@ -383,9 +378,6 @@ class RetrievalShards:
     Attributes:
         folder: Of the split, with `nshards.txt` and the shards.
         split: Its name in the protocol.
-        expected: Number of images the split has; any other number is refused.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str
@@ -459,8 +451,6 @@ class CaptionChoices:
         folder: Of the JSON files.
         images: Folder of the images, COCO val2017 for SugarCrepe.
         kinds: Names of the files without `.json`; None for all.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     folder: str

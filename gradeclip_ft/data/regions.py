@@ -23,7 +23,6 @@ from gradeclip_ft.batch import RegionBatch
 from gradeclip_ft.data.coco import Category, CocoImage, Region, read_regions, region_masks
 from gradeclip_ft.data.files import prepare_files, require_images, subset, subset_protocol
 from gradeclip_ft.data.loading import evaluation_loader
-from gradeclip_ft.images import read_image
 
 
 def letterbox_size(height: int, width: int, side: int, *, squash: bool = False) -> tuple[int, int]:
@@ -128,6 +127,26 @@ class RegionSample:
     ignored: Bool[Tensor, "H W"] | None = None
 
 
+def sample_of_masks(
+    image: Image.Image,
+    masks: Shaped[Tensor, "R S S"],
+    labels: Int[Tensor, " R"],
+    ignored: Bool[Tensor, "S S"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> RegionSample:
+    """A photo whose regions are things that have masks on the padded square, and boxes by these."""
+    side = len(ignored)
+    return RegionSample(
+        image=normalized(letterbox_image(image, side), mean, std),
+        boxes=letterbox_boxes(tight_boxes(masks), height=side, width=side),
+        masks=masks.float(),
+        labels=labels,
+        is_thing=torch.ones(len(labels), dtype=torch.bool),
+        ignored=ignored,
+    )
+
+
 CROP_SCALE = 1.5
 """Crops of things are their boxes enlarged by this factor, as in CLIPSelf's program."""
 
@@ -207,14 +226,7 @@ class RegionImages(Dataset[RegionSample]):
     def __getitem__(self, index: int) -> RegionSample:
         """Letterboxed image number `index`."""
         source, side, (annotated, regions) = self.source, self.image_size, self.chosen[index]
-        path = Path(source.images) / annotated.file_name
-        image = read_image(path, exif=False)  # boxes and masks are about the pixels as stored
-        height, width = annotated.height, annotated.width
-        if (image.height, image.width) != (height, width):
-            raise ValueError(
-                f"{path} (id {annotated.id}) has {image.height} x {image.width} pixels (height x "
-                f"width), the annotation file says {height} x {width}"
-            )
+        image, height, width = annotated.read(source.images), annotated.height, annotated.width
         boxes = torch.tensor([region.box for region in regions])
         is_thing = torch.tensor([self.categories[region.label].is_thing for region in regions])
         masks = None
@@ -232,7 +244,9 @@ class RegionImages(Dataset[RegionSample]):
         high, wide = letterbox_size(height, width, side, squash=source.squash)
         padding[:high, :wide] = False
         return RegionSample(
-            image=self._pixels(letterbox_image(image, side, squash=source.squash)),
+            image=normalized(
+                letterbox_image(image, side, squash=source.squash), self.mean, self.std
+            ),
             boxes=letterbox_boxes(boxes, height=height, width=width, squash=source.squash),
             masks=masks,
             labels=torch.tensor([region.label for region in regions]),
@@ -240,9 +254,6 @@ class RegionImages(Dataset[RegionSample]):
             crops=None if self.crop_size is None else self._crops(image, boxes, is_thing),
             ignored=padding,
         )
-
-    def _pixels(self, square: Image.Image) -> Float[Tensor, "3 S S"]:
-        return normalized(square, self.mean, self.std)
 
     def _crops(
         self, image: Image.Image, boxes: Float[Tensor, "R 4"], is_thing: Bool[Tensor, " R"]
@@ -265,7 +276,7 @@ class RegionImages(Dataset[RegionSample]):
                 right, bottom = math.ceil(edges[2]), math.ceil(edges[3])
             crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
             square = letterbox_image(crop, self.crop_size, centred=source.clipself)
-            crops.append(self._pixels(square))
+            crops.append(normalized(square, self.mean, self.std))
         return torch.stack(crops)
 
     def batches(self, batch_size: int, workers: int) -> DataLoader[RegionBatch]:
@@ -307,10 +318,6 @@ class CocoRegions:
         clipself: Crops and boxes of stuff exactly as CLIPSelf's program cuts them: crops are
             padded on all sides and their edges rounded, boxes of stuff end at the last pixel
             instead of after it.
-        limit: Number of images, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
-        world: Version of the shapes world that `make` makes; the protocol names it beyond 1.
-        make: Called when the annotation file does not exist, to make it.
     """
 
     annotations: str

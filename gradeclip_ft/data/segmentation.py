@@ -222,8 +222,6 @@ class LabelFolder:
             the rest); None for `first` and those after it.
         first: Number of the first class.
         rest: Label of every other number: 255 to ignore those pixels.
-        limit: Number of pictures, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
     """
 
     images: str
@@ -308,10 +306,6 @@ class PanopticLabels:
         split: What the pictures are, for the protocol.
         stuff: Stuff classes are classes of their own; or one class, background, whose words are
             their names; or ignored.
-        limit: Number of pictures, drawn with `limit_seed`; None for all.
-        limit_seed: Of that draw.
-        world: Version of the shapes world that `make` makes; the protocol names it beyond 1.
-        make: Called when the annotation file does not exist, to make it.
     """
 
     annotations: str

@@ -44,8 +44,6 @@ class DetectionEvaluator:
     Attributes:
         name: Of the result file.
         data: Where boxes come from.
-        batch_size: Images per forward pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
     """
 
     name: str

@@ -48,7 +48,9 @@ class Evaluator(Protocol):
 
     Some fields mean the same in every evaluator. `name` is that of the result file, `data` is where
     pictures come from. `batch_size` and `text_batch_size` count those per forward pass, `workers`
-    the processes that load pictures (0: this one); they do not change the numbers.
+    the processes that load pictures (0: this one); they do not change the numbers. `explainers` are
+    methods by name, `methods` the names of those to measure; None for all. `image_size` is the side
+    of the padded square in pixels; None for the model's own size.
     """
 
     @property

@@ -50,9 +50,6 @@ class ClassMapsEvaluator:
     minus the mean elsewhere.
 
     Attributes:
-        explainers: Methods by name.
-        methods: Names of those to measure; None for all.
-        image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the class name.
         accumulate: IoU by picture and then their mean, or pixels added up over pictures.
     """

@@ -55,9 +55,7 @@ class FaithfulnessEvaluator:
     `cosine` is the similarity of image and caption itself (the journal's Figure 1).
 
     Attributes:
-        explainers: Methods by name.
         score: What a curve shows.
-        methods: Names of those to measure; None for all.
         captions: Whether the first caption of an image is explained, or all of them.
         class_names: For classification, as in `ZeroShotEvaluator`.
         templates: For classification, as in `ZeroShotEvaluator`.

@@ -67,9 +67,6 @@ class LocalisationEvaluator:
     and the mask itself (`true_mask`), the most that any map could bring.
 
     Attributes:
-        explainers: Methods by name.
-        methods: Names of those to measure; None for all.
-        image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the class name.
         threshold: Of the map between 0 and 1, for what counts pixels: a number, the `mean` of the
             map, or Otsu's.
@@ -305,7 +302,6 @@ class TimingEvaluator:
     part of it. The methods take turns, so that a machine that slows down slows all of them.
 
     Attributes:
-        explainers: Methods by name.
         methods: Names of those to time; None for all.
         image_size: Side in pixels; None for the model's own size.
         batch_size: Pictures per call.

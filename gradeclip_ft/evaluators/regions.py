@@ -75,17 +75,12 @@ class RegionEvaluator:
     the image, label and rank of every region, from which intervals are made.
 
     Attributes:
-        name: Of the result file.
-        data: Where regions come from.
-        image_size: Side of the padded square in pixels; None for the model's own size.
         templates: "vild" for its 63, or sentences with `{}` for the class name.
         micro: Add the share of correct regions, every region alike, as `micro_top1`.
         crops: Add the class embedding of each region's own crop, at the model's own size.
         dense: How the last layer makes the dense features; the papers' is the value path.
         parts: What the words of a thing's class name are, such as colour and shape: adds the
             accuracy of each among the classes that agree in the others.
-        batch_size: Images per forward pass; does not change the numbers.
-        workers: Processes that load images; 0 loads them here.
     """
 
     name: str

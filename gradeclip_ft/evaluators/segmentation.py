@@ -94,7 +94,6 @@ class SegmentationEvaluator:
 
     Attributes:
         segmenters: Methods by name.
-        methods: Names of those to measure; None for all.
         pictures: Shown on the page: the first ones.
         batch_size: Pictures per forward pass, or windows where there are some.
     """

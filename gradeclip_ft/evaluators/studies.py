@@ -49,9 +49,6 @@ class AttributesEvaluator:
     parts. The journal does not define its measures.
 
     Attributes:
-        explainers: Methods by name.
-        methods: Names of those to measure; None for all.
-        image_size: Side of the padded square in pixels; None for the model's own size.
         prompt: Sentence with `{}` for the word.
         cells: Side of the grid of `otd`.
     """
@@ -201,8 +198,6 @@ class AddibilityEvaluator:
     Attributes:
         concepts: CSV with the columns file, base, matched, mismatched and kind.
         images: Folder of the pictures.
-        explainers: Methods by name.
-        methods: Names of those to measure; None for all.
         prompt: Sentence with `{}` for words and phrases.
     """
 

@@ -46,8 +46,6 @@ class TextFaithfulnessEvaluator:
     insertion. Deletion leaves one word; a caption that has no more words keeps its last state.
 
     Attributes:
-        explainers: Methods by name, for texts.
-        methods: Names of those to measure; None for all.
         captions: Whether the first caption of an image counts, or all of them.
         steps: Words that are deleted or inserted, one at each step.
     """
@@ -144,12 +142,10 @@ class ConcretenessEvaluator:
     captions.
 
     Attributes:
-        explainers: Methods by name, for texts.
         ratings: CSV with a word and its rating in each row, such as Brysbaert et al., 2014,
             "Concreteness ratings for 40 thousand generally known English word lemmas".
         word_column: Of the table.
         rating_column: Of the table.
-        methods: Names of those to measure; None for all.
         captions: Whether the first caption of an image counts, or all of them.
         frequent: Number of the most frequent words that count.
     """
