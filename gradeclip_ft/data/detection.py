@@ -249,20 +249,8 @@ class BoxImages:
 
     def batches(self, placing: Placing, batch_size: int, workers: int) -> DataLoader[Any]:
         """All images once, in order, not augmented."""
-        items = _Plain(self, placing)
+        items = _Drawn(self, placing, [(row, row) for row in range(len(self.chosen))])
         return evaluation_loader(items, join_placed, batch_size=batch_size, workers=workers)
-
-
-@dataclass(frozen=True)
-class _Plain(Dataset[Any]):
-    images: BoxImages
-    placing: Placing
-
-    def __len__(self) -> int:
-        return len(self.images.chosen)
-
-    def __getitem__(self, number: int) -> Placed:
-        return self.images.placed(number, self.placing, None)
 
 
 @dataclass(frozen=True)
@@ -436,7 +424,7 @@ class DetectionEpoch:
         placing = Placing(
             data.side, data.mean, data.std, (data.resize[0], data.resize[1]), data.flip
         )
-        items = _Augmented(self.images, placing, self.draw, self._places())
+        items = _Drawn(self.images, placing, self._places(), self.draw)
         loader = evaluation_loader(
             items, join_placed, batch_size=data.batch_size, workers=data.workers
         )
@@ -454,18 +442,20 @@ class DetectionEpoch:
 
 
 @dataclass(frozen=True)
-class _Augmented(Dataset[Any]):
+class _Drawn(Dataset[Any]):
+    """Images by place and number, augmented where there is a draw."""
+
     images: BoxImages
     placing: Placing
-    draw: tuple[int, int]
     places: Sequence[tuple[int, int]]
+    draw: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, number: int) -> Placed:
         place, image = self.places[number]
-        random = np.random.default_rng((*self.draw, 1, place))
+        random = self.draw and np.random.default_rng((*self.draw, 1, place))
         return self.images.placed(image, self.placing, random)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,41 +17,13 @@ from gradeclip_ft.training.loggers import files
 from gradeclip_ft.training.run_files import newest_good
 from gradeclip_ft.training.trainer import make_trainer
 from tests.detection import two_ranks
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import ROOT, run_two
 
 
 @pytest.mark.ddp
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
     """Would catch losses that are means over samples, whose number differs between processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": "1",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.detection.two_ranks", str(tmp_path)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output)
+    run_two("tests.detection.two_ranks", tmp_path)
     got, other = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2))
     expected = two_ranks.step(tmp_path / "alone", 1)
     assert got.keys() == expected.keys()

@@ -1,9 +1,5 @@
 """Two processes under DDP against one process on the joined batch, through the whole trainer."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,39 +10,19 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.objectives.global_local import GlobalLocal
 from gradeclip_ft.objectives.global_only import GlobalOnly
 from gradeclip_ft.training.optim import freeze
+from tests.ranks import run_two
 from tests.tiny import FAMILIES, images, make_tiny_clip
 from tests.training import two_ranks
 from tests.training.two_ranks import CASES, Case
 
 TOLERANCE = 1e-5  # of a tensor's own scale: fp32 sums in another order
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote, all cases in one go; a hang ends it."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.two_ranks", str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output)
+    run_two("tests.training.two_ranks", folder)
     return folder
 
 
