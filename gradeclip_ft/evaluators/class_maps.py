@@ -67,10 +67,9 @@ class ClassMapsEvaluator:
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
-        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
         return {
             "task": "maps of classes",
-            **size,
+            **({"image_size": self.image_size} if self.image_size else {}),
             "prompt": self.prompt,
             "map": "bicubic to the padded square, min-maxed over the pixels that count",
             "thresholds": "0 to 1 by 0.01, the best of each class on this set",

@@ -88,10 +88,9 @@ class LocalisationEvaluator:
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
-        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
         return {
             "task": "localisation of phrases",
-            **size,
+            **({"image_size": self.image_size} if self.image_size else {}),
             "prompt": self.prompt,
             "map": "enlarged bilinearly to the padded square, min-maxed over the pixels that count",
             "mask": "all objects of a class in a picture",
@@ -118,13 +117,9 @@ class LocalisationEvaluator:
         occurring: set[int] = set()
         with evaluating(loaded.clip):
             supported = Supported(chosen(self.explainers, self.methods), loaded)
+            names = class_names(regions.classes)
             classes = encode_classes(
-                loaded,
-                class_names(regions.classes),
-                [self.prompt],
-                track,
-                self.name,
-                say=phrase_prompt,
+                loaded, names, [self.prompt], track, self.name, say=phrase_prompt
             )
             for batch in track(batches, f"{self.name}: images", len(batches)):
                 phrases = phrases_of(batch)
@@ -325,10 +320,9 @@ class TimingEvaluator:
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
-        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
         return {
             "task": "time of heat maps",
-            **size,
+            **({"image_size": self.image_size} if self.image_size else {}),
             "pictures": "random pixels",
             "batch_size": self.batch_size,
             "phrases_per_image": self.phrases,

@@ -109,11 +109,10 @@ class RegionEvaluator:
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
-        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
         crops = "class embedding at the model's own size, fitted into the square as the image"
         return {
             "task": "region classification",
-            **size,
+            **({"image_size": self.image_size} if self.image_size else {}),
             "templates": self.templates if isinstance(self.templates, str) else "own",
             "templates_hash": hash_json(list(self.sentences)),
             "box_pooling": "RoIAlign 1x1, sampling_ratio -1, aligned",

@@ -66,10 +66,9 @@ class AttributesEvaluator:
     @property
     def protocol(self) -> dict[str, Json]:
         """Settings that change the numbers, without those that need the model."""
-        size: dict[str, Json] = {} if self.image_size is None else {"image_size": self.image_size}
         return {
             "task": "attributes of objects",
-            **size,
+            **({"image_size": self.image_size} if self.image_size else {}),
             "prompt": self.prompt,
             "map": "positive part, enlarged bilinearly to the padded square",
             "cells": self.cells,

@@ -94,10 +94,8 @@ def names_of(
     images: ImageSet, wanted: Literal["imagenet", "data"] | Sequence[str], evaluator: str
 ) -> list[str]:
     """Class names: ImageNet's, those of the data, or a list; one for each class of the data."""
-    if isinstance(wanted, str):
-        found = IMAGENET_NAMES if wanted == "imagenet" else images.classes
-    else:
-        found = wanted
+    known = {"imagenet": IMAGENET_NAMES, "data": images.classes}
+    found = known[wanted] if isinstance(wanted, str) else wanted
     if len(found) != len(images.classes):
         raise ValueError(
             f"{evaluator}: {len(found)} class names for {len(images.classes)} classes of the "
