@@ -6,7 +6,7 @@ and by the patches that this token attends to, each way with projections of its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -71,7 +71,7 @@ class ICLIP(Composed):
     def own_loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Recognition and explanation, each half."""
         recognition = self.global_loss(step)
-        patches, captions = masked_patches(step.clip, step.batch.images), step.captions
+        patches, captions = masked_patches(step), step.captions
         scale = step.clip.log_scale.exp()
         with step.single_precision():
             pooled = patches.amax(1) @ self.map_image[0]
@@ -81,9 +81,11 @@ class ICLIP(Composed):
 
 
 @torch.no_grad()
-def masked_patches(clip: Clip, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B n D"]:
+def masked_patches(step: Step) -> Float[Tensor, "B n D"]:
     """Features of the patches after the last layer, times the class token's attention to them."""
-    opened = clip.image.open(images)
+    images, trace = step.batch.images, step.trace
+    # The trace has run the layers before; opening again embeds patches alone.
+    opened = replace(step.clip.image.open(images), tokens=trace.tokens, layers=(trace.layer,))
     owner = torch.arange(len(images), device=images.device)
     with torch.autocast(images.device.type, enabled=False):
         record = record_layers(opened, owner, depth=1, heads="all")
