@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Photos:
             )
         return Path(self.table or "").parent if self.images is None else Path(self.images)
 
+    @cached_property  # every epoch asks for them
     def parts(self) -> Parts:
         """Photos to train on, and those held out; a photo is in one of them, with all captions.
 
@@ -69,40 +70,31 @@ class Photos:
             ValueError: The table cannot be read, or nothing would be left to train on.
         """
         columns = None if self.columns is None else tuple(self.columns)
-        return _parts(self.table, self.folder, columns, self.holdout, self.holdout_seed)
+        folder, holdout = self.folder, self.holdout
+        files = _files(self.table, folder, columns)
+        if isinstance(holdout, str):
+            held = _files(holdout, folder, columns)
+        else:
+            if holdout >= 1 and holdout != int(holdout):
+                raise ValueError(
+                    f"data.holdout={holdout}, expected a share below 1 or a whole number of "
+                    "photos; set data.holdout=0.1, or the number to hold out"
+                )
+            number = holdout if holdout >= 1 or not holdout else max(1, round(holdout * len(files)))
 
+            def draw(file: CaptionedFile) -> int:
+                name = file.image.relative_to(folder).as_posix()
+                return stable_hash(f"{self.holdout_seed}/{name}")
 
-@cache  # every epoch asks for them
-def _parts(
-    table: str | None,
-    folder: Path,
-    columns: tuple[str, ...] | None,
-    holdout: float | int | str,
-    seed: int,
-) -> Parts:
-    files = _files(table, folder, columns)
-    if isinstance(holdout, str):
-        held = _files(holdout, folder, columns)
-    else:
-        if holdout >= 1 and holdout != int(holdout):
+            held = sorted(files, key=draw)[: int(number)]
+        away = {file.image for file in held}
+        rest = [file for file in files if file.image not in away]
+        if not rest:
             raise ValueError(
-                f"data.holdout={holdout}, expected a share below 1 or a whole number of photos; "
-                "set data.holdout=0.1, or the number to hold out"
+                f"data.holdout={holdout} leaves none of {len(files)} photos to train on; give a "
+                "share below 1, a smaller number, or a table of other photos"
             )
-        number = holdout if holdout >= 1 or not holdout else max(1, round(holdout * len(files)))
-
-        def draw(file: CaptionedFile) -> int:
-            return stable_hash(f"{seed}/{file.image.relative_to(folder).as_posix()}")
-
-        held = sorted(files, key=draw)[: int(number)]
-    away = {file.image for file in held}
-    rest = [file for file in files if file.image not in away]
-    if not rest:
-        raise ValueError(
-            f"data.holdout={holdout} leaves none of {len(files)} photos to train on; give a share "
-            "below 1, a smaller number, or a table of other photos"
-        )
-    return rest, sorted(held, key=lambda file: file.image)
+        return rest, sorted(held, key=lambda file: file.image)
 
 
 def _files(table: str | None, folder: Path, columns: tuple[str, ...] | None) -> list[CaptionedFile]:
@@ -153,7 +145,7 @@ class PhotoTrainData(CaptionData, Photos):
         """
         self._check()
         missing = self.require_photos()
-        files, held = self.parts()
+        files, held = self.parts
         if missing:
             log.warning(
                 "%d of %d photos are missing, first %s", len(missing), len(files), missing[0]
@@ -175,7 +167,7 @@ class PhotoTrainData(CaptionData, Photos):
         Raises:
             FileNotFoundError: More than `max_dropped` allows.
         """
-        files = self.parts()[0]
+        files = self.parts[0]
         files = files[:: max(1, len(files) // (count or len(files)))]
         missing = [file.image for file in files if not file.image.is_file()]
         if len(missing) > self.max_dropped * len(files):
@@ -199,15 +191,15 @@ class PhotoTrainData(CaptionData, Photos):
 
     def epoch_size(self) -> int:
         """All of them."""
-        return len(self.parts()[0])
+        return len(self.parts[0])
 
     def samples(self, world_size: int) -> PhotoSamples:
         """The files."""
-        return PhotoSamples(self.parts()[0], self.folder, str(self.table or self.folder))
+        return PhotoSamples(self.parts[0], self.folder, str(self.table or self.folder))
 
     def held_out_samples(self) -> PhotoSamples:
         """The other part, or the same where nothing is held out."""
-        rest, held = self.parts()
+        rest, held = self.parts
         return PhotoSamples(held or rest, self.folder, str(self.table or self.folder))
 
 
@@ -249,7 +241,7 @@ class HeldOutPhotos(Photos):
 
     def prepare(self) -> None:
         """Check that something is held out."""
-        if not self.parts()[1]:
+        if not self.parts[1]:
             raise ValueError(
                 "no photo is held out to measure on; set data.holdout= to a share, a number or a "
                 "table, or evaluator=[] to measure nothing"
@@ -260,7 +252,7 @@ class HeldOutPhotos(Photos):
         self.prepare()
         skipped: Counter[str] = Counter()
         files = []
-        for file in self.parts()[1]:
+        for file in self.parts[1]:
             try:
                 check_image(file.image)
             except FileNotFoundError:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.data.captions import CaptionTrainData
@@ -70,7 +71,7 @@ def names(files: Sequence[Any]) -> set[str]:
 
 
 def test_every_layout_of_a_table_gives_the_same_parts(folder: Path) -> None:
-    expected = photos(folder).parts()
+    expected = photos(folder).parts
     assert {f.image.name: f.captions for part in expected for f in part} == TOLD
     write_table(folder / "t.tsv", "\t", ("image", "caption"))
     write_table(folder / "semicolons.csv", ";", ("Bild", "Text dazu"))
@@ -87,39 +88,53 @@ def test_every_layout_of_a_table_gives_the_same_parts(folder: Path) -> None:
         "lists.jsonl": None,
     }.items():
         images = str(folder / "photos")
-        assert Photos(table=str(folder / name), images=images, columns=columns).parts() == expected
+        assert Photos(table=str(folder / name), images=images, columns=columns).parts == expected
     for name, texts in TOLD.items():
         (folder / "photos" / name).with_suffix(".txt").write_text("\n".join(texts))
-    assert Photos(images=str(folder / "photos")).parts() == expected
+    assert Photos(images=str(folder / "photos")).parts == expected
+
+
+def test_relative_paths_mean_those_of_the_present_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that moved on to another folder got the photos of the first."""
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / f"{name}.png")
+        (tmp_path / name / f"{name}.txt").write_text("a photo")
+        monkeypatch.chdir(tmp_path / name)
+        found += [file.image.name for file in Photos(images=".", holdout=0).parts[0]]
+    assert found == ["first.png", "second.png"]
 
 
 def test_a_table_beside_its_photos_needs_no_folder(folder: Path) -> None:
     with (folder / "beside.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "text"), *((f"photos/{n}", t) for n, t in rows())])
-    first, held = Photos(table=str(folder / "beside.csv"), holdout=0.25).parts()
+    first, held = Photos(table=str(folder / "beside.csv"), holdout=0.25).parts
     assert names(first) | names(held) == set(TOLD)
     assert len(held) == 6
 
 
 def test_the_parts_depend_on_names_and_seed_alone(folder: Path) -> None:
     """Would catch a caption of a photo held out that training sees, or a split by rows."""
-    rest, held = photos(folder, holdout=5).parts()
+    rest, held = photos(folder, holdout=5).parts
     assert len(held) == 5
     assert names(rest) | names(held) == set(TOLD)
     assert not names(rest) & names(held)
     mixed = sorted(rows(), key=lambda row: row[1][::-1])
     (folder / "mixed.tsv").write_text("".join(f"./{name}\t{text}\n" for name, text in mixed))
     images = str(folder / "photos")
-    again = Photos(table=str(folder / "mixed.tsv"), images=images, holdout=5).parts()
+    again = Photos(table=str(folder / "mixed.tsv"), images=images, holdout=5).parts
     assert names(again[1]) == names(held)
-    assert names(photos(folder, holdout=5, holdout_seed=1).parts()[1]) != names(held)
+    assert names(photos(folder, holdout=5, holdout_seed=1).parts[1]) != names(held)
     # a photo more or less in the table moves no other one into training
-    assert names(held) < names(photos(folder, holdout=8).parts()[1])
+    assert names(held) < names(photos(folder, holdout=8).parts[1])
 
 
 def test_a_second_table_is_held_out(folder: Path) -> None:
     (folder / "val.csv").write_text("file,text\np03.jpg,a horse\n")
-    rest, held = photos(folder, holdout=str(folder / "val.csv")).parts()
+    rest, held = photos(folder, holdout=str(folder / "val.csv")).parts
     assert {file.image.name: file.captions for file in held} == {"p03.jpg": ("a horse",)}
     assert names(rest) == set(TOLD) - {"p03.jpg"}
 
@@ -145,7 +160,7 @@ def test_an_epoch_has_every_photo_to_train_on_once(
     found = [keys(batches) for batches in ranks]
     assert [len(batches) for batches in ranks] == [6 // world_size] * world_size
     assert Counter(name for each in found for name in each) == Counter(
-        file.image.name for file in data.parts()[0]
+        file.image.name for file in data.parts[0]
     )
     assert keys(epoch_of(data, epoch=1)) != keys(epoch_of(data))
     assert keys(epoch_of(data, seed=2)) != keys(epoch_of(data))
@@ -233,7 +248,7 @@ def test_photos_missing_in_one_place_are_not_taken_for_all(
 ) -> None:
     """Two of 18 are fewer than `max_dropped` allows, also where they are the first two of nine."""
     data = training()
-    first, second = (file.image for file in data.parts()[0][:2])
+    first, second = (file.image for file in data.parts[0][:2])
     first.unlink()
     second.unlink()
     assert data.require_photos() == [first, second]
