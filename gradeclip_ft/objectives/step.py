@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,7 +139,9 @@ class View:
 
     def __init__(self, clip: Clip, step: Step, stored: Stored | None = None) -> None:
         self.clip = clip
-        self._step = step
+        # Two that hold each other would keep the tensors of a step until Python looks for cycles,
+        # steps later: gigabytes of layers and attention.
+        self._step: Step = weakref.proxy(step)
         self._stored = stored
         scale = clip.log_scale.float().exp()
         self._pass = SharedPass(clip.image, step.batch.images, scale)
