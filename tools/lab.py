@@ -192,7 +192,7 @@ def train(run: Run, common: Sequence[str], alone: bool) -> None:
         setattr(GlobalLocal, "maps", true_maps)  # noqa: B010
     sys.argv = ["gradeclip_ft", "train", *experiment(run.world, run.recipe), f"seed={run.seed}"]
     sys.argv += [f"name={run.folder.name}", f"runs_dir={run.folder.parent}", "resume=auto", *common]
-    sys.argv += [f"evaluation.before={str(run.recipe == ORDINARY).lower()}"]
+    sys.argv += [f"evaluation.before={str(run.recipe.startswith(ORDINARY)).lower()}"]
     try:
         main()
     except SystemExit as end:
