@@ -28,6 +28,7 @@ class Entry:
         results: By name of the evaluator.
         command: Command line that made the weights.
         published: Whether the numbers are those of a paper.
+        start: Hash of the weights at step 0, where they were measured too.
     """
 
     run: str
@@ -36,6 +37,7 @@ class Entry:
     results: Mapping[str, Result]
     command: str | None = None
     published: bool = False
+    start: str | None = None
 
 
 def collect(
@@ -126,6 +128,7 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
         )
     last = max(step for step, _ in by_weights)
     wanted = {"last": [last], "ends": [0, last], "all": [step for step, _ in by_weights]}
+    starts = [str(one.weights.get("hash")) for one in by_weights.get((0, -1.0), {}).values()]
     entries = []
     for (step, _), results in sorted(by_weights.items()):
         if step not in wanted[steps]:
@@ -143,6 +146,7 @@ def _entries(folder: Path, steps: Steps, fields: Mapping[str, str]) -> list[Entr
                 facts={**_run_facts(config, step), **shares, **asked},
                 results=results,
                 command=(command or None) if step else None,
+                start=starts[0] if starts else None,
             )
         )
     return entries

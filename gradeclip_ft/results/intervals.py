@@ -21,7 +21,7 @@ from gradeclip_ft.results.table import HIGH, LOW, Row, Table
 
 DRAWS = 1000
 ENDS = (2.5, 97.5)  # percent
-Draws: TypeAlias = Mapping[tuple[str, str], NDArray[np.float64]]
+Draws: TypeAlias = dict[tuple[str, str], NDArray[np.float64]]
 
 
 def bootstrap(result: Result) -> dict[str, NDArray[np.float64]]:
@@ -74,25 +74,34 @@ def _values(
 def with_intervals(table: Table, entries: Sequence[Entry]) -> Table:
     """The table with 95 % intervals, and rows of paired differences.
 
-    A row is compared with the first one of its model, and the first one of another model with the
-    first of all. Metrics without samples have no interval; those on other data, no difference.
+    A row is compared with the first one of the same start weights, on the same data; the first one
+    of other start weights with the first of all. Where a run's start was not measured, it is the
+    last one before of the same model. Metrics without samples have no interval.
     """
     draws = [_by_column(row, entry) for row, entry in zip(table.rows, entries, strict=True)]
     rows = [row | _ends(found) for row, found in zip(table.rows, draws, strict=True)]
-    first: dict[str, int] = {}
+    latest: dict[str, str] = {}  # start weights by model
+    first: dict[tuple[str | None, str, str], int] = {}  # by start, column and data; None for any
     for place, (row, entry, found) in enumerate(zip(table.rows, entries, draws, strict=True)):
         model = str(next(iter(entry.results.values())).weights.get("name"))
-        start = first.setdefault(model, place)
-        start = 0 if start == place else start
-        base, before = table.rows[start], draws[start]
-        differences = {key: found[key] - before[key] for key in found if key in before}
-        if place and differences:
-            more: Row = {"run": f"{row['run']} - {base['run']}", "step": row.get("step")}
+        start = latest[model] = entry.start or latest.get(model, model)
+        differences: dict[int, Draws] = {}
+        for key in found:
+            of_all = first.setdefault((None, *key), place)
+            base = first.setdefault((start, *key), place)
+            base = of_all if base == place else base
+            if base != place:
+                differences.setdefault(base, {})[key] = found[key] - draws[base][key]
+        for base, values in differences.items():
+            more: Row = {
+                "run": f"{row['run']} - {table.rows[base]['run']}",
+                "step": row.get("step"),
+            }
             more |= {"command": None, "differs": None}
             more |= {key: row.get(key) for key in ("alpha",) if key in row}
-            for column, _ in differences:
-                more[column] = float(str(row[column])) - float(str(base[column]))
-            rows.append(more | _ends(differences))
+            for column, _ in values:
+                more[column] = float(str(row[column])) - float(str(table.rows[base][column]))
+            rows.append(more | _ends(values))
     note = f"[ ]: 95 % of {DRAWS} draws of images; differences over the same draws"
     return replace(table, rows=tuple(rows), notes=(*table.notes, note))
 

@@ -127,20 +127,42 @@ def test_compare_prints_intervals_and_the_paired_difference(
     assert f"{100 * first[1]:.1f} [{100 * first[0]:.1f}, " in capsys.readouterr().out
 
 
+def differences(folder: Path, *runs: tuple[str, str, str, tuple[int, ...]]) -> list[object]:
+    """(run, top1) of the rows of differences, for runs of (model, start weights, data, steps).
+
+    Starts have 0, 0.1, 0.2 ... on their data, in the order of the runs; a tuned run has 0.5 more.
+    """
+    places, starts = [], list(dict.fromkeys(run[1:3] for run in runs))
+    for number, (model, start, data, steps) in enumerate(runs):
+        places.append(str(folder / str(number)))
+        for step in steps:
+            weights = {"name": model, "hash": f"{start}{step and number}"}
+            top1 = {"boxes/top1": starts.index((start, data)) / 10 + (0.5 if step else 0)}
+            one = replace(result(step=step), weights=weights, data={"hash": data}, metrics=top1)
+            replace(one, run=f"tuned {number}").write(Path(places[-1]))
+    entries = collect(places, steps="all")
+    rows = with_intervals(tabulate(entries), entries).rows[len(entries) :]
+    return [(row["run"], round(float(str(row["boxes/top1"])), 3)) for row in rows]
+
+
 def test_differences_are_those_of_one_model_and_of_the_same_data(tmp_path: Path) -> None:
-    """Of two models, tuning is the difference from each one's own start; other images have none."""
-    places = []
-    for model, data in (("small", "h"), ("large", "h"), ("small", "other")):
-        places.append(tmp_path / f"{model} {data}")
-        for step in (0, 10):
-            one = result(seed=len(places) if step else 7, step=step)
-            weights = {"name": model, "hash": f"{model}{step}"}
-            named = replace(one, weights=weights, data={"hash": data}, run=f"tuned {model}")
-            named.write(places[-1])
-    entries = collect([str(place) for place in places])
-    rows = with_intervals(tabulate(entries), entries).rows
-    assert [row["run"] for row in rows[len(entries) :]] == [
-        *("tuned small - small", "large - small", "tuned large - large"),
+    """Of two models, tuning is the difference from each one's own start; each data have a start."""
+    runs = [("small", "s", "h", (0, 10)), ("large", "l", "h", (0, 10))]
+    assert differences(tmp_path, *runs, ("small", "s", "other", (0, 10))) == [
+        *(("tuned 0 - small", 0.5), ("large - small", 0.1), ("tuned 1 - large", 0.5)),
+        ("tuned 2 - small", 0.5),
+    ]
+
+
+def test_differences_are_those_of_one_start(tmp_path: Path) -> None:
+    """Two pretrained starts have the name of one architecture, and a run need not follow its own.
+
+    The third run's start is in the table once, before the second's; the last has none of its own.
+    """
+    runs = [("m", "a", "h", (0, 10)), ("m", "b", "h", (0, 10)), ("m", "a", "h", (0, 10))]
+    assert differences(tmp_path, *runs, ("m", "?", "h", (10,))) == [
+        *(("tuned 0 - m", 0.5), ("m - m", 0.1), ("tuned 1 - m", 0.5)),
+        *(("tuned 2 - m", 0.5), ("tuned 3 - m", 0.7)),
     ]
 
 
