@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,43 +31,46 @@ from gradeclip_ft.training.optim import BLOCK
 class FrozenCache:
     """Serves a model, and teachers that share its frozen parts.
 
+    Folders are named at their first use: a run that is resumed gets its weights, also those of the
+    start model, from the checkpoint, after the cache is made.
+
     Args:
         clip: The model, with `requires_grad` set.
         folder: Grows by 4 bytes for every number of a token: 0.4 MB for an image of 257 tokens
             with 384 channels; and for every cell of a map and channel of an embedding.
-        start: Whether this model, as it is now, will be asked as a teacher.
+        start: The start model, if its maps or embeddings of images will be asked for.
 
     Raises:
         ValueError: No block of the image tower is frozen, or its patches learn, and there is no
-            such teacher.
+            start model.
     """
 
-    def __init__(self, clip: Clip, folder: str | Path, *, start: bool = False) -> None:
+    def __init__(self, clip: Clip, folder: str | Path, *, start: Clip | None = None) -> None:
         learning = {n for n, value in clip.model.named_parameters() if value.requires_grad}
+        self._clip, self._learning, self._start, self._root = clip, learning, start, Path(folder)
         image = [name for name in learning if name.startswith("visual.")]
         blocks = [int(found[1]) for name in image if (found := BLOCK.search(name))]
         self._depth = clip.image.depth
         self.first = min(blocks, default=self._depth - 1)
-        if not self.first and not start:
+        if not self.first and start is None:
             raise ValueError(
                 "a cache keeps what frozen blocks compute, and what the start model says; set "
                 "optim.image_blocks, objective.maps_from=start, or a term that asks that model"
             )
         self._texts = not any(not n.startswith(("visual.", "logit_")) for n in learning)
-        # Weights do not tell QuickGELU from GELU, nor how many heads there are.
-        built = f"{clip.model} {clip.image.heads} {clip.text.heads}".encode()
-        frozen, whole = hashlib.sha256(built), hashlib.sha256(built)
-        for name, value in clip.model.state_dict().items():
-            content = name.encode() + value.cpu().numpy().tobytes()
-            whole.update(content)
-            if name not in learning:
-                frozen.update(content)
-        self._folder = Path(folder) / frozen.hexdigest()[:16]
-        self._start = Path(folder) / whole.hexdigest()[:16]
         self._pad = clip.text.pad
         self._watched: Tensor | None = None
         self._keys: list[str] = []
         self._tokens: dict[str, Tensor] = {}  # by precision: a teacher's may be another
+
+    @cached_property
+    def _frozen_folder(self) -> Path:
+        return self._root / _name_of(self._clip, without=self._learning)
+
+    @cached_property
+    def _start_folder(self) -> Path:
+        assert self._start is not None
+        return self._root / _name_of(self._start)
 
     def watch(self, images: Float[Tensor, "B 3 H W"]) -> None:
         """The images of the next step; passes of others, such as crops, are not kept.
@@ -95,14 +99,14 @@ class FrozenCache:
             precision = _precision(x.device)
             if precision not in self._tokens:
                 self._tokens[precision] = self._look_up(
-                    [self._folder / precision / key for key in self._keys],
+                    [self._frozen_folder / precision / key for key in self._keys],
                     lambda rows: found.rows(rows).run(found.tokens[rows], 0, self.first),
                 ).to(found.tokens)
             tokens = self._tokens[precision]
             return replace(found, tokens=tokens, layers=found.layers[self.first :])
 
         def encode_texts(ids: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-            folder = self._folder / _precision(ids.device)
+            folder = self._frozen_folder / _precision(ids.device)
             names = [folder / key for key in _keys(ids, pad=self._pad)]
             return self._look_up(names, lambda rows: encode(ids[rows])).to(ids.device)
 
@@ -120,7 +124,7 @@ class FrozenCache:
             batch: Of the step.
             compute: Embeddings of some of its images.
         """
-        folder = self._start / _precision(batch.images.device) / "embeddings"
+        folder = self._start_folder / _precision(batch.images.device) / "embeddings"
         return self._look_up([folder / key for key in self._keys], compute).to(batch.images.device)
 
     def maps(
@@ -138,7 +142,7 @@ class FrozenCache:
         """
         method = f"{type(explainer).__name__} {settings_of(explainer)}"
         # The maps are in single precision, but phrases of a frozen text tower in that of the step.
-        folder = self._start / _precision(batch.images.device)
+        folder = self._start_folder / _precision(batch.images.device)
         folder /= hashlib.sha256(method.encode()).hexdigest()[:16]
         texts = _keys(batch.distinct, pad=self._pad)
         pairs = zip(batch.owner.tolist(), batch.phrase.tolist(), strict=True)
@@ -158,6 +162,16 @@ class FrozenCache:
                 found[name] = value
                 _write(name, value)
         return torch.stack([value for name in names if (value := found[name]) is not None])
+
+
+def _name_of(clip: Clip, *, without: Collection[str] = ()) -> str:
+    """Hash of a model and of its weights, as they are now, except some."""
+    # Weights do not tell QuickGELU from GELU, nor how many heads there are.
+    digest = hashlib.sha256(f"{clip.model} {clip.image.heads} {clip.text.heads}".encode())
+    for name, value in clip.model.state_dict().items():
+        if name not in without:
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _precision(device: torch.device) -> str:

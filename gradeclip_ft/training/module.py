@@ -83,11 +83,11 @@ class FineTuneModule(pl.LightningModule):
         if isinstance(objective, Composed):
             objective.begin(clip)
         teachers = getattr(objective, "teachers", {})
-        start = "start" in teachers
+        start = teachers["start"].clip if "start" in teachers else None
         self._cache = None if cache is None else FrozenCache(clip, cache, start=start)
         if self._cache is not None:
             self._cache.serve(clip)
-            if start:
+            if start is not None:
                 teachers["start"].stored = self._cache
             if self._cache.serves(getattr(objective, "explainer", None)):
                 for teacher in teachers.values():

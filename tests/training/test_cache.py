@@ -11,6 +11,7 @@ from torch import nn
 from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.losses import AlignmentOptions
+from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.objectives import base
 from gradeclip_ft.objectives.base import Composed
 from gradeclip_ft.objectives.crops import Crops
@@ -36,15 +37,16 @@ def objective(explainer: Any) -> GlobalLocal:
     )
 
 
-def losses(
-    loss: Composed, cache: str | None, frozen: dict[str, Any] = FROZEN
-) -> tuple[list[float], dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Six steps over three batches; and how many images each pass of a first block has.
-
-    By the model that makes the pass: `own`, or the name of a teacher.
-    """
+def other_clip() -> Clip:
+    """Another model, with other embeddings."""
     clip = small_clip()
-    module = FineTuneModule(
+    with torch.no_grad():
+        clip.model.visual.conv1.weight.neg_()
+    return clip
+
+
+def module_of(clip: Clip, loss: Composed, cache: str | None, **frozen: Any) -> FineTuneModule:
+    return FineTuneModule(
         clip,
         loss,
         optimizer=partial(adamw, lr=1e-2),
@@ -52,6 +54,24 @@ def losses(
         cache=cache,
         **frozen,
     )
+
+
+def losses(
+    loss: Composed,
+    cache: str | None,
+    frozen: dict[str, Any] = FROZEN,
+    *,
+    clip: Clip | None = None,
+    checkpoint: dict[str, torch.Tensor] | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Six steps over three batches; and how many images each pass of a first block has.
+
+    By the model that makes the pass: `own`, or the name of a teacher.
+    """
+    clip = clip or small_clip()
+    module = module_of(clip, loss, cache, **frozen)
+    if checkpoint is not None:
+        module.load_state_dict(checkpoint)
     models = {"own": clip, **{name: each.clip for name, each in loss.teachers.items()}}
     passes: dict[str, list[int]] = {name: [] for name in models}
     for name, each in models.items():
@@ -151,16 +171,40 @@ def test_other_frozen_weights_have_files_of_their_own(tmp_path: Any) -> None:
     other = small_clip()
     with torch.no_grad():
         other.model.visual.conv1.weight.mul_(1.5)
-    module = FineTuneModule(
-        other,
-        objective(GradEclip(create_graph=False)),
-        optimizer=partial(adamw, lr=1e-2),
-        schedule=partial(warmup_cosine, warmup=1, steps=6),
-        cache=str(tmp_path),
-        **FROZEN,
-    )
+    loss = objective(GradEclip(create_graph=False))
+    module = module_of(other, loss, str(tmp_path), **FROZEN)
     module.training_step(make_batch(0), 0)
     assert len(list(tmp_path.iterdir())) == 4  # frozen parts, and maps
+
+
+def test_other_start_weights_have_embeddings_of_their_own(tmp_path: Any) -> None:
+    """Would catch names that are made of the frozen parts alone: here there are none."""
+    found = []
+    for make in (small_clip, other_clip):
+        plain, cached = (
+            losses(Composed(terms={"keep": Keep(2.0)}), cache, {}, clip=make())[0]
+            for cache in (None, str(tmp_path))
+        )
+        assert cached == plain
+        found.append(plain)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("frozen", [FROZEN, {}], ids=["one block", "everything"])
+def test_a_resumed_run_has_the_files_of_its_checkpoint(frozen: Any, tmp_path: Any) -> None:
+    """The start file is another one since: its files are neither read nor written."""
+
+    def run(cache: str | None, **checkpoint: Any) -> list[float]:
+        return losses(objective(Game()), cache, frozen, clip=other_clip(), **checkpoint)[0]
+
+    begun = module_of(small_clip(), objective(Game()), None, **frozen).state_dict()
+    fresh, resumed = run(None), run(None, checkpoint=begun)
+    assert fresh != pytest.approx(resumed, rel=1e-3)
+    filled, empty = str(tmp_path / "filled"), str(tmp_path / "empty")
+    run(filled)
+    assert run(filled, checkpoint=begun) == pytest.approx(resumed, rel=1e-5)
+    run(empty, checkpoint=begun)
+    assert run(empty) == pytest.approx(fresh, rel=1e-5)
 
 
 def test_another_activation_or_precision_has_files_of_its_own(tmp_path: Any) -> None:
@@ -187,10 +231,4 @@ def test_another_activation_or_precision_has_files_of_its_own(tmp_path: Any) -> 
 
 def test_a_cache_needs_something_that_is_frozen(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"set optim.image_blocks, objective.maps_from=start"):
-        FineTuneModule(
-            small_clip(),
-            GlobalOnly(),
-            optimizer=partial(adamw, lr=1e-2),
-            schedule=partial(warmup_cosine, warmup=1, steps=6),
-            cache=str(tmp_path),
-        )
+        module_of(small_clip(), GlobalOnly(), str(tmp_path))
