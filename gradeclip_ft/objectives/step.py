@@ -190,7 +190,8 @@ class View:
         """Maps of the phrases of the batch, by any method; negative values become 0."""
         batch = self._step.batch
         if not len(batch.owner):
-            return self.phrases.new_zeros((0, *self.dense.shape[1:3]))
+            # The grid of the model is that of the copy, which need not see the images for it.
+            return self.phrases.new_zeros((0, *self._step.dense.shape[1:3]))
         if self._stored is not None:
             return self._stored.maps(explainer, batch, lambda rows: self._heat(explainer, rows))
         return self._heat(explainer, torch.arange(len(batch.owner), device=batch.owner.device))

@@ -14,6 +14,7 @@ from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.grad_eclip_deep import GradEclipDeep
 from gradeclip_ft.losses import AlignmentOptions
 from gradeclip_ft.models.clip import Clip
+from gradeclip_ft.objectives import base
 from gradeclip_ft.objectives import step as steps
 from gradeclip_ft.objectives.base import Composed
 from gradeclip_ft.objectives.global_local import GlobalLocal
@@ -92,7 +93,11 @@ def tensors() -> int:
     return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
 
-def test_no_phrase_needs_no_map(tiny_vit: Clip, tiny_batch: CaptionBatch) -> None:
+def test_no_phrase_needs_no_map(
+    tiny_vit: Clip, tiny_batch: CaptionBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a pass of the copy, which sees the one image of `drift` alone."""
+    monkeypatch.setattr(base, "FEW", 1)
     empty = dataclasses.replace(
         tiny_batch,
         distinct=tiny_batch.distinct[:0],
@@ -102,7 +107,11 @@ def test_no_phrase_needs_no_map(tiny_vit: Clip, tiny_batch: CaptionBatch) -> Non
     )
     objective = GlobalLocal(Game(), maps_from="start")
     objective.begin(tiny_vit)
+    seen: list[int] = []
+    first = objective.teachers["start"].clip.model.visual.transformer.resblocks[0]
+    first.register_forward_hook(lambda *call: seen.append(len(call[2])))
     assert objective(tiny_vit, empty).parts["local"] == 0
+    assert seen == [1]
 
 
 def test_the_average_follows_and_the_start_does_not(tiny_vit: Clip) -> None:
