@@ -54,8 +54,9 @@ class FrozenCache:
         self.first = min(blocks, default=self._depth - 1)
         if not self.first and start is None:
             raise ValueError(
-                "a cache keeps what frozen blocks compute, and what the start model says; set "
-                "optim.image_blocks, objective.maps_from=start, or a term that asks that model"
+                "a cache keeps what frozen blocks compute, and maps and embeddings of the start "
+                "model, not its crops or patches; set optim.image_blocks, "
+                "objective.maps_from=start, or the term keep, or mosaic with target=start"
             )
         self._texts = not any(not n.startswith(("visual.", "logit_")) for n in learning)
         self._pad = clip.text.pad
