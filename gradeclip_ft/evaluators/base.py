@@ -66,12 +66,12 @@ class Evaluator(Protocol):
 
 
 def prepare(evaluator: Evaluator) -> None:
-    """Make or check its data, by its own `prepare`, else by that of its `data`.
+    """Make or check its data, by its own `prepare`, else by that of its `data`, if it has one.
 
     Cheap when all is there, and run by one process only.
     """
-    has = evaluator if hasattr(evaluator, "prepare") else getattr(evaluator, "data", None)
-    if has is not None:
+    has: Any = evaluator if hasattr(evaluator, "prepare") else getattr(evaluator, "data", None)
+    if hasattr(has, "prepare"):
         has.prepare()
 
 

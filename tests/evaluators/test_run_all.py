@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from gradeclip_ft.evaluators.base import Track, evaluating, run_all, untracked
+from gradeclip_ft.evaluators.base import Track, evaluating, prepare, run_all, untracked
 from gradeclip_ft.models.clip import LoadedClip
 from gradeclip_ft.results.record import Json, Measured, data_fingerprint, read
 from tests.evaluators.conftest import Load, modes
@@ -93,6 +95,31 @@ def test_a_result_on_a_file_that_has_changed_is_not_kept(load: Load, tmp_path: P
     with pytest.raises(ValueError, match=r"differs in .*classnames.txt; again=true"):
         run_all({"a": evaluator}, loaded, folder=tmp_path / "e", again=False)
     assert evaluator.calls == 1
+
+
+def test_what_has_no_prepare_is_not_asked_to() -> None:
+    """Data of a plug-in may be a folder's name; its own prepare comes before that of its data."""
+    prepared: list[str] = []
+    source = SimpleNamespace(prepare=lambda: prepared.append("data"))
+
+    class Plain:
+        name = "plain"
+        protocol: ClassVar[dict[str, Json]] = {}
+        data: object = "/some/folder"
+
+        def __call__(self, loaded: LoadedClip, *, track: Track = untracked) -> Measured:
+            raise NotImplementedError
+
+    class OnSource(Plain):
+        data = source
+
+    class Own(OnSource):
+        def prepare(self) -> None:
+            prepared.append("own")
+
+    for evaluator in (Plain(), OnSource(), Own()):
+        prepare(evaluator)
+    assert prepared == ["data", "own"]
 
 
 def test_two_evaluators_of_one_name_are_refused(load: Load, tmp_path: Path) -> None:
