@@ -94,6 +94,7 @@ def names_of(
     images: ImageSet, wanted: Literal["imagenet", "data"] | Sequence[str], evaluator: str
 ) -> list[str]:
     """Class names: ImageNet's, those of the data, or a list; one for each class of the data."""
+    _require_known("class_names", wanted, evaluator)
     known = {"imagenet": IMAGENET_NAMES, "data": images.classes}
     found = known[wanted] if isinstance(wanted, str) else wanted
     if len(found) != len(images.classes):
@@ -108,8 +109,17 @@ def templates_of(
     images: ImageSet, wanted: Literal["imagenet", "data"] | Sequence[str], evaluator: str
 ) -> list[str]:
     """Templates: ImageNet's, those of the data, or a list."""
+    _require_known("templates", wanted, evaluator)
     if wanted == "imagenet":
         return IMAGENET_TEMPLATES
     if wanted == "data" and not images.templates:
         raise ValueError(f"{evaluator}: the data bring no templates; set templates=imagenet")
     return list(images.templates if wanted == "data" else wanted)
+
+
+def _require_known(option: str, wanted: str | Sequence[str], evaluator: str) -> None:
+    if isinstance(wanted, str) and wanted not in ("imagenet", "data"):
+        raise ValueError(
+            f"{evaluator}: {option}={wanted}, expected imagenet, data or a list; write a list in "
+            f"brackets, {option}=['{wanted}']"
+        )

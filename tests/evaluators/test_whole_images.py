@@ -113,6 +113,15 @@ def test_imagenet_has_its_names_and_templates(folders: ClassFolders, load: Load)
     assert all(text.count("n00") == 1 for text in said[:80])
 
 
+@pytest.mark.parametrize("option", ["class_names", "templates"])
+def test_a_text_that_is_not_a_list_is_refused(
+    folders: ClassFolders, load: Load, option: str
+) -> None:
+    """As class names it was a bare KeyError, as templates a list of its letters."""
+    with pytest.raises(ValueError, match=f"z: {option}=Data, expected imagenet, data or a list"):
+        evaluator(folders, **{option: "Data"})(load(whole=True))
+
+
 def test_class_files_that_do_not_fit_are_named(
     folders: ClassFolders, shards: ClassShards, load: Load
 ) -> None:
