@@ -8,6 +8,7 @@ import torch
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.base import explain_image
 from gradeclip_ft.explain.itsm import Itsm
+from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.trace import UnsupportedTowerError
 from gradeclip_ft.objectives.iclip import ICLIP
 from gradeclip_ft.training.optim import freeze
@@ -61,6 +62,29 @@ def test_patches_are_masked_by_attention_and_pooled_by_channel(tiny_batch: Capti
     terms.total.backward()
     learning = [p for p in [*clip.parameters(), *objective.parameters()] if p.requires_grad]
     assert all(p.grad is not None for p in learning)
+
+
+def test_a_step_passes_the_image_tower_once(tiny_vit: Clip, tiny_batch: CaptionBatch) -> None:
+    """Patches are those of the pass that gives the class token."""
+    freeze(tiny_vit.model, train_image=False)
+    objective, passes = ICLIP(), []
+    objective.begin(tiny_vit)
+    first = tiny_vit.model.visual.transformer.resblocks[0]
+    first.register_forward_hook(lambda *call: passes.append(call))
+    objective(tiny_vit, tiny_batch)
+    assert len(passes) == 1
+
+
+def test_the_loss_in_bf16_is_near_that_in_fp32(tiny_vit: Clip, tiny_batch: CaptionBatch) -> None:
+    """The attention is computed without autocast, after layers with it."""
+    freeze(tiny_vit.model, train_image=False)
+    objective = ICLIP()
+    objective.begin(tiny_vit)
+    exact = objective(tiny_vit, tiny_batch).total
+    with torch.autocast("cpu", torch.bfloat16):
+        total = objective(tiny_vit, tiny_batch).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, exact, rtol=0.03, atol=0.03)  # bf16 keeps about three digits
 
 
 def test_the_map_reads_what_a_run_learned(tmp_path: Path, tiny_batch: CaptionBatch) -> None:
