@@ -6,7 +6,7 @@
 draws the scenes, trains, measures, and writes NAME.safetensors (half precision, open_clip's own
 names) and NAME.json. The json's `built` entry holds the settings and what was measured. Equal
 settings give an equal model on the same machine. With one thread it takes about 15 minutes, world
-2 about 12 on a busy machine.
+2 about 18 on a busy machine.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class CaptionDataModule(pl.LightningDataModule):
         """Batches of the whole run, beginning after the last finished step.
 
         Raises:
-            ValueError: An epoch has not one batch; said before anything is measured.
+            ValueError: An epoch is shorter than one batch; said before anything is measured.
         """
         assert self.trainer is not None
         trainer, source = self.trainer, self._source
