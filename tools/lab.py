@@ -274,7 +274,8 @@ the runs were trained; `patch cosine` the mean cosine between a patch and the sa
 start model. Rows `- ordinary` are paired differences from ordinary fine-tuning with the same alpha
 and steps, over the same draws. A recipe, seed or world that is not here has not been run; the
 command goes on where it was stopped. Rows whose runs do not lie in `runs_dir` stay as they are; a
-run there replaces the row of its recipe and alpha, even if that row had more seeds."""
+run there replaces the row of its recipe and alpha, even if that row had more seeds, and differences
+from an ordinary row that was replaced are left out."""
 TITLES: Mapping[str, Mapping[str, str]] = {
     "shapes": {"Shapes world, reported split": "", "Shapes world, choosing split": "choose"},
     "shapes2": {"Shapes world 2, reported split": "", "Shapes world 2, choosing split": "choose"},
@@ -344,10 +345,18 @@ def table_rows(
 
 
 def in_order(world: str, stored: Sequence[Row], made: Sequence[Row]) -> list[Row]:
-    """Rows of a part in the order of the recipes; of equal ones, those that were made here."""
+    """Rows of a part in the order of the recipes; of equal ones, those that were made here.
+
+    Where ordinary fine-tuning was made here, stored differences are those from another row.
+    """
     places = {name: place for place, name in enumerate([UNTOUCHED, *recipes(world)])}
-    known = {group: rows for group, rows in blocks(stored).items() if group[0] in places}
-    both = known | blocks(made)
+    here = blocks(made)
+    known = {
+        (recipe, alpha): rows[:1] if (ordinary_beside(recipe), alpha) in here else rows
+        for (recipe, alpha), rows in blocks(stored).items()
+        if recipe in places
+    }
+    both = known | here
     groups = sorted(both, key=lambda group: places.get(group[0], len(places)))
     return [row for group in groups for row in both[group]]
 

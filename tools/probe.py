@@ -5,8 +5,8 @@
     python -m tools.probe weights=runs/NAME/weights.safetensors
 
 Prints, in percent, how often a logistic regression tells the shape from a feature that is pooled in
-a drawn box: trained on 800 scenes of the choosing split, tested on 400 of the reported one. So much
-lies in the feature, whether or not a text can ask for it. Beside it what the texts find: the shape
+a drawn box: trained on 1,000 scenes of the choosing split, tested on 1,000 of the reported one. So
+much lies in the feature, whether or not a text can ask for it. Beside it what texts find: the shape
 among the eight of its colour, and the class among 64. The last row is the embedding of pictures
 that show one object alone.
 """

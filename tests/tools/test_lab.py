@@ -94,6 +94,18 @@ def test_rows_of_another_machine_stay_where_no_run_replaces_them(tmp_path: Path)
     table = (tmp_path / "recipes.md").read_text()
     assert table.count("| mosaic |") == 2  # of both splits
     assert "gone" not in table
+    finished(tmp_path / "here", {"ordinary": (0.5,)})
+    lab.write(tmp_path / "here", tmp_path / "recipes")
+    merged = json.loads((tmp_path / "recipes.json").read_text())
+    found = [
+        (row["recipe"], round(row["boxes/top1"], 6))
+        for row in merged
+        if row["part"] == rows[0]["part"]
+    ]
+    assert found == [  # those of focal and mosaic were from another ordinary row
+        *(("untouched", 0.1), ("ordinary", 0.5), ("clim", 0.1), ("- ordinary", -0.4)),
+        *(("focal", 0.3), ("game", 0.7), ("- ordinary", 0.2), ("mosaic", 0.2)),
+    ]
 
 
 def test_a_run_that_fails_stops_no_other(
