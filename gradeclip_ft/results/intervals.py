@@ -74,22 +74,27 @@ def _values(
 def with_intervals(table: Table, entries: Sequence[Entry]) -> Table:
     """The table with 95 % intervals, and rows of paired differences.
 
-    A row is compared with the first one of the same start weights, on the same data; the first one
-    of other start weights with the first of all. Where a run's start was not measured, it is the
-    last one before of the same model. Metrics without samples have no interval.
+    A row is compared with the start weights that it comes from, on the same data; where they are
+    not in the table, with the first row of the same start and the same share of tuned weights. The
+    first one of other start weights is compared with the first of all. Where a run's start was not
+    measured, it is the last one before of the same model. Metrics without samples have no interval.
     """
     draws = [_by_column(row, entry) for row, entry in zip(table.rows, entries, strict=True)]
     rows = [row | _ends(found) for row, found in zip(table.rows, draws, strict=True)]
     latest: dict[str, str] = {}  # start weights by model
-    first: dict[tuple[str | None, str, str], int] = {}  # by start, column and data; None for any
+    # By start (None: any), share of tuned weights (None: of none), column and data.
+    first: dict[tuple[str | None, float | None, str, str], int] = {}
     for place, (row, entry, found) in enumerate(zip(table.rows, entries, draws, strict=True)):
-        model = str(next(iter(entry.results.values())).weights.get("name"))
+        result = next(iter(entry.results.values()))
+        model, share = str(result.weights.get("name")), result.alpha if entry.step else None
         start = latest[model] = entry.start or latest.get(model, model)
         differences: dict[int, Draws] = {}
         for key in found:
-            of_all = first.setdefault((None, *key), place)
-            base = first.setdefault((start, *key), place)
-            base = of_all if base == place else base
+            base = place
+            for group in (start, None):
+                before = first.get((group, None, *key), first.get((group, share, *key), place))
+                first.setdefault((group, share, *key), place)
+                base = before if base == place else base
             if base != place:
                 differences.setdefault(base, {})[key] = found[key] - draws[base][key]
         for base, values in differences.items():

@@ -166,6 +166,19 @@ def test_differences_are_those_of_one_start(tmp_path: Path) -> None:
     ]
 
 
+def test_a_share_of_the_weights_is_compared_with_the_same_share(tmp_path: Path) -> None:
+    """Half of one run stood beside the whole of the other."""
+    values = {("plain", 1.0): 0.4, ("plain", 0.5): 0.3, ("mine", 1.0): 0.9, ("mine", 0.5): 0.6}
+    for (name, alpha), top1 in values.items():
+        weights = {"name": "m", "hash": f"{name} {alpha}", "alpha": alpha}
+        one = replace(result(), weights=weights, metrics={"boxes/top1": top1}, run=name)
+        one.write(tmp_path / name)
+    entries = collect([str(tmp_path / name) for name in ("plain", "mine")], steps="last")
+    rows = with_intervals(tabulate(entries), entries).rows[len(entries) :]
+    found = [(row["run"], row["alpha"], round(float(str(row["boxes/top1"])), 3)) for row in rows]
+    assert found == [("mine - plain", 1.0, 0.5), ("mine - plain", 0.5, 0.3)]
+
+
 def test_intervals_are_for_single_runs() -> None:
     with pytest.raises(ValueError, match="single runs; leave by= and published= out"):
         compare("runs/a", by=("map",), interval=True)
