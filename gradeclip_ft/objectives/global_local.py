@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradeclip_ft.explain.base import Explainer, TraceExplainer, heat_from_trace
+from gradeclip_ft.explain.base import Explainer, RecordExplainer, TraceExplainer, heat_from_trace
 from gradeclip_ft.losses import AlignmentOptions, alignment_loss
 from gradeclip_ft.models.clip import Clip
 from gradeclip_ft.models.tower import EXPLAINED
@@ -72,6 +72,12 @@ class GlobalLocal(Composed):
             )
         if hasattr(self.explainer, "prepare"):
             raise ValueError(f"{name} compares with other texts, which a training step has not")
+        pooling = clip.image.pooling
+        if isinstance(self.explainer, RecordExplainer) and pooling.startswith("attention pool"):
+            raise UnsupportedTowerError(
+                f"{name} follows a class token through layers, but this tower ends in an "
+                f"{pooling}; choose explainer@objective.explainer=grad_eclip"
+            )
         if clip.image.unexplained is not None:
             raise UnsupportedTowerError(
                 f"{clip.image.unexplained}: no heat maps, so no local loss; choose "

@@ -7,6 +7,7 @@ import torch
 
 from gradeclip_ft.batch import CaptionBatch
 from gradeclip_ft.explain.base import TraceExplainer
+from gradeclip_ft.explain.game import Game
 from gradeclip_ft.explain.grad_cam import GradCam
 from gradeclip_ft.explain.grad_eclip import GradEclip
 from gradeclip_ft.explain.maskclip import MaskClip
@@ -184,6 +185,15 @@ def test_methods_of_several_layers_do_not_train(tiny_vit: Clip) -> None:
     with pytest.raises(ValueError, match="Rollout needs more than the last layer"):
         GlobalLocal(Rollout()).check(tiny_vit)
     GlobalLocal(GradEclip()).check(tiny_vit)
+
+
+@pytest.mark.parametrize("family", ["siglip", "resnet"])
+def test_methods_of_several_layers_need_a_class_token(family: str) -> None:
+    """`doctor` approved such a run, which failed in its first step."""
+    clip = make_tiny_clip(family)
+    with pytest.raises(UnsupportedTowerError, match=r"Game follows .*explainer=grad_eclip"):
+        GlobalLocal(Game(), maps_from="start").check(clip)
+    GlobalLocal(GradEclip(), maps_from="start").check(clip)
 
 
 def test_a_tower_without_maps_is_refused_before_training() -> None:
