@@ -370,8 +370,8 @@ def _target_problems(
 
 def _value_problems(value: Any, kind: Any, key: str) -> Iterator[str]:
     if fits(value, kind):
-        for nested in _nested(value):
-            yield from _target_problems(nested, key)
+        for inner, nested in _nested(value, key):
+            yield from _target_problems(nested, inner, kind=kind_of(key))
         return
     words = _expected(kind)
     if isinstance(value, Mapping) and "_target_" not in value and "object" in words:
@@ -400,7 +400,7 @@ def fits(value: Any, kind: Any) -> bool:
     if kind == "object":
         return isinstance(value, Mapping) and "_target_" in value
     if kind == "any":
-        return not list(_nested(value))
+        return not list(_nested(value, ""))
     if kind == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
     return value is None if kind == "null" else type(value).__name__ == kind
@@ -416,16 +416,14 @@ def _expected(kind: Any) -> list[str]:
     return [kind]
 
 
-def _nested(value: Any) -> Iterator[Node]:
-    """Nodes somewhere inside a value that name what they build."""
+def _nested(value: Any, key: str) -> Iterator[tuple[str, Node]]:
+    """Nodes somewhere inside a value that name what they build, each with its key."""
     if isinstance(value, Mapping) and "_target_" in value:
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _nested(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _nested(entry)
+        yield key, value
+    elif isinstance(value, Mapping | list):
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, entry in named:
+            yield from _nested(entry, f"{key}.{name}")
 
 
 def recorded(cfg: DictConfig | Node) -> dict[str, Any]:

@@ -46,6 +46,10 @@ def test_the_list_of_targets_is_current() -> None:
         ("objective.phrase_weight=mx", "got 'mx', expected max or none; did you mean max?"),
         ("objective.explainer.heads=eight", "objective.explainer.heads: got 'eight', expected"),
         ("+data.tagger=ntlk", "expected auto or nltk or textblob; did you mean nltk?"),
+        (
+            "+objective.terms={a:{_target_:gradeclip_ft.objectives.keep.Keep,text:x}}",
+            "terms.a.text: got",
+        ),
         ("optim.optimizer.lr=high", "optim.optimizer.lr: got 'high', expected float"),
         ("trainer.precision=bf16-true", "got 'bf16-true', expected"),  # it would fail at step 1
         ("trainer.max_steps=1.5", "trainer.max_steps: got 1.5, expected int"),
