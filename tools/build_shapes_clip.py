@@ -79,6 +79,11 @@ class Scenes:
     owner: Tensor
     colours: Tensor
 
+    @property
+    def single(self) -> Tensor:
+        """Which objects are the only one of their scene, (R)."""
+        return (torch.bincount(self.owner) == 1)[self.owner]
+
     def pixels(self, rows: Tensor | slice) -> Tensor:
         """Normalised images."""
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
@@ -271,10 +276,9 @@ def measure(model: nn.Module, world: Scenes, tokenizer: WordTokenizer) -> Mappin
     scores = pool_boxes(dense, world.boxes, world.owner) @ classes.T
     owner = torch.arange(len(images)).repeat_interleave(world.captions.shape[1])
     similarity = images @ texts.T
-    alone = (torch.bincount(world.owner) == 1)[world.owner]
-    single = images[world.owner[alone]] @ classes.T
+    single = images[world.owner[world.single]] @ classes.T
     found = {f"boxes/top{k}": hits(scores, world.labels[:, None], k) for k in (1, 5)}
-    found["one_object/top1"] = hits(single, world.labels[alone, None], 1)
+    found["one_object/top1"] = hits(single, world.labels[world.single, None], 1)
     for k in (1, 5, 10):
         found[f"image_retrieval_recall@{k}"] = hits(similarity.T, owner[:, None], k)
         mine = torch.arange(len(texts)).view(len(images), -1)  # columns of each image's texts

@@ -52,8 +52,8 @@ def probe(
     rows: list[Row] = []
     for name, features in asked.items():
         alone = name == ALONE
-        labels = tested.labels[single(tested)] if alone else tested.labels
-        before = learned.labels[single(learned)] if alone else learned.labels
+        labels = tested.labels[tested.single] if alone else tested.labels
+        before = learned.labels[learned.single] if alone else learned.labels
         right = probed(known[name], before % KINDS, features, labels % KINDS)
         row: Row = {"features": name, "regions": len(labels), "probe": right}
         if features.shape[1] == texts.shape[1] and not name.startswith("input"):
@@ -88,14 +88,9 @@ def regions(clip: Clip, scenes: Scenes) -> dict[str, Float[Tensor, "R W"]]:
             parts.setdefault(f"F_d, {path}", []).append(trace.dense(path))
         parts.setdefault(ALONE, []).append(trace.embedding)
     whole = {name: torch.cat(values) for name, values in parts.items()}
-    embedding = unit(whole.pop(ALONE))[scenes.owner[single(scenes)]]
+    embedding = unit(whole.pop(ALONE))[scenes.owner[scenes.single]]
     pooled = {name: pool_boxes(x, scenes.boxes, scenes.owner) for name, x in whole.items()}
     return pooled | {ALONE: embedding}
-
-
-def single(scenes: Scenes) -> Tensor:
-    """Regions that are the only object of their scene, (R)."""
-    return (torch.bincount(scenes.owner) == 1)[scenes.owner]
 
 
 def probed(

@@ -54,8 +54,8 @@ def compare(
                                tips, segmentation (voc21, ade20k and six more); marked where
                                protocol or data differ
     interval=true              95 % intervals by bootstrap over images, and a row for the paired
-                               difference of each row from the first of its start weights (of
-                               other ones: from the first row) on the same data; by= is left out
+                               difference of each row from its start, else from the first row of
+                               the same start and alpha, on the same data; by= is left out
     out=results/NAME           also write results/NAME.md and results/NAME.json, one row per run;
                                out=NAME.csv or NAME.html (a page) writes that form alone
     """

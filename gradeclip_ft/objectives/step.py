@@ -139,8 +139,8 @@ class View:
 
     def __init__(self, clip: Clip, step: Step, stored: Stored | None = None) -> None:
         self.clip = clip
-        # Two that hold each other would keep the tensors of a step until Python looks for cycles,
-        # steps later: gigabytes of layers and attention.
+        # If step and view held each other, the tensors of a step (gigabytes of layers and
+        # attention) would live until Python's collector of cycles runs, many steps later.
         self._step: Step = weakref.proxy(step)
         self._stored = stored
         scale = clip.log_scale.float().exp()

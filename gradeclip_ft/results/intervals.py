@@ -98,11 +98,8 @@ def with_intervals(table: Table, entries: Sequence[Entry]) -> Table:
             if base != place:
                 differences.setdefault(base, {})[key] = found[key] - draws[base][key]
         for base, values in differences.items():
-            more: Row = {
-                "run": f"{row['run']} - {table.rows[base]['run']}",
-                "step": row.get("step"),
-            }
-            more |= {"command": None, "differs": None}
+            name = f"{row['run']} - {table.rows[base]['run']}"
+            more: Row = {"run": name, "step": row.get("step"), "command": None, "differs": None}
             more |= {key: row.get(key) for key in ("alpha",) if key in row}
             for column, _ in values:
                 more[column] = float(str(row[column])) - float(str(table.rows[base][column]))
